@@ -1,8 +1,8 @@
-"""PixArt-alpha and PixArt-Sigma: T5's text without its padding, and a transformer of noise.
+"""PixArt-alpha and PixArt-Sigma: T5's text without padding, and a transformer that predicts noise.
 
-Chen et al., arXiv 2310.00426 and 2403.04692; as ``PixArtAlphaPipeline`` and
-``PixArtSigmaPipeline`` of diffusers run them, but at the size that is asked for, and with prompts
-that are lowered and stripped in place of being cleaned.
+Chen et al., arXiv 2310.00426 and 2403.04692. They run as in diffusers' ``PixArtAlphaPipeline`` and
+``PixArtSigmaPipeline``, but at the requested size, and with prompts that are lowercased and
+stripped instead of cleaned.
 """
 
 from __future__ import annotations
@@ -38,20 +38,22 @@ if TYPE_CHECKING:
 __all__ = ["PixArtDenoiser", "load_pixart"]
 
 TEXT = "text"
-"""Of conditioning, the hidden states of T5, ``[tokens, features]``."""
+"""Name of the conditioning tensor with T5's hidden states, ``[tokens, features]``."""
 
 LENGTHS: Mapping[str, int] = {"PixArtAlphaPipeline": 120, "PixArtSigmaPipeline": 300}
-"""Tokens of the longest prompt, with the marker of its end, by pipeline class."""
+"""Maximum number of tokens of a prompt, including the end marker, by pipeline class."""
 
 TRANSFORMERS = "PixArtTransformer2DModel", "Transformer2DModel"
-"""What folders call the transformer's class; the second is its name before diffusers 0.28."""
+"""Names that folders use for the transformer's class; the second is from before diffusers 0.28."""
 
 
 class MaskedT5:
-    """The last hidden states of a prompt's own tokens; the unconditional is the empty prompt.
+    """Encodes prompts to the last hidden states of their tokens, without padding.
+
+    The unconditional is the empty prompt.
 
     Args:
-        t5: whose attention leaves the padding out.
+        t5: text encoder, whose attention is masked for padding.
     """
 
     def __init__(self, t5: T5) -> None:
@@ -59,19 +61,19 @@ class MaskedT5:
 
     @property
     def max_tokens(self) -> int:
-        """Tokens of the longest prompt, the marker of its end not counted."""
+        """Maximum number of tokens of a prompt, excluding the end marker."""
         return self._t5.max_tokens
 
     def count_tokens(self, text: str) -> int:
-        """Tokens of a prompt, the marker of its end not counted; safe from any thread."""
+        """Number of tokens of a prompt, excluding the end marker; safe from any thread."""
         return self._t5.count_tokens(lowered(text))
 
     def encode(
         self, prompts: Sequence[str | None], width: int, height: int, options: TextOptions
     ) -> list[Conditioning]:
-        """Conditioning of each prompt at its own length, whatever the size of the picture."""
+        """Conditioning of each prompt at its own length; it does not depend on the image size."""
         encoded = self._t5.encode([lowered(prompt or "") for prompt in prompts], masked=True)
-        # Choosing the tokens copies them: a view would keep the whole batch of prompts in memory.
+        # Indexing by the mask copies: a view would keep the whole batch of prompts in memory.
         texts = [states[mask] for states, mask in zip(*encoded, strict=True)]
         return [Conditioning({TEXT: text}, len(text)) for text in texts]
 
@@ -81,7 +83,7 @@ class MaskedT5:
 
 
 class PixArtDenoiser:
-    """The transformer; the half of its output that is a learned variance is left out.
+    """The transformer, without the learned variance that is half of its output.
 
     Args:
         network: a ``PixArtTransformer2DModel`` in inference mode.
@@ -98,7 +100,7 @@ class PixArtDenoiser:
         added: dict[str, Tensor | None] = {"resolution": None, "aspect_ratio": None}
         if self.network.use_additional_conditions:
             height, width = (size * self._latent_scale for size in x.shape[2:])
-            # Filled, as a tensor of a list would wait for the device.
+            # Filled on the device, as creating a tensor from a list would synchronize with it.
             one = x.new_ones(len(x), 1, dtype=dtype)
             added = {
                 "resolution": torch.cat([height * one, width * one], 1),
@@ -118,7 +120,7 @@ class PixArtDenoiser:
 def load_pixart(
     folder: Path, name: str, revisions: Revisions, device: torch.device, dtype: torch.dtype
 ) -> TransformerModel:
-    """Load the parts of a diffusers folder from safetensors alone.
+    """Load the parts of a diffusers folder, from safetensors files only.
 
     Raises:
         ModelMismatch: a part that this family cannot run.

@@ -1,6 +1,6 @@
-"""Names of PixArt's transformer in its original code, of which diffusers has no converter.
+"""Renames the tensors of PixArt's original code, for which diffusers has no converter.
 
-After ``tools/convert_pixart_to_diffusers.py`` of PixArt-alpha/PixArt-sigma.
+Based on ``tools/convert_pixart_to_diffusers.py`` of PixArt-alpha/PixArt-sigma.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 __all__ = ["pixart_as_diffusers"]
 
 UNUSED: Final = ("pos_embed", "y_embedder.y_embedding")
-"""A table of positions, which is computed, and the empty text of training."""
+"""The position table, which is computed, and the empty text used in training."""
 
 JOINED: Final = re.compile(r"blocks\.(\d+)\.(attn\.qkv|cross_attn\.kv_linear)\.(weight|bias)")
 PARTS: Final = {
     "attn.qkv": ("attn1.to_q", "attn1.to_k", "attn1.to_v"),
     "cross_attn.kv_linear": ("attn2.to_k", "attn2.to_v"),
 }
-"""Layers that the original code has as one."""
+"""Layers that the original code fuses into one, and their diffusers names."""
 
 EMBEDDERS: Final = {
     "t_embedder": "timestep_embedder",
@@ -53,10 +53,10 @@ WITHIN_BLOCKS: Final = {
 
 
 def pixart_as_diffusers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of the transformer under diffusers' names; unknown ones as they are.
+    """Rename the tensors of the transformer to diffusers' names; unknown names are kept.
 
     Args:
-        tensors: under the original names, without a prefix.
+        tensors: tensors by their original names, without a prefix.
     """
     made: dict[str, Tensor] = {}
     for name, tensor in tensors.items():

@@ -1,4 +1,4 @@
-"""Where the networks of a loaded model are, and how many bits their weights have."""
+"""Where the networks of a loaded model are kept, and how many bits their weights have."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 __all__ = ["Offload", "Placement", "first_that_fits", "options"]
 
 Offload: TypeAlias = Literal["none", "text", "all"]
-"""Which networks' blocks are kept in host memory and streamed to the device as they run: none, the
-text encoders', or the denoiser's too."""
+"""Networks whose blocks are kept in host memory and streamed to the device as they run: none, the
+text encoders, or the denoiser as well."""
 
 LEVELS: Final[Sequence[Offload]] = ("none", "text", "all")
 
 TEXT: Final = "text_encoder"
-"""How the names of text encoders in a model folder begin."""
+"""Prefix of text encoders' names in a model folder."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,15 +32,15 @@ class Placement:
     """How a model is kept in memory.
 
     Attributes:
-        quantization: of its denoiser and its text encoders.
-        offload: what is streamed from host memory.
+        quantization: quantization of its denoiser and its text encoders.
+        offload: networks that are streamed from host memory.
     """
 
     quantization: Quantization = "none"
     offload: Offload = "none"
 
     def quantizes(self, part: str) -> bool:
-        """Whether a network, by its name in a model folder, is quantised."""
+        """Whether a network, by its name in a model folder, is quantized."""
         return self.quantization != "none" and part != AUTOENCODER
 
     def streams(self, part: str) -> bool:
@@ -55,15 +55,15 @@ def options(
     quantization: Quantization,
     device: torch.device,
 ) -> tuple[Placement, ...]:
-    """The placements that a model may have, the one that needs least of the host first.
+    """The possible placements of a model, starting with the least use of host memory.
 
     Args:
-        offload: as the operator chose.
-        quantization: likewise.
-        device: where the model is to be.
+        offload: the operator's choice.
+        quantization: the operator's choice.
+        device: device of the model.
 
     Raises:
-        ModelMismatch: they cannot be had together, or not on this device.
+        ModelMismatch: the choices are incompatible with each other or with the device.
     """
     if device.type == "cpu" and offload in ("text", "all"):
         raise ModelMismatch(
@@ -85,11 +85,11 @@ def options(
 def first_that_fits(
     placements: Sequence[Placement], needs: Callable[[Placement], int], most: int
 ) -> Placement:
-    """The first placement whose bytes fit; the last one if none does.
+    """The first placement that fits; the last one if none does.
 
     Args:
-        placements: at least one.
-        needs: bytes of the device that the model takes so.
-        most: bytes that it may take.
+        placements: placements in order of preference, at least one.
+        needs: bytes of device memory that the model takes with a placement.
+        most: maximum number of bytes that it may take.
     """
     return next((one for one in placements if needs(one) <= most), placements[-1])

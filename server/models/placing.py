@@ -1,4 +1,4 @@
-"""Brings the networks of a model to where they are kept."""
+"""Moves the networks of a model to where they are kept."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ HOST: Final = torch.device("cpu")
 
 
 def put_on_device(model: HostedModel, placement: Placement) -> None:
-    """Bring the networks of a model to its device.
+    """Move the networks of a model to its device.
 
     Args:
-        model: whose networks are in host memory.
-        placement: how they are to be kept.
+        model: model whose networks are in host memory.
+        placement: how they should be kept.
     """
     for part, network in model.modules().items():
         streamed = placement.streams(part)

@@ -1,4 +1,4 @@
-"""Prefixes of a network's tensors in files that may hold other networks too; loads no library."""
+"""Prefixes of a network's tensors in files with several networks; imports no library."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ __all__ = ["UNET", "own_prefix"]
 
 UNET: Final = "model.diffusion_model."
 PREFIXES: Final = (UNET, "diffusion_model.", "control_model.", "first_stage_model.")
-"""Of a network within a file of several, or of a saved network's wrapper."""
+"""Prefixes of a network within a file of several, or within a wrapper that was saved with it."""
 
 
 def own_prefix(names: Collection[str], among: Sequence[str] = PREFIXES) -> str:
-    """What the tensors of a file's network begin with, empty where they have no prefix.
+    """The prefix of the network's tensors in a file; empty where they have none.
 
     Args:
-        names: of all tensors of the file.
-        among: prefixes that it may have.
+        names: names of all tensors of the file.
+        among: possible prefixes.
     """
     return next((one for one in among if any(name.startswith(one) for name in names)), "")

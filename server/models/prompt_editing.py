@@ -1,10 +1,10 @@
-"""Prompts that change while an image is drawn, in the syntax of AUTOMATIC1111.
+"""Prompts that change during a run, in the syntax of AUTOMATIC1111.
 
 ``[from:to:when]`` replaces a text, ``[to:when]`` adds one, ``[from::when]`` removes one and
-``[a|b|c]`` takes turns; all of them nest. As its
-``prompt_parser.get_learned_conditioning_prompt_schedules`` and ``reconstruct_cond_batch`` do it
+``[a|b|c]`` alternates; all of them nest. The behavior is that of its
+``prompt_parser.get_learned_conditioning_prompt_schedules`` and ``reconstruct_cond_batch``
 (stable-diffusion-webui 1.10). Departure: a run that is longer than its timeline ends with the last
-text, where there it begins again with the first one.
+text, where AUTOMATIC1111 starts again with the first one.
 """
 
 from __future__ import annotations
@@ -33,10 +33,11 @@ __all__ = [
 ]
 
 MOST_TEXTS: Final = 64
-"""That all prompts of a request may change to: each is encoded, and kept by each image."""
+"""Maximum number of texts that all prompts of a request may change to: each is encoded, and kept by
+each image."""
 
 READ_LATELY: Final = 32
-"""Prompts of which what they say is kept, since a request asks for it about ten times."""
+"""Number of prompts whose parsed texts are cached, as a request needs them about ten times."""
 
 _PIECE: Final = re.compile(r"\\.|[][():|]|[^][():|\\]+|\\")
 _NUMBER: Final = re.compile(r"\s*([+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?)\s*")
@@ -45,22 +46,23 @@ _OPENING: Final = {"]": "[", ")": "("}
 
 @dataclass(frozen=True, slots=True)
 class Timeline:
-    """How the times in the prompts of a run are counted: in evaluations, not in sampler steps.
+    """How times in the prompts of a run are interpreted: in evaluations, not in sampler steps.
 
     Attributes:
-        evaluations: that a time with a point is a share of.
-        before: evaluations of the run that drew what this one starts from, which times without a
-            point count too; a share of this run is 1 more. None for a first run.
+        evaluations: number of evaluations of the run; times with a point are fractions of it.
+        before: number of evaluations of the run that made the image from which this one starts.
+            Times without a point count them as well, and fractions of this run are written plus 1.
+            None for a first run.
     """
 
     evaluations: int
     before: int | None = None
 
     def last(self, when: str) -> int:
-        """The last evaluation, counted from 1, of what a time ends; 0 for none.
+        """The last evaluation, counted from 1, before the change at a time; 0 for none.
 
         Args:
-            when: a number as it is written.
+            when: the time as written in the prompt.
         """
         number = float(when)
         if "." in when:
@@ -93,14 +95,14 @@ _Part: TypeAlias = "str | _Change | _Turns"
 
 @dataclass(slots=True)
 class _Group:
-    """What an opened bracket holds so far, divided by the marks ``:`` and ``|``."""
+    """The content of an open bracket so far, split at the marks ``:`` and ``|``."""
 
     opening: str
     fields: list[list[_Part]] = field(default_factory=lambda: [[]])
     marks: list[str] = field(default_factory=list[str])
 
     def closed(self, closing: str, timeline: Timeline) -> list[_Part] | None:
-        """What it means once it is closed; None where this bracket cannot close it."""
+        """The parsed parts once the bracket is closed; None if ``closing`` cannot close it."""
         if self.opening != _OPENING[closing]:
             return None
         if not self.marks or (closing == ")" and self.marks == [":"]):
@@ -116,7 +118,7 @@ class _Group:
         return [_Change(before, self.fields[-2], timeline.last(when))]
 
     def as_written(self) -> list[_Part]:
-        """Its parts with the bracket and the marks as plain text."""
+        """Its parts, with the bracket and the marks as plain text."""
         parts: list[_Part] = [self.opening, *self.fields[0]]
         for mark, own in zip(self.marks, self.fields[1:], strict=True):
             parts += [mark, *own]
@@ -124,21 +126,21 @@ class _Group:
 
 
 class EditedPrompt(EmphasizedPrompt):
-    """A prompt that changes along a run; no model ever reads it, only the texts that it changes to.
+    """A prompt that changes during a run; models only read the texts that it changes to.
 
     Attributes:
-        texts: that the network is told at one evaluation or another, each once.
-        order: which of them at each evaluation.
+        texts: the different texts of all evaluations.
+        order: index of the text of each evaluation.
     """
 
     texts: tuple[EmphasizedPrompt, ...]
     order: tuple[int, ...]
 
     def __new__(cls, written: str, stages: Sequence[str]) -> EditedPrompt:
-        """The prompt.
+        """Create the prompt.
 
         Args:
-            written: as in the request.
+            written: prompt as written in the request.
             stages: its text at each evaluation; at least one.
         """
         made = super().__new__(cls, written)
@@ -156,27 +158,27 @@ class EditedPrompt(EmphasizedPrompt):
         return hash((EditedPrompt, str(self)))
 
     def number(self, stage: int) -> int:
-        """Which of its texts the network is told at a stage of the run."""
+        """Index of the text at a stage of the run."""
         return self.order[min(stage, len(self.order) - 1)]
 
 
 def texts_of_run(told: Told) -> tuple[Told, ...]:
-    """All that the network is told at one stage of a run or another."""
+    """Everything that the network is conditioned on at some stage of a run."""
     return told.texts if isinstance(told, EditedPrompt) else (told,)
 
 
 def at_stage(told: Told, stage: int) -> Told:
-    """What the network is told at a stage of a run, counted from 0."""
+    """What the network is conditioned on at a stage of a run, counted from 0."""
     return told.texts[told.number(stage)] if isinstance(told, EditedPrompt) else told
 
 
 def written_in(syntax: str | None, text: str, timeline: Timeline) -> str:
-    """A text as the model is to read it.
+    """Parse a text in a prompt syntax.
 
     Args:
-        syntax: of the text; None for none.
+        syntax: syntax of the text; None for none.
         text: a prompt.
-        timeline: of the run.
+        timeline: timeline of the run.
     """
     if syntax is None:
         return text
@@ -186,14 +188,14 @@ def written_in(syntax: str | None, text: str, timeline: Timeline) -> str:
 
 @lru_cache(maxsize=READ_LATELY)
 def texts_along(text: str, timeline: Timeline) -> tuple[str, ...]:
-    """What a prompt says at each evaluation of a run; once, if it is always what is written.
+    """The text of a prompt at each evaluation of a run; a single entry if it never changes.
 
     Args:
         text: a prompt.
-        timeline: of the run.
+        timeline: timeline of the run.
 
     Returns:
-        It ends with the first text that is one more than ``MOST_TEXTS``.
+        The texts, which end early once there are more than ``MOST_TEXTS`` different ones.
     """
     parts = _parsed(text, timeline)
     if all(isinstance(part, str) for part in parts):
@@ -201,8 +203,8 @@ def texts_along(text: str, timeline: Timeline) -> tuple[str, ...]:
     found: list[str] = []
     known: dict[str, str] = {}
     for stage in range(timeline.evaluations):
-        # AUTOMATIC1111 counts evaluations from 0 and looks a text up by the number of its last
-        # one, counted from 1: whatever comes first lasts for one evaluation more.
+        # AUTOMATIC1111 counts evaluations from 0, but looks texts up by the number of the last
+        # completed one, counted from 1: the first text lasts for one evaluation more.
         said = _said(parts, max(stage, 1))
         found.append(known.setdefault(said, said))
         if len(known) > MOST_TEXTS:
@@ -223,7 +225,7 @@ def _said(parts: list[_Part], step: int) -> str:
 
 
 def _parsed(text: str, timeline: Timeline) -> list[_Part]:
-    """The parts of a prompt; the text alone where a bar or a backslash stands for nothing."""
+    """The parts of a prompt; only the text itself if it has a stray bar or backslash."""
     groups = [_Group("")]
     for match in _PIECE.finditer(text):
         piece = match[0]
@@ -233,7 +235,7 @@ def _parsed(text: str, timeline: Timeline) -> list[_Part]:
             groups.append(_Group(piece))
         elif piece in _OPENING:
             if (parts := groups[-1].closed(piece, timeline)) is None:
-                # With a stray bracket inside, no group that is open can be more than text.
+                # With a stray bracket inside, all open groups can only be plain text.
                 groups = [_flat(groups)]
                 parts = [piece]
             else:
@@ -249,7 +251,7 @@ def _parsed(text: str, timeline: Timeline) -> list[_Part]:
 
 
 def _joined(parts: Iterable[_Part]) -> list[_Part]:
-    """The same with one text for those that stand side by side."""
+    """Merge adjacent texts."""
     found: list[_Part] = []
     for are_texts, own in groupby(parts, key=lambda part: isinstance(part, str)):
         if are_texts:
@@ -260,7 +262,7 @@ def _joined(parts: Iterable[_Part]) -> list[_Part]:
 
 
 def _flat(groups: Sequence[_Group]) -> _Group:
-    """The text itself, and what was opened in it as plain text; its marks stay marks."""
+    """Turn open groups into plain text of the outermost group; their marks stay marks."""
     whole = groups[0]
     for group in groups[1:]:
         whole.fields[-1] += [group.opening, *group.fields[0]]
@@ -270,7 +272,7 @@ def _flat(groups: Sequence[_Group]) -> _Group:
 
 
 def _number(parts: Sequence[_Part]) -> str | None:
-    """The number that these parts are, without the blanks around it; None where they are none."""
+    """The number that the parts consist of, stripped; None if they are not a number."""
     match parts:
         case [str(text)] if found := _NUMBER.fullmatch(text):
             return found[1]

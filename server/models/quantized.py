@@ -1,11 +1,11 @@
-"""Weights in eight or four bits: the linear layers in a network's repeated blocks.
+"""Quantizes weights to eight or four bits: the linear layers in a network's repeated blocks.
 
-These hold nearly all weights of a transformer. What stands outside of the blocks stays in the
-model's own type: embeddings of tokens, patches and times, and the last norm and projection, whose
-errors nothing evens out. So do norms, convolutions and the autoencoder. Layers whose file has them
-in blocks of few bits stay as they are. A layer computes in the model's type with weights that are
-restored as it runs, so whatever is added to the output of the layer row by row, as adapters are, is
-added as before.
+These hold nearly all weights of a transformer. Layers outside the blocks stay in the model's own
+dtype: embeddings of tokens, patches and times, and the last norm and projection, whose errors are
+not averaged out. So do norms, convolutions and the autoencoder. Layers that a file stores in
+quantized blocks stay as they are. A layer computes in the model's dtype with weights that are
+dequantized as it runs, so per-row additions to its output, such as adapters, work as for other
+layers.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ __all__ = ["layers_in_blocks", "quantize"]
 
 
 def layers_in_blocks(network: nn.Module) -> dict[str, nn.Linear]:
-    """The linear layers that are quantised, by name: those in elements of a ``ModuleList``."""
+    """The linear layers to quantize, by name: those inside elements of a ``ModuleList``."""
     found: dict[str, nn.Linear] = {}
     for name, blocks in network.named_modules():
         if not isinstance(blocks, nn.ModuleList):
@@ -46,15 +46,15 @@ def layers_in_blocks(network: nn.Module) -> dict[str, nn.Linear]:
 def quantize(
     network: nn.Module, kind: Quantization, device: torch.device, home: torch.device
 ) -> None:
-    """Quantise a network in place, a layer at a time.
+    """Quantize a network in place, one layer at a time.
 
-    So no more than one layer in its full type is on the device at once.
+    At most one layer in its full dtype is on the device at once.
 
     Args:
-        network: in inference mode, in host memory.
-        kind: any but ``none``.
-        device: that quantises.
-        home: where the quantised layers are afterwards; the rest of the network stays.
+        network: network in inference mode, in host memory.
+        kind: any quantization but ``none``.
+        device: device on which to quantize.
+        home: where the quantized layers are kept afterwards; the rest of the network stays.
     """
     one = _by_bitsandbytes if kind == "nf4" else _by_torchao(kind)
     for layer in layers_in_blocks(network).values():
@@ -65,20 +65,20 @@ def quantize(
 def _by_torchao(kind: str) -> Callable[[nn.Linear], None]:
     torchao: Any = import_module("torchao.quantization")
     made = torchao.Int8WeightOnlyConfig if kind == "int8" else torchao.Float8WeightOnlyConfig
-    # Compilers are configured by whoever compiles.
+    # Whoever compiles configures the compiler.
     config = made(set_inductor_config=False)
     return lambda layer: torchao.quantize_(layer, config)
 
 
 def _by_bitsandbytes(layer: nn.Linear) -> None:
-    """Give a layer four-bit weights, and the product that reads them.
+    """Give a layer four-bit weights and a matching ``forward``.
 
-    The layer stays the same object, which hooks and adapters know.
+    The layer stays the same object, to which hooks and adapters refer.
     """
     library: Any = import_module("bitsandbytes")
     target: Any = layer
     device = layer.weight.device
-    # It is quantised on its way to a device, even if that is the CPU.
+    # It is quantized when it is moved to a device, even to the CPU.
     whole = library.nn.Params4bit(layer.weight.data, requires_grad=False, quant_type="nf4")
     target.weight = weight = whole.to(device)
 

@@ -1,7 +1,8 @@
-"""Qwen-Image: a transformer of joint blocks on packed latents, Qwen2.5-VL as its text encoder.
+"""Qwen-Image: a transformer of joint blocks on packed latents, and Qwen2.5-VL as text encoder.
 
-Qwen Team, arXiv 2508.02324; as ``QwenImagePipeline``, ``QwenImageEditPipeline`` and
-``QwenImageEditPlusPipeline`` of diffusers run it. The latter two read pictures beside the prompt.
+Qwen Team, arXiv 2508.02324. It runs as in diffusers' ``QwenImagePipeline``,
+``QwenImageEditPipeline`` and ``QwenImageEditPlusPipeline``, of which the latter two take reference
+images.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ if TYPE_CHECKING:
     from server.models.inputs import RowInputs
 
 PATCH = 2
-"""Latent cells along a side of a token."""
+"""Latent cells along one side of a token."""
 
 TEMPLATE = ChatTemplate(
     "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, "
@@ -60,7 +61,7 @@ TEMPLATE = ChatTemplate(
     places=512,
     dropped=34,
 )
-"""The pipeline's own; what is dropped are the tokens of its head."""
+"""The template of the pipeline; the dropped tokens are those of its head."""
 
 EDIT_HEAD = (
     "<|im_start|>system\nDescribe the key features of the input image (color, shape, size, "
@@ -69,7 +70,7 @@ EDIT_HEAD = (
     "consistency with the original input where appropriate.<|im_end|>\n<|im_start|>user\n"
 )
 EDIT_PLACES = 1024
-"""Tokens of the longest prompt, with the template and without pictures."""
+"""Maximum number of tokens of a prompt, including the template, without images."""
 
 ONE_PICTURE = "<|vision_start|><|image_pad|><|vision_end|>"
 
@@ -82,22 +83,23 @@ EDITS = {
         ReferencesRead(3, (), MEGAPIXEL, 384 * 384),
     ),
 }
-"""How a prompt begins for each picture, and what is read of these; the pipelines' own. Models of
-the second class were trained with up to three (the model card of Qwen-Image-Edit-2509)."""
+"""Text for each image at the beginning of the prompt, and accepted reference images, as in the
+pipelines. Models of the second class were trained with up to three images (the model card of
+Qwen-Image-Edit-2509)."""
 
 UNCONDITIONAL = " "
-"""What the model card guides away from; the pipeline has no unconditional of its own."""
+"""Negative prompt used in the model card; the pipeline has no unconditional of its own."""
 
 UNSUPPORTED = ("guidance_embeds", "use_additional_t_cond", "use_layer3d_rope")
-"""Entries of the transformer's config by which it takes more than the pipeline gives it."""
+"""Entries of the transformer's config for inputs that the pipeline does not provide."""
 
 
 class QwenDenoiser:
-    """The transformer on latents packed to tokens of 2 x 2 cells.
+    """The transformer, on latents packed to tokens of 2 x 2 cells.
 
     Args:
         network: a ``QwenImageTransformer2DModel`` in inference mode.
-        control: the ControlNets that it takes.
+        control: ControlNets for this transformer.
     """
 
     def __init__(self, network: Any, control: QwenControl) -> None:
@@ -112,7 +114,7 @@ class QwenDenoiser:
         references = tokens_beside(told)
         rows = {
             "hidden_states": with_references(packed(x), references).to(network.dtype),
-            # The thousandfold is what is rounded, as in diffusers' pipeline.
+            # Rounded to the network's dtype before the division, as in diffusers' pipeline.
             "timestep": t.to(network.dtype) / THOUSAND,
             "encoder_hidden_states": told[TEXT],
         }
@@ -127,11 +129,11 @@ class QwenDenoiser:
 
 
 class QwenAutoencoder:
-    """A video autoencoder on pictures, which are films of one frame.
+    """A video autoencoder applied to images, as videos of one frame.
 
     Args:
         network: an ``AutoencoderKLQwenImage`` in inference mode.
-        device: where it runs.
+        device: device on which it runs.
     """
 
     def __init__(self, network: Any, device: torch.device) -> None:
@@ -142,23 +144,29 @@ class QwenAutoencoder:
         )
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Pictures ``[rows, 3, H, W]`` float32 in [-1, 1] of clean latents ``[rows, C, h, w]``."""
+        """Decode clean latents ``[rows, C, h, w]`` to images ``[rows, 3, H, W]`` in [-1, 1].
+
+        The images are float32.
+        """
         frames = (latents * self._deviation + self._mean)[:, :, None]
         network = with_tiles(self.network, frames, pixels_a_cell(self.network.config))
         return network.decode(frames.to(network.dtype), return_dict=False)[0][:, :, 0].float()
 
     def encode(self, pixels: Tensor) -> Tensor:
-        """Clean latents ``[rows, C, h, w]`` float32 of pictures ``[rows, 3, H, W]`` in [-1, 1]."""
+        """Encode images ``[rows, 3, H, W]`` in [-1, 1] to clean latents ``[rows, C, h, w]``.
+
+        The latents are float32.
+        """
         network = with_tiles(self.network, pixels, scale=1)
         encoded = network.encode(pixels[:, :, None].to(network.dtype)).latent_dist
-        # The mean of the posterior, not a sample: the same picture gives the same latent.
+        # The mean of the posterior, not a sample, so that the same image gives the same latent.
         return (encoded.mode()[:, :, 0].float() - self._mean) / self._deviation
 
 
 def load_qwen_image(
     folder: Path, name: str, revisions: Revisions, device: torch.device, dtype: torch.dtype
 ) -> TransformerModel:
-    """Load the parts of a diffusers folder from safetensors alone.
+    """Load the parts of a diffusers folder, from safetensors files only.
 
     Raises:
         ModelMismatch: a part that this family cannot run.
@@ -174,7 +182,7 @@ def load_qwen_image(
                 "false, and its relatives are not hosted."
             )
     encoder = load_text_encoder(folder, "text_encoder", Qwen2_5_VLForConditionalGeneration, dtype)
-    # What says words is not needed and not kept.
+    # The language model head is not needed and not kept.
     encoder = encoder.model
     language = encoder.language_model
 
@@ -187,7 +195,7 @@ def load_qwen_image(
         read_json(folder, "model_index.json")["_class_name"], ("", None)
     )
     if references is None:
-        # What looks at pictures is not needed either.
+        # The vision encoder is not needed either.
         text = ChatText(language, states, tokenizer, TEMPLATE, device, UNCONDITIONAL)
     else:
         template = PicturedTemplate(EDIT_HEAD, picture, TEMPLATE.tail, EDIT_PLACES, dropped=64)
@@ -215,7 +223,7 @@ def load_qwen_image(
     )
     autoencoder = QwenAutoencoder(vae, device)
     control = QwenControl(transformer, autoencoder.encode, packed, device)
-    # Residuals of a ControlNet are of the image's tokens alone.
+    # A ControlNet's residuals cover only the tokens of the generated image, not of references.
     return TransformerModel(
         facts,
         device,
@@ -233,13 +241,13 @@ def load_qwen_image(
 def stack(
     rows: Sequence[Conditioning], *, fixed: bool, places: int = TEMPLATE.places
 ) -> StackedConditioning:
-    """Texts of several lengths, with a mask; none has more than so many places."""
+    """Stack texts of several lengths, with a mask; none may be longer than ``places``."""
     return stack_padded(rows, TEXT, places=places if fixed else None)
 
 
 def _places_of(references: ReferencesRead) -> int:
-    """Places of the longest text, in which each picture has one for 28 x 28 pixels."""
-    # The encoder's multiples of 28 pixels may be a little larger than what they hold.
+    """Maximum length of a text, in which each image has one token for 28 x 28 pixels."""
+    # Rounding to the encoder's multiples of 28 pixels may enlarge an image a little.
     of_a_picture = ceil(1.2 * (references.seen_area or 0) / 28**2)
     return EDIT_PLACES + references.most * of_a_picture
 

@@ -1,4 +1,4 @@
-"""Rotary positions of networks of Qwen-Image's kind."""
+"""Position caches for the rotary embeddings of Qwen-Image networks."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any
 __all__ = ["keep_own_positions"]
 
 SIZES_KEPT = 32
-"""Sizes of pictures whose positions are kept, 2 MB each at 1024 x 1024 pixels."""
+"""Number of image sizes whose positions are cached, 2 MB each at 1024 x 1024 pixels."""
 
 
 def keep_own_positions(network: Any) -> None:
-    """Let a network keep its positions itself.
+    """Let a network cache its positions per instance.
 
-    Diffusers caches them by class, which would keep them of networks that are let go of.
+    diffusers caches them per class, which would keep those of networks that have been unloaded.
     """
     positions = network.pos_embed
     for name in ("_get_device_freqs", "_compute_video_freqs"):

@@ -1,4 +1,4 @@
-"""Pictures beside a prompt as transformers read them: as tokens behind those of the image."""
+"""Reference images as transformers read them: as tokens after those of the generated image."""
 
 from __future__ import annotations
 
@@ -18,40 +18,40 @@ __all__ = ["referring", "tokens_beside", "with_references"]
 
 
 def referring(text: Conditioning, pictures: Sequence[Tensor]) -> Conditioning:
-    """Conditioning of a text that stands beside pictures.
+    """Add reference images to the conditioning of a prompt.
 
     Args:
-        text: of the prompt alone.
-        pictures: the tokens of each, ``[height, width, features]``.
+        text: conditioning of the prompt alone.
+        pictures: tokens of each image, ``[height, width, features]``.
     """
     sizes = tuple((len(one), one.shape[1]) for one in pictures)
     return Conditioning(
         {**text.tensors, **{_name(place): one for place, one in enumerate(pictures)}},
         text.length + sum(height * width for height, width in sizes),
-        # The network has one list of positions for all rows of a forward.
+        # The network takes a single list of positions for all rows of a forward pass.
         sizes,
     )
 
 
 def tokens_beside(told: Mapping[str, Tensor]) -> list[Tensor]:
-    """The tokens of each picture that the rows of a forward refer to.
+    """The tokens of each reference image of the rows of a forward pass.
 
     Args:
-        told: the rows' conditioning, of one company.
+        told: the rows' conditioning; ``Conditioning.company`` is equal for all of them.
 
     Returns:
-        ``[rows, height, width, features]`` of each, which may have different sizes.
+        ``[rows, height, width, features]`` for each image; sizes may differ between images.
     """
     names = takewhile(told.__contains__, map(_name, count()))
     return [told[name] for name in names]
 
 
 def with_references(cells: Tensor, references: Sequence[Tensor]) -> Tensor:
-    """Tokens of images, and behind them those of the pictures, ``[rows, n, features]``.
+    """Append the tokens of reference images to those of generated images, ``[rows, n, features]``.
 
     Args:
-        cells: tokens of the images, ``[rows, n, features]``.
-        references: as of :func:`tokens_beside`.
+        cells: tokens of the generated images, ``[rows, n, features]``.
+        references: tokens as returned by :func:`tokens_beside`.
     """
     return (
         torch.cat([cells, *(one.flatten(1, 2) for one in references)], 1) if references else cells

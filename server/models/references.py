@@ -1,4 +1,4 @@
-"""What models read of pictures that stand beside a prompt, to edit or to refer to."""
+"""Reference images, which a model takes besides a prompt to edit them or to refer to them."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ __all__ = ["ReferencesRead", "SeenPicture"]
 
 @dataclass(frozen=True, slots=True)
 class ReferencesRead:
-    """How many such pictures a model reads, and at which sizes.
+    """How many reference images a model accepts, and at which sizes.
 
     Attributes:
-        most: pictures of a request.
-        sizes: width and height in pixels, of which each picture gets those whose proportions are
-            nearest to its own; empty where it keeps its own.
-        area: pixels that each picture is brought to; None where it is only reduced.
-        seen_area: pixels of what the text encoder sees of each picture; None where it sees none.
+        most: maximum number of images per request.
+        sizes: pairs of width and height in pixels; each image is resized to the pair with the most
+            similar aspect ratio. Empty where images keep their own aspect ratio.
+        area: number of pixels to which each image is resized; None where it is only downscaled.
+        seen_area: number of pixels of each image as given to the text encoder; None where the text
+            encoder takes no images.
     """
 
     most: int
@@ -33,10 +34,10 @@ class ReferencesRead:
 
 @dataclass(frozen=True, slots=True)
 class SeenPicture:
-    """A picture that a text encoder sees with every text of an image.
+    """An image that the text encoder sees with every text of a generated image.
 
     Attributes:
-        digest: by which it is known again.
+        digest: identifies the image.
         pixels: uint8 ``[H, W, 3]``.
     """
 
@@ -45,5 +46,5 @@ class SeenPicture:
 
     @classmethod
     def of(cls, pixels: NDArray[np.uint8]) -> SeenPicture:
-        """The picture of some pixels."""
+        """Create one from pixels."""
         return cls(sha256(repr(pixels.shape).encode() + pixels.tobytes()).digest(), pixels)

@@ -1,4 +1,4 @@
-"""What the rows of a forward change inside a model's networks: edits of blocks, and adapters."""
+"""Per-row changes inside a model's networks: edits of blocks, and adapters."""
 
 from __future__ import annotations
 
@@ -22,15 +22,16 @@ __all__ = ["RowChanges"]
 
 
 class RowChanges:
-    """Changes the rows of a denoiser, and the prompts of text encoders.
+    """Applies changes to the rows of a denoiser, and to the prompts of text encoders.
 
     Args:
-        denoiser: its name in a model folder.
-        networks: that adapters may change, the denoiser among them, by their names there.
-        device: where they are.
+        denoiser: name of the denoiser in a model folder.
+        networks: networks that adapters may change, including the denoiser, by their names in a
+            model folder.
+        device: device of the networks.
 
     Attributes:
-        edits: of the denoiser.
+        edits: edits of the denoiser.
     """
 
     def __init__(
@@ -44,10 +45,10 @@ class RowChanges:
 
     @contextmanager
     def of_texts(self, adapters: RowAdapters | None) -> Generator[None]:
-        """Change the text encoders while they run inside.
+        """Apply adapters to the text encoders inside the ``with`` block.
 
         Args:
-            adapters: of each prompt; None where no prompt has any.
+            adapters: adapters of each prompt; None where no prompt has any.
         """
         with ExitStack() as adapted:
             for network in self._texts.values():
@@ -55,7 +56,7 @@ class RowChanges:
             yield
 
     def in_tensors(self, inputs: RowInputs) -> RowInputs:
-        """The same inputs as ``HostedModel.in_tensors`` prepares them, of edits and adapters."""
+        """Prepare edits and adapters as described in ``HostedModel.in_tensors``."""
         return replace(
             inputs,
             edits=(),
@@ -67,11 +68,11 @@ class RowChanges:
     def of_rows(
         self, inputs: RowInputs, x: Tensor, against: Tensor | None = None
     ) -> Generator[None]:
-        """Change the denoiser in the forward that runs inside.
+        """Apply changes to the denoiser in the forward pass inside the ``with`` block.
 
         Args:
-            inputs: of its rows.
-            x: what the denoiser will be given, ``[rows, C, h, w]``.
+            inputs: inputs of its rows.
+            x: input of the denoiser, ``[rows, C, h, w]``.
             against: see ``RowEdits.applied``.
         """
         edited = self.edits.applied(inputs.edit_values or inputs.edits, x, against)

@@ -1,7 +1,7 @@
-"""Changes inside a network for some rows of a forward, while the others pass as they are.
+"""Per-row changes inside a network, which leave the other rows of a forward pass unchanged.
 
-What a row changes reaches the hooks as tensors over the rows, so that plain, perturbed and
-skip-tuned rows share one forward. A hook that no row needs costs one look into a dictionary.
+The hooks read the changes as tensors over the rows, so that plain, perturbed and skip-tuned rows
+share one forward pass. A hook that no row needs costs one dictionary lookup.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from guidance.edits import Edit
 
 MIDDLE = "middle"
-"""Stands for the mid block of a U-Net, and for the middle one of a transformer's blocks."""
+"""Layer name for the mid block of a U-Net, and for the middle one of a transformer's blocks."""
 
 BLOCKS = (
     "BasicTransformerBlock",
@@ -46,17 +46,17 @@ BLOCKS = (
     "QwenImageTransformerBlock",
     "ZImageTransformerBlock",
 )
-"""Classes of blocks that can be skipped; the first one's self-attention can be changed too."""
+"""Classes of blocks that can be skipped; the first one's self-attention can be edited as well."""
 
 STAGES = 2
-"""Stages of a U-Net's way up that FreeU changes."""
+"""Number of stages of a U-Net's decoder that FreeU changes."""
 
 PROJECTIONS = ("encoder_hid_proj", "caption_projection")
-"""Parts of a network that change the text before its blocks read it."""
+"""Parts of a network that project the text before its blocks read it."""
 
 
 class RowEdits:
-    """The hooks of one network, and the switchboard that they read.
+    """The hooks of one network, and the state that they read.
 
     Args:
         network: a diffusers U-Net or transformer.
@@ -76,7 +76,7 @@ class RowEdits:
         }
         for name, block in self._blocks.items():
             self._hook_block(name, block)
-        # Where the network projects the text first, a block never sees the text that it is told.
+        # If the network projects the text first, a block never sees the original text embeddings.
         projects = any(getattr(network, part, None) is not None for part in PROJECTIONS)
         crossing = [getattr(block, "attn2", None) for block in self._blocks.values()]
         self._crossing = [] if projects else [one for one in crossing if one is not None]
@@ -93,18 +93,18 @@ class RowEdits:
             self._hook_skips(number, block)
         if up_blocks:
             parts = dict(network.named_children())
-            # Some small U-Nets have no middle.
+            # Some small U-Nets have no mid block.
             bottom = parts.get("mid_block") or list(parts["down_blocks"].children())[-1]
             below = zip([bottom, *up_blocks], up_blocks[:STAGES], strict=False)
             for stage, (before, block) in enumerate(below):
                 self._hook_backbone(stage, before, block)
 
     def layers(self) -> tuple[str, ...]:
-        """Names of the blocks that edits may name, in the network's order."""
+        """Names of the blocks that edits may refer to, in the network's order."""
         return tuple(self._blocks)
 
     def refuses(self, edit: Edit) -> str | None:
-        """Why this network cannot make the edit, as a clause; None where it can."""
+        """Why this network does not support the edit, as a clause; None where it does."""
         if isinstance(edit, SkipScales | BackboneScales):
             return None if self._skips else "has no skip connections to scale"
         if isinstance(edit, NormalizedAttention):
@@ -122,14 +122,14 @@ class RowEdits:
         return None
 
     def values(self, edits: Sequence[tuple[Edit, ...]], device: torch.device) -> EditValues | None:
-        """The edits of a forward's rows, on the device.
+        """The edits of a forward pass's rows as tensors on the device.
 
         Args:
-            edits: of each row, in order; none of them refused.
-            device: of the network.
+            edits: edits of each row, in order; none of them may be refused.
+            device: device of the network.
 
         Returns:
-            None where no row makes any.
+            None where no row has any.
         """
         if not any(edits):
             return None
@@ -140,7 +140,7 @@ class RowEdits:
                     untouched = float(isinstance(edit, SkipScales | BackboneScales))
                     values = rows.setdefault((type(edit), place), [untouched] * len(edits))
                     values[row] = value
-        # In an order in which no row has a say, so that fewer forwards are unlike.
+        # In an order independent of the rows, so that more forward passes have the same form.
         numbered = sorted(rows, key=lambda key: (key[0].__name__, key[1]))
         numbers = torch.tensor([rows[key] for key in numbered], dtype=torch.float32)
         numbers = numbers.view(-1, len(edits))
@@ -154,13 +154,14 @@ class RowEdits:
         x: Tensor,
         against: Tensor | None = None,
     ) -> Generator[None]:
-        """Make the edits of each row in the forward that runs inside.
+        """Apply the edits of each row in the forward pass inside the ``with`` block.
 
         Args:
-            edits: of each row, in order; none of them refused. Or what :meth:`values` made of them.
-            x: what the network will be given, ``[rows, C, h, w]``.
-            against: a second text of each row, ``[rows, tokens, features]``, where any row is led
-                away from it.
+            edits: edits of each row, in order, none of which may be refused; or the result of
+                :meth:`values`.
+            x: input of the network, ``[rows, C, h, w]``.
+            against: a second text of each row, ``[rows, tokens, features]``, where any row's
+                attention is guided away from it.
         """
         self._latent_size = (x.shape[-2], x.shape[-1])
         made = edits if isinstance(edits, EditValues) else self.values(edits, x.device)
@@ -185,7 +186,7 @@ class RowEdits:
                     yield from ((name, row, edit) for name in named)
 
     def _values(self, edit: Edit) -> Iterator[tuple[str, float]]:
-        """Each place that the edit touches, with the number that the hook there reads."""
+        """Each place where the edit acts, with the number that the hook there reads."""
         match edit:
             case SkipScales(scales):
                 count = sum(self._skips)
@@ -202,7 +203,7 @@ class RowEdits:
             case NormalizedAttention(scale, tau, alpha):
                 yield from (("scale", scale), ("tau", tau), ("alpha", alpha))
             case ApartFrom():
-                # No number a row: what it reads is another row.
+                # It has no number per row, as it reads another row.
                 return
             case _:
                 raise ValueError(f"{type(edit).__name__} changes no row inside the network.")
@@ -221,7 +222,7 @@ class RowEdits:
             hidden = args[0] if args else kwargs["hidden_states"]
             if not isinstance(output, tuple):
                 return hidden.where(_over_rows(skipped > 0, hidden), output)
-            # A joint block gives the prompt's tokens first, and none after the last block.
+            # A joint block returns the prompt's tokens first, and None after the last block.
             told, moved = output
             if told is not None:
                 before = args[1] if len(args) > 1 else kwargs["encoder_hidden_states"]
@@ -257,7 +258,7 @@ class RowEdits:
         def attend_aside(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if self._against is None or kwargs.get("encoder_hidden_states") is None:
                 return
-            # All rows, so that a row's bits do not depend on how many others are led away.
+            # For all rows, so that a row's bits do not depend on how many others are guided.
             self._attending_aside = True
             try:
                 module.forward(*args, **kwargs | {"encoder_hidden_states": self._against})
@@ -276,7 +277,7 @@ class RowEdits:
             return None
 
         attention.register_forward_pre_hook(attend_aside, with_kwargs=True)
-        # Before the last projection, whose bias is no part of what was attended to.
+        # Before the output projection, whose bias is not part of the attention output.
         attention.get_submodule("to_out.0").register_forward_pre_hook(lead_away)
 
     def _hook_outputs(self, name: str, attentions: Sequence[nn.Module | None]) -> None:
@@ -285,7 +286,7 @@ class RowEdits:
             if moving is None:
                 return output
             moved = output.clone()
-            # A row at a time, so that its bits do not depend on how many others move.
+            # One row at a time, so that its bits do not depend on how many others move.
             for row, edit in moving:
                 moved[row] = _away(output[row], output[edit.reference], edit)
             return moved
@@ -314,7 +315,7 @@ class RowEdits:
         resnets = _resnets(block)
 
         def hook(resnet: nn.Module, width: int) -> None:
-            """Of a block that is given such a width of the backbone, then skip connections."""
+            """Hook a block whose input is the backbone of this width, then skip connections."""
 
             def scale(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
                 backbone = self._tensors.get((BackboneScales, f"backbone {stage}"))
@@ -336,7 +337,8 @@ class RowEdits:
 def _with_coarse_part(x: Tensor, factors: Tensor) -> Tensor:
     """``[rows, C, h, w]`` with its lowest frequencies, 0 and -1 along each side, times a factor.
 
-    The real part of the inverse transform, as in FreeU's code; written as two real products.
+    It takes the real part of the inverse transform, as FreeU's code does, computed as two real
+    matrix products.
     """
     down, across = (_lowest_two(side, x.device) for side in x.shape[-2:])
     whole = x.float()
@@ -346,10 +348,10 @@ def _with_coarse_part(x: Tensor, factors: Tensor) -> Tensor:
 
 @lru_cache
 def _lowest_two(side: int, device: torch.device) -> Tensor:
-    """Real and imaginary part of the matrix that keeps those of one side, ``[2, n, n]``."""
+    """Real and imaginary part of the matrix that keeps both lowest frequencies, ``[2, n, n]``."""
     turn = 2 * np.pi / side * (np.arange(side)[:, None] - np.arange(side))
     kept = np.stack([1 + np.cos(turn), -np.sin(turn)]) / side
-    # Not of inference mode, since a forward may be differentiated.
+    # Not an inference tensor, since a forward pass may be differentiated.
     with torch.inference_mode(mode=False):
         return torch.from_numpy(kept).float().to(device)
 
@@ -363,7 +365,7 @@ def _over_rows(values: Tensor, like: Tensor) -> Tensor:
 
 
 def _away(tokens: Tensor, reference: Tensor, edit: ApartFrom) -> Tensor:
-    """Tokens ``[tokens, features]``, those like one of the reference moved away from it."""
+    """Move tokens ``[tokens, features]`` that resemble a reference token away from it."""
     cosines = F.normalize(tokens.float(), dim=-1) @ F.normalize(reference.float(), dim=-1).mT
     alike, nearest = cosines.max(-1)
     moved = tokens + edit.strength * (tokens - reference[nearest])
@@ -374,11 +376,11 @@ def _led_away(attended: Tensor, away: Tensor, scale: Tensor, tau: Tensor, alpha:
     """NAG as in the authors' attention processor, over tokens ``[rows, tokens, features]``.
 
     Args:
-        attended: to the prompt, Z+.
-        away: to the text that is led away from, Z-.
-        scale: of the extrapolation, ``[rows]``.
-        tau: bound of its L1 norm in multiples of that of Z+, ``[rows]``.
-        alpha: share of what comes of it, ``[rows]``; where it is 0, Z+ stays to the bit.
+        attended: attention output for the prompt, Z+.
+        away: attention output for the text that is guided away from, Z-.
+        scale: scale of the extrapolation, ``[rows]``.
+        tau: bound on its L1 norm as a multiple of that of Z+, ``[rows]``.
+        alpha: weight of the result against Z+, ``[rows]``; where it is 0, Z+ is kept bit for bit.
     """
     scale, tau, alpha = (_over_rows(values, attended) for values in (scale, tau, alpha))
     # In float32: sums over a thousand features overflow float16.
@@ -391,7 +393,7 @@ def _led_away(attended: Tensor, away: Tensor, scale: Tensor, tau: Tensor, alpha:
 
 
 def _blurred(queries: Tensor, sigmas: Tensor, latent_size: tuple[int, int]) -> Tensor:
-    """Queries ``[rows, tokens, features]`` smoothed over the picture, by a sigma a row."""
+    """Blur queries ``[rows, tokens, features]`` over the image, with one sigma per row."""
     height, width = _grid_of(queries.shape[1], latent_size)
     picture = queries.unflatten(1, (height, width))
     down, across = (_blur_matrices(side, sigmas).to(queries.dtype) for side in (height, width))
@@ -400,7 +402,7 @@ def _blurred(queries: Tensor, sigmas: Tensor, latent_size: tuple[int, int]) -> T
 
 
 def _grid_of(tokens: int, latent_size: tuple[int, int]) -> tuple[int, int]:
-    """Height and width of the attention's picture, which is the latent at a lower resolution."""
+    """Height and width of the attention's grid, which is the latent's at a lower resolution."""
     height, width = latent_size
     stride = round((height * width / tokens) ** 0.5)
     rows = -(-height // stride)
@@ -408,17 +410,17 @@ def _grid_of(tokens: int, latent_size: tuple[int, int]) -> tuple[int, int]:
 
 
 def _blur_matrices(side: int, sigmas: Tensor) -> Tensor:
-    """A Gaussian's weights between the cells of a line that is mirrored at its ends.
+    """Weights of a Gaussian blur along a line of cells with mirrored ends.
 
-    As in the authors' code of SEG, the kernel ends at three sigma, or half a side away if that is
-    nearer. Infinite sigma gives the mean of the line.
+    As in the authors' code of SEG, the kernel ends at three sigma, or at half the side if that is
+    smaller. An infinite sigma gives the mean of the line.
 
     Args:
-        side: cells of the line.
-        sigmas: of each row, float32 ``[rows]``; of one that is 0, the weights mean nothing.
+        side: number of cells of the line.
+        sigmas: sigma of each row, float32 ``[rows]``; where it is 0, the weights are meaningless.
 
     Returns:
-        ``[rows, side, side]``: by which weight each cell (last) adds to each.
+        ``[rows, side, side]``: weights with which each cell (last dimension) contributes to each.
     """
     sigma = sigmas.where(sigmas > 0, 1).view(-1, 1, 1)
     reach = (6 * sigma).ceil().clamp(max=side).div(2, rounding_mode="floor")
@@ -428,7 +430,7 @@ def _blur_matrices(side: int, sigmas: Tensor) -> Tensor:
 
     cells = torch.arange(side, device=sigmas.device)
     to, of = cells[:, None], cells
-    # Mirrored without repeating the border cell, so that this one has one image of the two.
+    # Mirrored without repeating the border cell, which therefore has only one mirror image.
     below = weights(-of - to) * (of > 0)
     above = weights(2 * (side - 1) - of - to) * (of < side - 1)
     matrix = weights(of - to) + below + above

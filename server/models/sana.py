@@ -1,11 +1,11 @@
-"""SANA and SANA-Sprint: Gemma's text behind an instruction, and a transformer of linear attention.
+"""SANA and SANA-Sprint: Gemma's text after an instruction, and a transformer of linear attention.
 
-Xie et al., arXiv 2410.10629; Chen et al., arXiv 2503.09641; as ``SanaPipeline`` and
-``SanaSprintPipeline`` of diffusers run them, but at the size that is asked for.
+Xie et al., arXiv 2410.10629; Chen et al., arXiv 2503.09641. They run as in diffusers'
+``SanaPipeline`` and ``SanaSprintPipeline``, but at the requested size.
 
-SANA-Sprint's TrigFlow is a plain flow: at the angle ``a`` its network is told the time
-``s = sin a / (cos a + sin a)`` and shown ``(1 - s) x0 + s noise``, and what it puts out is the
-velocity of that flow.
+SANA-Sprint's TrigFlow is equivalent to a plain flow: at the angle ``a`` its network receives the
+time ``s = sin a / (cos a + sin a)`` and ``(1 - s) x0 + s noise``, and its output is the velocity of
+that flow.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ if TYPE_CHECKING:
 __all__ = ["SanaDenoiser", "load_sana", "load_sana_sprint"]
 
 TEXT = "text"
-"""Of conditioning, the hidden states of Gemma, ``[tokens, features]``."""
+"""Name of the conditioning tensor with Gemma's hidden states, ``[tokens, features]``."""
 
 LENGTH = 300
-"""Tokens that the transformer reads of a prompt, with Gemma's marker of the start."""
+"""Maximum number of tokens that the transformer reads of a prompt, including the start marker."""
 
 NEGATIVE = "\N{NULL}"
-"""Before the text of a negative prompt, which has no instruction before it."""
+"""Prefix that marks the text of a negative prompt, which is encoded without the instruction."""
 
 INSTRUCTION = "\n".join(
     (
@@ -73,43 +73,44 @@ INSTRUCTION = "\n".join(
         "User Prompt: ",
     )
 )
-"""What stands before a prompt, word for word that of diffusers' pipelines."""
+"""Instruction before each prompt, verbatim from diffusers' pipelines."""
 
 
 class InstructedGemma:
-    """The last hidden states of a prompt's tokens behind an instruction, without the instruction's.
+    """Encodes prompts after an instruction, whose own hidden states are dropped.
 
-    The marker of the start and the instruction's last token are kept. A negative prompt is read
-    without the instruction; the unconditional is the empty one.
+    The last hidden states of the prompt's tokens are kept, with those of the start marker and of
+    the instruction's last token. A negative prompt is encoded without the instruction; the
+    unconditional is the empty negative prompt.
 
     Args:
         encoder: a ``Gemma2Model`` in inference mode.
-        tokenizer: that adds the marker of the start.
-        device: where the encoder runs.
+        tokenizer: its tokenizer, which adds the start marker.
+        device: device of the encoder.
     """
 
     def __init__(self, encoder: Any, tokenizer: Any, device: torch.device) -> None:
         self._encoder = encoder
         self._tokenizer = tokenizer
         self._device = device
-        # A fast tokenizer refuses two threads at once.
+        # A fast tokenizer raises an error if two threads use it at once.
         self._tokenizing = Lock()
         self._instruction: int = len(tokenizer.encode(INSTRUCTION))
 
     @property
     def max_tokens(self) -> int:
-        """Tokens of the longest prompt, the marker of its start not counted."""
+        """Maximum number of tokens of a prompt, excluding the start marker."""
         return LENGTH - 2
 
     def count_tokens(self, text: str) -> int:
-        """Tokens of a prompt, the marker of its start not counted; safe from any thread."""
+        """Number of tokens of a prompt, excluding the start marker; safe from any thread."""
         with self._tokenizing:
             return len(self._tokenizer(lowered(text), verbose=False).input_ids) - 1
 
     def encode(
         self, prompts: Sequence[str | None], width: int, height: int, options: TextOptions
     ) -> list[Conditioning]:
-        """Conditioning of each prompt at its own length, whatever the size of the picture."""
+        """Conditioning of each prompt at its own length; it does not depend on the image size."""
         tokens = [self._tokens_of(prompt) for prompt in prompts]
         longest = max(map(len, tokens))
         ids = torch.tensor([own + [0] * (longest - len(own)) for own in tokens])
@@ -138,7 +139,7 @@ class InstructedGemma:
 
 
 class SanaDenoiser:
-    """The transformer, which puts out the velocity of a flow.
+    """The transformer, which predicts the velocity of a flow.
 
     Args:
         network: a ``SanaTransformer2DModel`` in inference mode.
@@ -169,11 +170,11 @@ class SanaDenoiser:
 def load_sana(
     folder: Path, name: str, revisions: Revisions, device: torch.device, dtype: torch.dtype
 ) -> TransformerModel:
-    """Load the parts of a diffusers folder from safetensors alone.
+    """Load the parts of a diffusers folder, from safetensors files only.
 
     Raises:
-        ModelMismatch: a part that this family cannot run, or a scheduler of another process than
-            flow matching.
+        ModelMismatch: a part that this family cannot run, or a scheduler that is not for flow
+            matching.
     """
     scheduler = read_json(folder, SCHEDULER)
     kind = str(scheduler.get("_class_name", ""))
@@ -196,7 +197,7 @@ def load_sana(
         )
     schedule = NoiseSchedule.from_diffusers(scheduler)
     scale = float(read_json(folder, f"{TRANSFORMER}/config.json").get("timestep_scale", 1.0))
-    # Solvers that are given the noise schedule of a flow tell whole timesteps.
+    # diffusers' solvers round the timesteps of a flow down to whole numbers.
     rounds = not kind.startswith("FlowMatch")
 
     def told(t: F64) -> F64:
@@ -211,7 +212,7 @@ def load_sana(
 def load_sana_sprint(
     folder: Path, name: str, revisions: Revisions, device: torch.device, dtype: torch.dtype
 ) -> TransformerModel:
-    """Load the parts of a diffusers folder from safetensors alone.
+    """Load the parts of a diffusers folder, from safetensors files only.
 
     Raises:
         ModelMismatch: a part that this family cannot run.

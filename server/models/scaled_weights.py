@@ -1,8 +1,8 @@
-"""Weights in eight-bit floats with a scale for each tensor, as ComfyUI writes them.
+"""Weights in eight-bit floats with a scale for each tensor, as written by ComfyUI.
 
-Beside ``layer.weight`` stands its scale, ``layer.scale_weight`` in older files and
-``layer.weight_scale`` in newer ones, where ``layer.comfy_quant`` names the format as JSON in bytes.
-Eight-bit floats without a scale are numbers like others.
+The scale of ``layer.weight`` is ``layer.scale_weight`` in older files and ``layer.weight_scale`` in
+newer ones, in which ``layer.comfy_quant`` contains the format as JSON bytes. Eight-bit floats
+without a scale are ordinary numbers.
 """
 
 from __future__ import annotations
@@ -28,27 +28,27 @@ FORMATS: Final = {
 SCALES: Final = (".scale_weight", ".weight_scale")
 FORMAT: Final = ".comfy_quant"
 BITSANDBYTES: Final = ".quant_state.bitsandbytes__"
-"""Stands between a weight's name and its format, such as ``nf4``, as Forge's files have it."""
+"""Separates a weight's name from its format, such as ``nf4``, in files written by Forge."""
 
 OF_INPUTS: Final = (".scale_input", ".input_scale")
-"""Scales of activations, for products of eight-bit floats, which are not computed here."""
+"""Scales of activations, for products in eight-bit floats, which are not used here."""
 
 MARKER: Final = "scaled_fp8"
-"""Tensor of older files that only says that others are scaled."""
+"""Tensor of older files that only indicates that others are scaled."""
 
 
 def unscaled(
     tensors: Mapping[str, Tensor], called: str, dtype: torch.dtype = torch.bfloat16
 ) -> dict[str, Tensor]:
-    """The same tensors, with those that have a scale multiplied by it.
+    """Multiply tensors that have a scale by it; others are unchanged.
 
     Args:
-        tensors: of a file, by name.
-        called: what they are of, for the error.
-        dtype: of the products.
+        tensors: tensors of a file, by name.
+        called: name of the network, for errors.
+        dtype: dtype of the products.
 
     Raises:
-        ModelMismatch: a scaled weight in another format than ``FORMATS``.
+        ModelMismatch: a scaled weight has a format other than those in ``FORMATS``.
     """
     made: dict[str, Tensor] = {}
     scales: dict[str, Tensor] = {}

@@ -1,6 +1,6 @@
-"""Vocabularies of SentencePiece files, for T5 tokenizers whose folder has no ``tokenizer.json``.
+"""Reads SentencePiece files, for T5 tokenizers whose folder has no ``tokenizer.json``.
 
-Such a file is a message of protocol buffers, of which three fields are needed; its library is not.
+Such a file is a protocol buffers message, of which three fields are needed; the library is not.
 """
 
 from __future__ import annotations
@@ -17,34 +17,35 @@ if TYPE_CHECKING:
 __all__ = ["t5_tokenizer"]
 
 PIECE, TRAINER, NORMALIZER = 1, 2, 3
-"""Fields of the whole."""
+"""Fields of the top-level message."""
 
 TEXT, SCORE = 1, 2
 """Fields of a piece."""
 
 MODEL_TYPE, UNIGRAM = 3, 1
-"""Field of the trainer's settings, and what it says of T5's models; nothing means the same."""
+"""Field of the trainer's settings with the model type, and its value for T5; it is also the
+default."""
 
 CHARACTERS = 2
-"""Field of the normalizer, the table by which characters are replaced."""
+"""Field of the normalizer with the table of character replacements."""
 
 VARINT, EIGHT_BYTES, COUNTED, FOUR_BYTES = 0, 1, 2, 5
-"""How a field's value is written."""
+"""Wire types of fields."""
 
 EXTRA: Final = 100
-"""Sentinels behind the pieces, which T5's tokenizer adds."""
+"""Number of sentinel tokens after the pieces, which T5's tokenizer adds."""
 
 
 def t5_tokenizer(folder: Path, name: str, kind: Any) -> Any:
-    """A T5 tokenizer of a SentencePiece file.
+    """Build a T5 tokenizer from a SentencePiece file.
 
     Args:
-        folder: of the model.
-        name: of the file in it.
+        folder: model folder.
+        name: name of the file in it.
         kind: ``T5Tokenizer``.
 
     Raises:
-        ModelMismatch: the file is no SentencePiece model of the kind unigram.
+        ModelMismatch: the file is not a SentencePiece unigram model.
     """
     vocabulary: list[tuple[str, float]] = []
     characters = b""
@@ -63,14 +64,14 @@ def t5_tokenizer(folder: Path, name: str, kind: Any) -> Any:
         vocabulary += [(f"<extra_id_{place}>", 0.0) for place in reversed(range(EXTRA))]
         return kind(vocab=vocabulary, _spm_precompiled_charsmap=characters or None, extra_ids=EXTRA)
     except Exception as error:
-        # The tokenizer's library raises what it likes at pieces that make no vocabulary.
+        # The tokenizer's library raises various exceptions for pieces that form no vocabulary.
         raise ModelMismatch(
             f"{name} of model folder {str(folder)!r} is no SentencePiece model of T5's kind."
         ) from error
 
 
 def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
-    """Number and value of each field, a whole number or bytes."""
+    """Number and value of each field; a value is an integer or bytes."""
     at = 0
     while at < len(message):
         tag, at = _varint(message, at)
@@ -90,7 +91,7 @@ def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
 
 
 def _varint(message: bytes, at: int) -> tuple[int, int]:
-    """A number of 7 bits a byte, lowest first, and the place behind it."""
+    """Decode a number of 7 bits per byte, lowest first; also returns the position after it."""
     value = shift = 0
     while True:
         byte = message[at]

@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.x and 2.x, and models of the same parts: one CLIP text encoder, a U-Net."""
+"""Stable Diffusion 1.x and 2.x, and models with the same parts: one CLIP text encoder, a U-Net."""
 
 from __future__ import annotations
 
@@ -33,18 +33,18 @@ if TYPE_CHECKING:
 PART = "text_encoder"
 
 LAST_LAYER = 1
-"""Of hidden states, those that the U-Net reads unless a request chooses others."""
+"""CLIP layer, counted from the last, that the U-Net reads unless a request chooses another."""
 
 
 class OneEncoder:
-    """Normalised hidden states of one CLIP text encoder; the unconditional is the empty prompt."""
+    """Normalized hidden states of one CLIP text encoder; the unconditional is the empty prompt."""
 
     def __init__(self, clip: CLIP) -> None:
         self._clip = clip
 
     @property
     def max_tokens(self) -> int:
-        """Tokens of the longest prompt, markers not counted."""
+        """Maximum number of tokens of a prompt, excluding markers."""
         return self._clip.max_tokens
 
     @property
@@ -64,12 +64,12 @@ class OneEncoder:
     def encode(
         self, prompts: Sequence[str | None], width: int, height: int, options: TextOptions
     ) -> list[Conditioning]:
-        """Conditioning of each prompt, whatever the size of the picture."""
+        """Conditioning of each prompt; it does not depend on the image size."""
         skip = options.clip_skip or LAST_LAYER
         vectors = options.vectors(PART)
         output = self._clip.encode([plain_text(prompt) for prompt in prompts], vectors)
         hidden = self._clip.normalised(output, skip)
-        # A view would keep the whole batch of prompts in memory.
+        # Cloned, as a view would keep the whole batch of prompts in memory.
         rows = [
             self._weighted(prompt, skip, vectors)
             if isinstance(prompt, EmphasizedPrompt)
@@ -97,15 +97,15 @@ def load_stable_diffusion(
     dtype: torch.dtype,
     defaults: ModelDefaults | None = None,
 ) -> UNetModel:
-    """Load the parts of a diffusers folder from safetensors alone.
+    """Load the parts of a diffusers folder, from safetensors files only.
 
     Args:
-        folder: of the model.
-        name: what requests call the model.
-        revisions: of its weights.
-        device: where it runs.
-        dtype: of the U-Net and the text encoder.
-        defaults: settings of requests that leave them out; None for those that the folder tells of.
+        folder: model folder.
+        name: name that requests use for the model.
+        revisions: revisions of its weights.
+        device: device of the model.
+        dtype: dtype of the U-Net and the text encoder.
+        defaults: settings of requests that leave them out; None for those derived from the folder.
 
     Raises:
         ModelMismatch: a part that this family cannot run.

@@ -1,6 +1,6 @@
-"""Stable Diffusion 3 and 3.5: two CLIP text encoders and T5, a transformer of joint blocks.
+"""Stable Diffusion 3 and 3.5: two CLIP text encoders and T5, and a transformer of joint blocks.
 
-Esser et al., arXiv 2403.03206; as ``StableDiffusion3Pipeline`` of diffusers runs it.
+Esser et al., arXiv 2403.03206. It runs as in diffusers' ``StableDiffusion3Pipeline``.
 """
 
 from __future__ import annotations
@@ -37,21 +37,21 @@ TEXT = "encoder_hidden_states"
 POOLED = "pooled_projections"
 
 OWN_LAYER = 2
-"""Of CLIP's layers, counted from the last, whose hidden states the transformer reads."""
+"""CLIP layer, counted from the last, whose hidden states the transformer reads."""
 
 T5_LENGTH = 256
-"""Tokens of every prompt for T5, padding among them."""
+"""Number of T5 tokens of every prompt, including padding."""
 
 
 class ClipsAndT5:
-    """CLIP's hidden states side by side, T5's behind them, and both pooled vectors of CLIP.
+    """Concatenates both CLIPs' hidden states by feature, T5's after them, and both pooled vectors.
 
     The unconditional is the empty prompt.
 
     Args:
         first: CLIP ViT-L with a projection.
         second: OpenCLIP ViT-bigG with a projection.
-        t5: None for a model that is run without it, whose tokens are then zeros.
+        t5: T5; None for a model that is run without it, whose T5 states are then zeros.
         width: features of a token.
     """
 
@@ -62,7 +62,7 @@ class ClipsAndT5:
 
     @property
     def max_tokens(self) -> int:
-        """Tokens of the longest prompt that T5 does not cut off; CLIP reads the first 75 or so."""
+        """Maximum number of tokens of a prompt for T5; CLIP reads only the first 75 or so."""
         return self._readers[0].max_tokens
 
     @property
@@ -71,13 +71,13 @@ class ClipsAndT5:
         return clip_skips(OWN_LAYER, *self._clips)
 
     def count_tokens(self, text: str) -> int:
-        """T5's tokens of a prompt without markers, or CLIP's; safe from any thread."""
+        """T5's tokens of a prompt, or CLIP's, excluding markers; safe from any thread."""
         return max(reader.count_tokens(text) for reader in self._readers)
 
     def encode(
         self, prompts: Sequence[str | None], width: int, height: int, options: TextOptions
     ) -> list[Conditioning]:
-        """Conditioning of each prompt, whatever the size of the picture."""
+        """Conditioning of each prompt; it does not depend on the image size."""
         texts = [prompt or "" for prompt in prompts]
         encoded = [clip.encode(texts) for clip in self._clips]
         layer = -(options.clip_skip or OWN_LAYER)
@@ -87,11 +87,11 @@ class ClipsAndT5:
         if self._t5 is None:
             states = clips.new_zeros(len(texts), T5_LENGTH, self._width)
         else:
-            # T5 reads its padding as text here, and so does the transformer.
+            # T5 attends to its padding here, and so does the transformer.
             states = self._t5.encode(texts, masked=False).states
         hidden = torch.cat([clips, states], 1)
         return [
-            # Views would keep the whole batch of prompts in memory.
+            # Cloned, as views would keep the whole batch of prompts in memory.
             Conditioning({TEXT: row.clone(), POOLED: vector.clone()}, len(row))
             for row, vector in zip(hidden, pooled, strict=True)
         ]
@@ -104,16 +104,16 @@ class ClipsAndT5:
 
     @property
     def _readers(self) -> tuple[T5] | tuple[CLIP, CLIP]:
-        """Those whose length counts."""
+        """The encoders that determine the maximum length."""
         return self._clips if self._t5 is None else (self._t5,)
 
 
 class SD3Denoiser:
-    """The transformer, which packs latents itself and puts out their velocity.
+    """The transformer, which packs latents itself and predicts their velocity.
 
     Args:
         network: an ``SD3Transformer2DModel`` in inference mode.
-        control: the ControlNets that it takes.
+        control: ControlNets for this transformer.
     """
 
     def __init__(self, network: Any, control: SD3Control) -> None:
@@ -140,7 +140,7 @@ class SD3Denoiser:
 def load_stable_diffusion_3(
     folder: Path, name: str, revisions: Revisions, device: torch.device, dtype: torch.dtype
 ) -> TransformerModel:
-    """Load the parts of a diffusers folder from safetensors alone.
+    """Load the parts of a diffusers folder, from safetensors files only.
 
     Raises:
         ModelMismatch: a part that this family cannot run.
@@ -197,7 +197,7 @@ def load_stable_diffusion_3(
 
 
 def _has_t5(folder: Path) -> bool:
-    """Whether the folder names a third text encoder; its absence is written as two nulls."""
+    """Whether the folder names a third text encoder; if absent, the entry is a pair of nulls."""
     named = read_json(folder, "model_index.json").get("text_encoder_3")
     return named not in (None, [None, None])
 

@@ -1,6 +1,6 @@
-"""Stable Diffusion XL, base and Turbo: two CLIP text encoders, sizes as added conditions.
+"""Stable Diffusion XL, base and Turbo: two CLIP text encoders, and sizes as added conditioning.
 
-Podell et al., arXiv 2307.01952; as ``StableDiffusionXLPipeline`` of diffusers runs it.
+Podell et al., arXiv 2307.01952. It runs as in diffusers' ``StableDiffusionXLPipeline``.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 FIRST, SECOND = "text_encoder", "text_encoder_2"
 
 OWN_LAYER = 2
-"""Of the layers, counted from the last, whose hidden states the U-Net reads, not normalised."""
+"""Layer, counted from the last, whose hidden states the U-Net reads without the final norm."""
 
 TURBO_SCHEDULER: Mapping[str, str] = {
     "_class_name": "EulerAncestralDiscreteScheduler",
@@ -46,11 +46,11 @@ TURBO_SCHEDULER: Mapping[str, str] = {
     "prediction_type": "epsilon",
 }
 TURBO_SIZE = 64
-"""Cells along a side of a latent that the U-Net was trained at, where the base model has 128."""
+"""Latent height and width that the U-Net was trained at; the base model has 128."""
 
 
 class TwoEncoders:
-    """Hidden states of two CLIP text encoders side by side, and the second one's pooled vector.
+    """Concatenated hidden states of two CLIP text encoders, and the second one's pooled vector.
 
     Args:
         first: CLIP ViT-L.
@@ -65,7 +65,7 @@ class TwoEncoders:
 
     @property
     def max_tokens(self) -> int:
-        """Tokens of the longest prompt that neither encoder cuts off, markers not counted."""
+        """Maximum number of tokens of a prompt for both encoders, excluding markers."""
         return min(self._first.max_tokens, self._second.max_tokens)
 
     @property
@@ -86,14 +86,14 @@ class TwoEncoders:
     def encode(
         self, prompts: Sequence[str | None], width: int, height: int, options: TextOptions
     ) -> list[Conditioning]:
-        """Conditioning of each prompt, for an uncropped picture of the size that is drawn."""
+        """Conditioning of each prompt, for an uncropped image of the generated size."""
         texts = [plain_text(prompt) for prompt in prompts]
         first = self._first.encode(texts, options.vectors(FIRST))
         second = self._second.encode(texts, options.vectors(SECOND))
         layer = -(options.clip_skip or OWN_LAYER)
         hidden = torch.cat([first.hidden_states[layer], second.hidden_states[layer]], -1)
         pooled: Tensor = second.text_embeds
-        # Original height and width, top and left of the crop, height and width that are drawn.
+        # Original height and width, top and left of the crop, target height and width.
         sizes = hidden.new_tensor([height, width, 0, 0, height, width], dtype=torch.float32)
         made: list[Conditioning] = []
         for prompt, states, vector in zip(prompts, hidden, pooled, strict=True):
@@ -108,7 +108,7 @@ class TwoEncoders:
     def _weighted(
         self, prompt: EmphasizedPrompt, layer: int, options: TextOptions
     ) -> tuple[Tensor, Tensor]:
-        """Hidden states of all chunks, and the pooled vector of the first."""
+        """Hidden states of all chunks, and the pooled vector of the first chunk."""
         first, weights = self._first.encode_weighted(prompt, options.vectors(FIRST))
         second, weights_2 = self._second.encode_weighted(prompt, options.vectors(SECOND))
         states = torch.cat(
@@ -128,7 +128,7 @@ class TwoEncoders:
 def load_stable_diffusion_xl(
     folder: Path, name: str, revisions: Revisions, device: torch.device, dtype: torch.dtype
 ) -> UNetModel:
-    """Load the parts of a diffusers folder from safetensors alone.
+    """Load the parts of a diffusers folder, from safetensors files only.
 
     Raises:
         ModelMismatch: a part that this family cannot run.
@@ -169,10 +169,10 @@ def load_stable_diffusion_xl(
 
 
 def _defaults_of(folder: Path, unet: Any) -> ModelDefaults | None:
-    """How the model was distilled to be sampled; None for the server's defaults.
+    """The settings that the model was distilled for; None for the server's defaults.
 
-    SDXL Turbo is told by its scheduler and its size together: models of many steps are saved with
-    ancestral Euler too.
+    SDXL Turbo is recognized by its scheduler and its size together: multi-step models may be saved
+    with ancestral Euler as well.
     """
     scheduler = read_json(folder, SCHEDULER)
     embeds_scale = unet.config.time_cond_proj_dim is not None

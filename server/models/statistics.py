@@ -1,4 +1,4 @@
-"""The empirical model statistics that a model folder holds."""
+"""The empirical model statistics in a model folder."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ logger = logging.getLogger(__name__)
 
 KEPT_BYTES = 128 * 2**20
 LEAST_SCALE = 1e-3
-"""Scale 0 counts as this where distances are taken in the logarithm."""
+"""Lower bound of scales where distances are taken in the logarithm, which 0 does not have."""
 
 
 class ModelStatistics:
-    """Which guidance there are statistics for, and the statistics when they are wanted.
+    """Finds the guidance for which there are statistics, and loads the statistics on demand.
 
-    Headers are read at the start, arrays on first use. Files of other weights, or of another
-    schedule, are left out, with a warning.
+    Headers are read at startup, arrays on first use. Files for other weights or another schedule
+    are ignored with a warning.
     """
 
     def __init__(self) -> None:
@@ -39,12 +39,12 @@ class ModelStatistics:
 
     @classmethod
     def of(cls, folder: Path, revision: str, schedule: NoiseSchedule) -> ModelStatistics:
-        """Those in a model folder.
+        """Find the statistics in a model folder.
 
         Args:
-            folder: of the model.
-            revision: of its weights.
-            schedule: the model's.
+            folder: model folder.
+            revision: revision of its weights.
+            schedule: noise schedule of the model.
         """
         found = cls()
         for file in sorted((folder / DERIVED).glob("ems-*.safetensors")):
@@ -62,19 +62,19 @@ class ModelStatistics:
 
     @property
     def available(self) -> tuple[str, ...]:
-        """Guidance that there are statistics for: "none", "cfg 2", ..."""
+        """Guidance for which there are statistics: "none", "cfg 2", ..."""
         ordered = sorted(self._files, key=lambda identity: identity.scale)
         return tuple(guidance_name(identity.rule, identity.scale) for identity in ordered)
 
     def exact(self, rule: str, scale: float) -> StatisticsIdentity:
-        """Those of classifier-free guidance of just this scale.
+        """The statistics for classifier-free guidance of exactly this scale.
 
         Args:
             rule: ``cfg`` or ``none``.
             scale: its scale; ``cfg`` of 1 is ``none``.
 
         Raises:
-            InvalidRequest: there are none, with the command that makes them.
+            InvalidRequest: there are none; the sentence has the command that computes them.
         """
         rule = "none" if scale == 1 else rule
         for identity in self._files:
@@ -88,10 +88,10 @@ class ModelStatistics:
         )
 
     def nearest(self, scale: float) -> StatisticsIdentity:
-        """Those of the nearest scale, by its logarithm; none is a scale of 1.
+        """The statistics with the nearest scale by its logarithm; ``none`` has the scale 1.
 
         Raises:
-            InvalidRequest: there are none at all.
+            InvalidRequest: there are none for any scale.
         """
         if not self._files:
             raise InvalidRequest(
@@ -103,10 +103,10 @@ class ModelStatistics:
         return min(self._files, key=lambda identity: _distance(identity.scale, scale))
 
     def load(self, identity: StatisticsIdentity, shape: tuple[int, ...]) -> Statistics:
-        """The arrays, for a latent: elementwise at the size they are of, else per channel.
+        """The arrays for a latent shape: elementwise at their own size, otherwise per channel.
 
         Raises:
-            InvalidRequest: the file is gone, or cannot be read any more.
+            InvalidRequest: the file no longer exists, or can no longer be read.
         """
         file = self._files[identity]
         try:
@@ -119,7 +119,7 @@ class ModelStatistics:
             ) from None
 
     def refusal(self, guidance: str) -> InvalidRequest:
-        """The answer to guidance that there can be no exact statistics of."""
+        """The error for guidance for which exact statistics cannot exist."""
         return InvalidRequest(
             "sampler.statistics",
             f"sampler.statistics is 'exact', but there are no statistics for {guidance}"
@@ -127,7 +127,7 @@ class ModelStatistics:
         )
 
     def _why(self, file: str) -> str:
-        """What there is instead, or what is wrong with the file that would do."""
+        """What is wrong with the suitable file, or which statistics exist; part of a sentence."""
         if file in self._stale:
             return f": {self._stale[file].rstrip('.')}"
         return f", only for {', '.join(self.available)}" if self._files else ""
@@ -137,7 +137,7 @@ class ModelStatistics:
 
 
 def guidance_name(rule: str, scale: float) -> str:
-    """What guidance is called where statistics are: "none", "cfg 4", ..."""
+    """Name of guidance in error sentences and listings: "none", "cfg 4", ..."""
     return rule if rule == "none" else f"{rule} {scale:g}"
 
 

@@ -1,9 +1,9 @@
-"""Networks whose blocks stay in host memory, and are on the device only while they run.
+"""Networks whose blocks stay in host memory and are on the device only while they run.
 
-By the group offloading of diffusers: while a block runs, the next one is copied on a stream of its
-own. A network then takes as much of the device as its two largest blocks and what stands outside of
-them, and a forward takes at least as long as copying it. Weights do not change, so nothing is
-written back.
+This uses diffusers' group offloading: while a block runs, the next one is copied on a separate
+stream. A network then takes as much device memory as its two largest blocks and its parts outside
+the blocks, and a forward pass takes at least as long as copying the network. Weights do not change,
+so nothing is copied back.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ GROUPS: Final = "group_offloading"
 """Name of the hook by which diffusers moves a module."""
 
 STREAMED_BLOCKS: Final = 2
-"""Blocks of a network that are on the device at once: one that runs, and the next."""
+"""Number of a network's blocks that are on the device at once: the running one, and the next."""
 
 
 def stream_blocks(network: nn.Module, device: torch.device) -> None:
     """Stream the blocks of a network from host memory; the rest of it is moved to the device.
 
     Args:
-        network: of diffusers or transformers, in inference mode, called by its forward.
-        device: where it runs.
+        network: network of diffusers or transformers, in inference mode, called by its ``forward``.
+        device: device on which it runs.
     """
     from diffusers.hooks import apply_group_offloading
 
@@ -50,12 +50,12 @@ def stream_blocks(network: nn.Module, device: torch.device) -> None:
 
 
 def at_rest(network: nn.Module, name: str, device: torch.device) -> Any:
-    """A layer, or a copy of it that stays where it is if its weight is streamed.
+    """A layer, or a copy of it that is not moved if its weight is streamed.
 
     Args:
-        network: that has it, and may run meanwhile.
-        name: of the layer, which has no layers inside.
-        device: where the copy's parameters are to be.
+        network: network that contains it, and may run at the same time.
+        name: name of the layer, which must not contain other layers.
+        device: device for the copy's parameters.
     """
     layer = network.get_submodule(name)
     host = next((own for own in _host_tensors(network) if layer.weight in own), None)
@@ -66,15 +66,15 @@ def at_rest(network: nn.Module, name: str, device: torch.device) -> Any:
         name: None if one is None else nn.Parameter(host[one].to(device), requires_grad=False)
         for name, one in vars(layer)["_parameters"].items()
     }
-    # What moves a layer is called in place of its forward.
+    # The layer's own ``forward`` attribute is the hook that moves it.
     vars(still).pop("forward", None)
     return still
 
 
 def _host_tensors(network: nn.Module) -> Iterator[Mapping[Any, Tensor]]:
-    """What host memory has of the parameters and buffers of each group of blocks.
+    """The host copies of the parameters and buffers of each group of blocks.
 
-    That stays as it is while the network runs.
+    They do not change while the network runs.
     """
     for module in network.modules():
         registry: Any = getattr(module, "_diffusers_hook", None)
@@ -84,7 +84,7 @@ def _host_tensors(network: nn.Module) -> Iterator[Mapping[Any, Tensor]]:
 
 
 def _trunk(network: nn.Module) -> nn.Module:
-    """The outermost module that has lists of blocks, which diffusers takes for its groups."""
+    """The outermost module that has lists of blocks, from which diffusers makes its groups."""
     waiting = deque([network])
     while waiting:
         module = waiting.popleft()

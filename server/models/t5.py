@@ -15,15 +15,15 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MARKERS = 1
-"""The token of the end, which counts towards the length."""
+"""The end token, which counts toward the length."""
 
 
 class EncodedText(NamedTuple):
-    """What a text encoder makes of prompts.
+    """The output of a text encoder for prompts.
 
     Attributes:
         states: last hidden states, ``[prompts, tokens, features]``.
-        mask: which tokens are no padding, bool ``[prompts, tokens]``.
+        mask: whether each token is not padding, bool ``[prompts, tokens]``.
     """
 
     states: Tensor
@@ -31,36 +31,37 @@ class EncodedText(NamedTuple):
 
 
 class T5:
-    """Encodes prompts at one length: padded, or cut off.
+    """Encodes prompts at a fixed length, padded or truncated.
 
     Args:
         encoder: a ``T5EncoderModel`` in inference mode.
-        tokenizer: whose ``model_max_length`` is the length.
-        device: where the encoder runs.
+        tokenizer: its tokenizer, whose ``model_max_length`` is the length.
+        device: device of the encoder.
     """
 
     def __init__(self, encoder: Any, tokenizer: Any, device: torch.device) -> None:
         self.encoder = encoder
         self._tokenizer = tokenizer
         self._device = device
-        # A fast tokenizer refuses two threads at once.
+        # A fast tokenizer raises an error if two threads use it at once.
         self._tokenizing = Lock()
 
     @classmethod
     def load(
         cls, folder: Path, suffix: str, length: int, device: torch.device, dtype: torch.dtype
     ) -> T5:
-        """The text encoder and the tokenizer of a model folder.
+        """Load the text encoder and the tokenizer of a model folder.
 
         Args:
-            folder: of the model.
-            suffix: of both parts' names, such as ``_2``.
-            length: tokens of every prompt; a shorter ``model_max_length`` of the tokenizer counts.
-            device: where the encoder runs.
-            dtype: of its weights.
+            folder: model folder.
+            suffix: suffix of both parts' names, such as ``_2``.
+            length: number of tokens of every prompt, unless the tokenizer's ``model_max_length`` is
+                smaller.
+            device: device of the encoder.
+            dtype: dtype of its weights.
 
         Raises:
-            ModelMismatch: a part of another class, or weights that are not those of its config.
+            ModelMismatch: a part of another class, or weights that do not match its config.
         """
         from transformers import T5EncoderModel, T5Tokenizer
 
@@ -70,21 +71,21 @@ class T5:
 
     @property
     def max_tokens(self) -> int:
-        """Tokens of the longest prompt, the marker of its end not counted."""
+        """Maximum number of tokens of a prompt, excluding the end marker."""
         return self._tokenizer.model_max_length - MARKERS
 
     def count_tokens(self, text: str) -> int:
-        """Tokens of a prompt, the marker of its end not counted; safe from any thread."""
+        """Number of tokens of a prompt, excluding the end marker; safe from any thread."""
         with self._tokenizing:
             return len(self._tokenizer(text, verbose=False).input_ids) - MARKERS
 
     def encode(self, prompts: Sequence[str], *, masked: bool) -> EncodedText:
-        """The last hidden states.
+        """The last hidden states of prompts.
 
         Args:
-            prompts: one a row.
-            masked: whether the encoder's attention leaves the padding out. Models differ: what it
-                reads changes the states of the prompt's own tokens too.
+            prompts: prompts, one per row.
+            masked: whether the encoder's attention ignores the padding. Models differ in this, and
+                it affects the states of the prompt's own tokens, too.
         """
         with self._tokenizing:
             tokens = self._tokenizer(

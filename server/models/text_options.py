@@ -1,4 +1,4 @@
-"""How the texts of an image are encoded, beside what they say."""
+"""Options for encoding the texts of an image."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ if TYPE_CHECKING:
 __all__ = ["AS_USUAL", "TextKey", "TextOptions"]
 
 TextKey: TypeAlias = "tuple[int | None, tuple[tuple[str, str], ...], tuple[bytes, ...]]"
-"""What of the options matters to one text: the layer, the embeddings that it names, the pictures.
+"""The options that affect one text: the layer, the embeddings that occur in it, and the images.
 
-Embeddings are named by name and revision: holding them here would keep them in memory.
+Embeddings are given by name and revision, as references to them would keep them in memory.
 """
 
 
 @dataclass(frozen=True, slots=True)
 class TextOptions:
-    """The options hold for all texts of an image, its unconditional among them.
+    """Options for all texts of an image, including its unconditional.
 
     Attributes:
         clip_skip: layer of the CLIP text encoders, counted from the last, whose hidden states the
             denoiser reads: 1 is the last, 2 the one before it. None is the model's own.
-        embeddings: that the texts name; others of the server are words like any.
-        pictures: that the text encoder sees with each of them.
+        embeddings: embeddings that occur in the texts; other names are ordinary words.
+        pictures: images that the text encoder sees with each text.
     """
 
     clip_skip: int | None = None
@@ -40,17 +40,17 @@ class TextOptions:
     pictures: tuple[SeenPicture, ...] = ()
 
     def key(self, text: str | None) -> TextKey:
-        """What must be the same for two encodings of a text to be the same."""
+        """Key that is equal for encodings of a text that have the same result."""
         revisions = {one.name: one.revision for one in self.embeddings}
         found = named(text or "", revisions) if revisions else ()
         said = tuple((name, revisions[name]) for name in found)
         return self.clip_skip, said, tuple(one.digest for one in self.pictures)
 
     def vectors(self, part: str) -> Mapping[str, Tensor]:
-        """What a text encoder reads in place of each name, ``[vectors, width]``.
+        """The vectors that replace each embedding name in a text encoder, ``[vectors, width]``.
 
         Args:
-            part: the encoder's name in a model folder.
+            part: name of the encoder in a model folder.
         """
         return {one.name: one.vectors[part] for one in self.embeddings}
 

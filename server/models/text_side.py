@@ -1,4 +1,4 @@
-"""What a family supplies of its text encoders, whatever its denoiser."""
+"""The interface to a family's text encoders, independent of its denoiser."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ if TYPE_CHECKING:
 
 
 def lowered(prompt: str) -> str:
-    """A prompt in small letters, as the pipelines of PixArt and SANA prepare theirs."""
+    """Lowercase and strip a prompt, as the pipelines of PixArt and SANA do."""
     return prompt.lower().strip()
 
 
 class TextSide(Protocol):
-    """How a family turns prompts into conditioning."""
+    """Encodes prompts to conditioning for a family."""
 
     @property
     def max_tokens(self) -> int:
-        """Tokens of the longest prompt, markers not counted."""
+        """Maximum number of tokens of a prompt, excluding markers."""
         ...
 
     def count_tokens(self, text: str) -> int:
-        """Tokens of a prompt, markers not counted; safe from any thread."""
+        """Number of tokens of a prompt, excluding markers; safe from any thread."""
         ...
 
     def encode(
@@ -42,11 +42,11 @@ class TextSide(Protocol):
 
 
 class EmbeddableText(Protocol):
-    """The text side of a model with a U-Net: CLIP encoders, whose prompts may name embeddings."""
+    """The text side of a U-Net model: CLIP encoders, whose prompts may use embeddings."""
 
     @property
     def max_tokens(self) -> int:
-        """Tokens of the longest prompt, markers not counted."""
+        """Maximum number of tokens of a prompt, excluding markers."""
         ...
 
     @property
@@ -60,11 +60,11 @@ class EmbeddableText(Protocol):
         ...
 
     def count_tokens(self, text: str, embeddings: Mapping[str, int]) -> int:
-        """Tokens of a prompt, markers not counted; safe from any thread.
+        """Number of tokens of a prompt, excluding markers; safe from any thread.
 
         Args:
             text: the prompt.
-            embeddings: how many vectors stand for each name.
+            embeddings: number of vectors that each embedding name stands for.
         """
         ...
 

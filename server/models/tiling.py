@@ -1,4 +1,4 @@
-"""Large pictures pass an autoencoder in overlapping tiles, which bounds their memory."""
+"""Tiled encoding and decoding of large images, which bounds the memory of autoencoders."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ if TYPE_CHECKING:
 __all__ = ["LARGEST_WHOLE", "pixels_a_cell", "with_tiles"]
 
 LARGEST_WHOLE: Final = 1536 * 1536
-"""Pixels of the largest picture that passes whole."""
+"""Maximum number of pixels of an image that is processed as a whole."""
 
 
 def with_tiles(network: Any, cells: Tensor, scale: int) -> Any:
-    """An autoencoder of diffusers, which works in diffusers' own tiles if the picture is large.
+    """Switch a diffusers autoencoder to diffusers' own tiling if the image is large.
 
-    The tiles overlap by a quarter and are blended there: what depends on the whole picture, as the
-    statistics of group norms do, depends on the tile instead.
+    The tiles overlap by a quarter and are blended there. Quantities that depend on the whole image,
+    such as the statistics of group norms, then depend on the tile instead.
 
     Args:
-        network: that only one thread uses.
-        cells: pictures or latents ``[..., h, w]``.
-        scale: pixels along one side of a cell; 1 for pictures.
+        network: autoencoder that only one thread uses.
+        cells: images or latents ``[..., h, w]``.
+        scale: pixels along one side of a cell; 1 for images.
     """
     network.use_tiling = cells.shape[-1] * cells.shape[-2] * scale**2 > LARGEST_WHOLE
     return network
 
 
 def pixels_a_cell(config: Any) -> int:
-    """Pixels along one side of a cell of an autoencoder's latents, by its config."""
-    # The lists of AutoencoderDC and of Qwen's autoencoder, and that of all others.
+    """Pixels along one side of a latent cell of an autoencoder, by its config."""
+    # The config entry differs for Qwen's autoencoder, AutoencoderDC, and all others.
     if hasattr(config, "temperal_downsample"):
         return 2 ** len(config.temperal_downsample)
     if hasattr(config, "encoder_block_out_channels"):

@@ -1,4 +1,4 @@
-"""Models of a transformer, an autoencoder and a family's text side."""
+"""Models that consist of a transformer, an autoencoder and a family's text side."""
 
 from __future__ import annotations
 
@@ -36,15 +36,15 @@ TRANSFORMER = "transformer"
 """Name of the denoiser in a model folder."""
 
 DEFAULT_SIDE = 1024
-"""Pixels along a side of a picture where the configs say no size."""
+"""Image width and height in pixels where the configs specify no size."""
 
 
 ADAPTED_TEXT = "CLIP"
-"""How the classes of text encoders begin that adapters may change; LoRA files leave others be."""
+"""Prefix of the classes of text encoders that adapters may change; LoRA files have no others."""
 
 
 class StacksConditioning(Protocol):
-    """How a family stacks conditioning."""
+    """Stacks conditioning for a family."""
 
     def __call__(self, rows: Sequence[Conditioning], *, fixed: bool) -> StackedConditioning:
         """See ``HostedModel.stack``."""
@@ -52,7 +52,7 @@ class StacksConditioning(Protocol):
 
 
 class Denoiser(Protocol):
-    """How a family's transformer is called; packing and the output's sign stay inside."""
+    """Calls a family's transformer; hides packing and the sign of its output."""
 
     @property
     def network(self) -> nn.Module:
@@ -65,7 +65,7 @@ class Denoiser(Protocol):
 
 
 class SizesDenoiser(Protocol):
-    """How a transformer is called for rows of several latent shapes."""
+    """Calls a transformer for rows of several latent shapes."""
 
     def __call__(self, x: Sequence[Tensor], t: Tensor, inputs: RowInputs) -> list[Tensor]:
         """See ``HostedModel.evaluate_sizes``."""
@@ -73,7 +73,7 @@ class SizesDenoiser(Protocol):
 
 
 class LatentCoder(Protocol):
-    """Between pictures and the latents of a family, see ``HostedModel``."""
+    """Converts between images and a family's latents, see ``HostedModel``."""
 
     @property
     def network(self) -> nn.Module:
@@ -90,23 +90,24 @@ class LatentCoder(Protocol):
 
 
 class TransformerModel(HostedModel):
-    """A transformer with what its family says of text, latents and schedules.
+    """A transformer with its family's text side, latents and schedules.
 
     Args:
-        facts: what is known of the model.
-        device: where it runs.
-        dtype: of the transformer and the text encoders.
-        schedule: of a width and a height in pixels and a number of steps.
+        facts: facts about the model.
+        device: device on which it runs.
+        dtype: dtype of the transformer and the text encoders.
+        schedule: noise schedule for a width and height in pixels and a number of steps.
         denoiser: calls the transformer.
-        sizes: calls it for several latent shapes at once; None where it takes one.
-        autoencoder: decodes and encodes.
+        sizes: calls it for several latent shapes at once; None where this is unsupported.
+        autoencoder: decodes and encodes images.
         text: encodes prompts.
-        stack: conditioning of the rows of a forward; by default all are of one shape.
-        told: what the transformer is told at times of the schedule; by default what that says.
+        stack: stacks the conditioning of rows; by default all have one shape.
+        told: values that the transformer receives for times of the schedule; by default those of
+            the schedule itself.
         negative: marks a negative prompt; None where it is encoded like any other.
-        control: the ControlNets that the denoiser takes; None where it takes none.
-        picture_tokens: tokens ``[height, width, features]`` of the latents ``[C, h, w]`` of a
-            picture beside the prompt; None where the denoiser reads none.
+        control: ControlNets that the denoiser accepts; None where it accepts none.
+        picture_tokens: converts latents ``[C, h, w]`` of a reference image to tokens
+            ``[height, width, features]``; None where the denoiser takes none.
     """
 
     def __init__(
@@ -246,12 +247,12 @@ class TransformerModel(HostedModel):
 
 
 def check_channels(folder: Path, taken: int, coded: int) -> None:
-    """Refuse a transformer that reads more than the latents, or other ones.
+    """Refuse a transformer whose input is not just the autoencoder's latents.
 
     Args:
-        folder: of the model.
-        taken: channels of a latent cell that the transformer takes.
-        coded: channels of a latent cell that the autoencoder makes.
+        folder: model folder.
+        taken: number of channels that the transformer takes.
+        coded: number of channels of the autoencoder's latents.
 
     Raises:
         ModelMismatch: they differ.
@@ -265,11 +266,11 @@ def check_channels(folder: Path, taken: int, coded: int) -> None:
 
 
 def default_side(vae: Any, size_multiple: int) -> int:
-    """Pixels along a side of a picture that a request leaves out, by the autoencoder's config.
+    """Default image width and height in pixels, by the autoencoder's config.
 
     Args:
-        vae: the network.
-        size_multiple: that the number must be a multiple of; it is rounded down to one.
+        vae: the autoencoder.
+        size_multiple: the result is rounded down to a multiple of this.
     """
     side = getattr(vae.config, "sample_size", None) or DEFAULT_SIDE
     return max(side // size_multiple, 1) * size_multiple
