@@ -171,7 +171,7 @@ class HostedModel(ABC):
 
     @abstractmethod
     def schedule(self, width: int, height: int, steps: int) -> NoiseSchedule:
-        """The noise schedule of a run; the same object for all runs with equal schedules.
+        """The noise schedule of a run; the same object for all runs if it does not depend on them.
 
         Args:
             width: image width in pixels.

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 OUTSIDE_BLOCKS: Final = frozenset(
     {"conditioning", "edits", "scale_embedding", "channels", "controls"}
 )
-"""Inputs that the network reads before and between its blocks, apart from edits, of which any makes
-a row not plain."""
+"""Inputs that the network reads before and between its blocks. Edits are an exception, for which
+``RowInputs.plain`` checks separately."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

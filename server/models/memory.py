@@ -73,8 +73,8 @@ def attainable_bytes(device: torch.device) -> int:
 def room_for(called: str, needed: int, device: torch.device) -> Generator[None]:
     """Refuse weights that do not fit into the free memory of a device.
 
-    They are loaded inside the ``with`` block, during which a tick may still allocate the memory
-    that was free.
+    They are loaded inside the ``with`` block, during which a tick of the engine may still allocate
+    the memory that was free.
 
     Args:
         called: kind and name of the weights.

@@ -203,8 +203,8 @@ def texts_along(text: str, timeline: Timeline) -> tuple[str, ...]:
     found: list[str] = []
     known: dict[str, str] = {}
     for stage in range(timeline.evaluations):
-        # AUTOMATIC1111 counts evaluations from 0, but looks texts up by the number of the last
-        # completed one, counted from 1: the first text lasts for one evaluation more.
+        # AUTOMATIC1111 counts evaluations from 0, but compares that with the number of a text's
+        # last evaluation, counted from 1: the first text lasts for one evaluation more.
         said = _said(parts, max(stage, 1))
         found.append(known.setdefault(said, said))
         if len(known) > MOST_TEXTS:

@@ -315,7 +315,7 @@ class RowEdits:
         resnets = _resnets(block)
 
         def hook(resnet: nn.Module, width: int) -> None:
-            """Hook a block whose input is the backbone of this width, then skip connections."""
+            """Hook a block whose input is a backbone of this width, then a skip connection."""
 
             def scale(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
                 backbone = self._tensors.get((BackboneScales, f"backbone {stage}"))

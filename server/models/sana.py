@@ -197,7 +197,7 @@ def load_sana(
         )
     schedule = NoiseSchedule.from_diffusers(scheduler)
     scale = float(read_json(folder, f"{TRANSFORMER}/config.json").get("timestep_scale", 1.0))
-    # diffusers' solvers round the timesteps of a flow down to whole numbers.
+    # Schedulers of other classes, configured for a flow, pass timesteps rounded down.
     rounds = not kind.startswith("FlowMatch")
 
     def told(t: F64) -> F64:

@@ -40,7 +40,7 @@ DEFAULT_SIDE = 1024
 
 
 ADAPTED_TEXT = "CLIP"
-"""Prefix of the classes of text encoders that adapters may change; LoRA files have no others."""
+"""Prefix of text encoder classes that adapters may change; LoRA files leave others unchanged."""
 
 
 class StacksConditioning(Protocol):

@@ -1,4 +1,4 @@
-"""Models of a U-Net and an autoencoder; a family says how its U-Net is told of a prompt."""
+"""Models that consist of a U-Net, an autoencoder and a family's text side."""
 
 from __future__ import annotations
 
@@ -41,40 +41,42 @@ if TYPE_CHECKING:
     from server.models.text_side import EmbeddableText
 
 TEXT = "encoder_hidden_states"
-"""Of conditioning, what the U-Net's cross-attention reads, ``[tokens, features]``.
+"""Name of the conditioning tensor that the U-Net's cross-attention reads, ``[tokens, features]``.
 
-All else goes to the U-Net as its added conditions, by the same names.
+All other tensors are passed to the U-Net as added conditioning, under the same names.
 """
 
 UNET = "unet"
 """Name of the denoiser in a model folder."""
 
 WEAK_FOLDER = "weft/weak"
-"""Where a model folder may hold a weaker U-Net: smaller or less trained, of the same latents."""
+"""Subfolder of a model folder for a weaker U-Net: smaller or less trained, on the same latents."""
 
 SCHEDULER = "scheduler/scheduler_config.json"
 
 PREDICTIONS: tuple[PredictionType, ...] = ("epsilon", "v_prediction", "sample")
 
 LONGEST_PERIOD = log(10_000)
-"""Logarithm of how much slower the last angle of a scale's embedding turns than the first."""
+"""Logarithm of the ratio of the first to the last frequency of the guidance scale's embedding."""
 
 OF_OTHER_MODELS: Final = ("EDM", "FlowMatch", "SCM")
-"""How schedulers begin whose models predict something else of another noise."""
+"""Prefixes of schedulers whose models have another prediction type and noise process."""
 
 
 class UNetModel(HostedModel):
-    """A diffusers U-Net, an autoencoder and a family's text side, one of whose tensors is ``TEXT``.
+    """A diffusers U-Net with an autoencoder and a family's text side.
+
+    Its conditioning has a tensor named ``TEXT``.
 
     Args:
-        facts: what is known of the model.
-        device: where it runs.
-        dtype: of the U-Net and the text encoders.
-        schedule: of all runs.
+        facts: facts about the model.
+        device: device on which it runs.
+        dtype: dtype of the U-Net and the text encoders.
+        schedule: noise schedule of all runs.
         unet: a ``UNet2DConditionModel`` in inference mode.
         vae: an ``AutoencoderKL`` or ``AutoencoderTiny`` in inference mode.
         text: encodes prompts.
-        weak: a weaker U-Net of the same latents, for autoguidance.
+        weak: a weaker U-Net with the same latents, for autoguidance; None for none.
     """
 
     weighs_prompts = True
@@ -113,14 +115,14 @@ class UNetModel(HostedModel):
     @property
     @override
     def memory_format(self) -> str:
-        # A GPU's and a CPU's convolutions are made for it.
+        # Convolutions are optimized for channels_last, both on GPUs and on CPUs.
         weight = self._unet.conv_in.weight
         by_channels = weight.is_contiguous(memory_format=torch.channels_last)
         return "channels_last" if by_channels else super().memory_format
 
     @override
     def make_differentiable(self) -> None:
-        # Group norm has no forward mode over channels_last.
+        # Group norm does not support forward-mode AD with channels_last.
         self._unet.to(memory_format=torch.contiguous_format)
 
     @override
@@ -155,7 +157,7 @@ class UNetModel(HostedModel):
 
     @override
     def levelled(self, texts: Mapping[Told, Conditioning]) -> dict[Told, Conditioning]:
-        # Attention to a text that is repeated as a whole is attention to the text.
+        # Attention to a text that is repeated as a whole equals attention to the text.
         common = lcm(*(one.length for one in texts.values()))
         return {told: _repeated(one, common // one.length) for told, one in texts.items()}
 
@@ -247,7 +249,7 @@ class UNetModel(HostedModel):
 
 
 def _laid_out(one: Conditioning) -> Conditioning:
-    """The same with a text that is repeated in one piece."""
+    """Make a text that is repeated as a view contiguous."""
     text = one.tensors[TEXT].flatten(0, -2)
     return Conditioning({**one.tensors, TEXT: text}, one.length)
 
@@ -255,7 +257,7 @@ def _laid_out(one: Conditioning) -> Conditioning:
 def _repeated(one: Conditioning, times: int) -> Conditioning:
     if times == 1:
         return one
-    # A view, since an image may be told many texts; `stack` lays it out.
+    # A view, since an image may use many texts; `stack` makes it contiguous.
     text = one.tensors[TEXT].expand(times, -1, -1)
     return Conditioning({**one.tensors, TEXT: text}, times * one.length)
 
@@ -269,20 +271,20 @@ def facts_of(
     text: EmbeddableText,
     defaults: ModelDefaults | None = None,
 ) -> ModelFacts:
-    """What the configs of a folder say of a model.
+    """The facts about a model according to a folder's configs.
 
     Args:
-        folder: of the model.
-        name: what requests call the model.
-        revisions: of its weights.
-        unet: the network.
-        vae: the network.
+        folder: model folder.
+        name: name that requests use for the model.
+        revisions: revisions of its weights.
+        unet: the U-Net.
+        vae: the autoencoder.
         text: encodes prompts.
-        defaults: settings of requests that leave them out; None for the server's own.
+        defaults: settings of requests that leave them out; None for the server's defaults.
 
     Raises:
-        ModelMismatch: a U-Net that reads something else than latents and a mask, or an unknown
-            prediction type.
+        ModelMismatch: the U-Net has inputs other than latents, with or without a mask and a masked
+            image, or the prediction type is unknown.
     """
     scheduler = read_json(folder, SCHEDULER)
     config, latent_scale = unet.config, 2 ** (len(vae.config.block_out_channels) - 1)
@@ -321,11 +323,11 @@ def facts_of(
 
 
 def schedule_of(folder: Path) -> NoiseSchedule:
-    """The noise schedule that a folder's scheduler was configured with.
+    """The noise schedule in the config of a folder's scheduler.
 
     Raises:
-        ModelMismatch: there is no such config, or it is one of a flow or of EDM.
-        ValueError: a noise schedule that is not known here.
+        ModelMismatch: there is no such config, or it is for flow matching or EDM.
+        ValueError: the noise schedule is unsupported.
     """
     config = read_json(folder, SCHEDULER)
     name = str(config.get("_class_name", ""))
@@ -339,7 +341,7 @@ def schedule_of(folder: Path) -> NoiseSchedule:
 
 
 def load_companion(folder: Path, dtype: torch.dtype) -> Any:
-    """The weaker U-Net that a model folder may hold, for autoguidance; None where it holds none."""
+    """Load the weaker U-Net in a model folder, for autoguidance; None where there is none."""
     from diffusers import UNet2DConditionModel
 
     if not (folder / WEAK_FOLDER).is_dir():
@@ -348,17 +350,17 @@ def load_companion(folder: Path, dtype: torch.dtype) -> Any:
 
 
 def embedding_of_scales(scales: Tensor, size: int) -> Tensor:
-    """What a latent consistency model is told of the guidance scale (arXiv 2310.04378).
+    """Embedding of the guidance scale for latent consistency models (arXiv 2310.04378).
 
     Args:
         scales: guidance scales less 1, ``[rows]``.
-        size: even number of features.
+        size: number of features, even.
 
     Returns:
         ``[rows, size]``: sines, then cosines, at frequencies from 1000 down to 0.1.
     """
     half = size // 2
-    # Angles reach thousands, where float32 rounds by 1e-3: so in the order LCMs were trained with.
+    # Angles reach thousands, where float32 rounds by 1e-3: keep the order of LCMs' training code.
     steps = torch.arange(half, dtype=torch.float32, device=scales.device)
     angles = 1000 * scales.float()[:, None] * torch.exp(steps * -(LONGEST_PERIOD / (half - 1)))
     return torch.cat([angles.sin(), angles.cos()], 1)

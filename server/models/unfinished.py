@@ -1,4 +1,4 @@
-"""Folders that are being filled, of which those of killed processes are removed."""
+"""Folders that are being filled; those left by killed processes are removed."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ PREFIX: Final = ".unfinished-"
 
 @contextmanager
 def unfinished(parent: Path) -> Generator[Path]:
-    """A new folder to fill within the ``with`` block, and to give another name at its end.
+    """Create a folder to be filled inside the ``with`` block and renamed at its end.
 
-    It is locked for so long, by which others of this and other processes know that it is in use. It
-    is removed if filling it fails, and those of processes that were killed are removed here.
+    It is locked inside the block, which tells other threads and processes that it is in use. If the
+    block fails, the folder is removed. Folders left by killed processes are removed before.
 
     Args:
-        parent: where it is made.
+        parent: folder in which it is created.
 
     Raises:
         OSError: the parent cannot be written.
     """
     with ExitStack() as held:
-        # One after another, so that nobody takes a new folder for one that was left.
+        # One thread at a time, so that nobody removes a new folder that is not locked yet.
         with locked(parent, wait=True):
             remove_left(parent, PREFIX)
             made = Path(mkdtemp(dir=parent, prefix=PREFIX))

@@ -1,6 +1,6 @@
-"""Which files hold the weights of a part of a model folder, and how large they are.
+"""Finds the weight files of a part of a model folder, and computes how much memory they take.
 
-They are safetensors; those of a denoiser may be one GGUF file.
+They are safetensors files; those of a denoiser may be a single GGUF file.
 """
 
 from __future__ import annotations
@@ -49,40 +49,42 @@ __all__ = [
 
 NETWORK: Final = "diffusion_pytorch_model"
 TEXT_ENCODER: Final = "model"
-"""What diffusers and transformers call the files, without their endings."""
+"""Names that diffusers and transformers give the files, without the extension."""
 
 OF_TEXT_ENCODER: Final = re.compile(rf"{TEXT_ENCODER}([.-].*)?\.safetensors")
 
 VARIANTS: Final = (None, "fp16", "bf16")
-"""The first that a part has is loaded."""
+"""Variants in order of preference; the first one that a part has is loaded."""
 
 WHOLE_NUMBERS: Final = {"BOOL": 1, "U8": 1, "I8": 1, "I16": 2, "I32": 4, "I64": 8}
-"""Bytes of the types that are not converted."""
+"""Bytes per number of the types that are not converted."""
 
 FLOAT32: Final = 4
 BLOCK: Final = re.compile(r".*?\.\d+\.")
-"""Name of a tensor up to the number of its block."""
+"""Matches a tensor's name up to the number of its block."""
 
 MIDDLE: Final = "middle"
 OF_UNET: Final = re.compile(
     r"((model\.)?diffusion_model\.)?(?P<place>mid_block|middle_block|input_blocks|output_blocks)"
     r"\.((?P<number>\d+)\.)?"
 )
-"""Names in U-Nets whose numbers are none of blocks that are streamed, most of the original code."""
+"""Matches names in U-Nets whose numbers do not correspond to streamed blocks, most of them in the
+original code."""
 
 RESNETS_A_LEVEL: Final = 3
-"""In the original code's numbers of published U-Nets; the first block is a convolution."""
+"""Number of blocks per level in the original numbering of published U-Nets, whose first block is a
+convolution."""
 
 LONGEST_HEADER: Final = 100_000_000
-"""Bytes, as safetensors itself allows."""
+"""Bytes, the limit of safetensors itself."""
 
 
 class WeightFiles(NamedTuple):
     """The files of one part.
 
     Attributes:
-        names: of the files in the part's folder, at least one; they need not exist.
-        variant: that stands in their names, such as ``fp16``; None for none.
+        names: names of the files in the part's folder, at least one; they need not exist.
+        variant: variant in their names, such as ``fp16``; None for none.
     """
 
     names: tuple[str, ...]
@@ -90,13 +92,14 @@ class WeightFiles(NamedTuple):
 
 
 def weight_files(folder: Path, part: str, stem: str) -> WeightFiles:
-    """The files of a part: one, or those that an index lists; of a variant if there are no others.
+    """The weight files of a part: a single file, or those listed in an index.
 
-    A network's may have any name where it is the only one in its folder.
+    Files without a variant in their names are preferred. The weights of a network may have any name
+    if they are the only ones in its folder.
 
     Args:
-        folder: of the model.
-        part: the subfolder.
+        folder: model folder.
+        part: subfolder of the part.
         stem: ``NETWORK`` or ``TEXT_ENCODER``.
 
     Raises:
@@ -112,7 +115,7 @@ def weight_files(folder: Path, part: str, stem: str) -> WeightFiles:
         if (folder / part / f"{stem}{dotted}.safetensors").is_file():
             return WeightFiles((f"{stem}{dotted}.safetensors",), variant)
     if stem == NETWORK:
-        # The only one, by whatever name it was published.
+        # The only file, under whatever name it was published.
         others = [one.name for kind in WEIGHTS for one in (folder / part).glob(f"*{kind}")]
         if len(others) == 1 and not OF_TEXT_ENCODER.fullmatch(others[0]):
             return WeightFiles((others[0],), None)
@@ -120,19 +123,22 @@ def weight_files(folder: Path, part: str, stem: str) -> WeightFiles:
 
 
 def bytes_in_memory(folder: Path, dtype: torch.dtype, placement: Placement | None = None) -> int:
-    """What the networks of a model folder will take of its device, from the headers of its files.
+    """Device memory that a model folder's networks will take, from the headers of its files.
 
-    The autoencoder counts in float32, which some keep; files that are missing count nothing.
+    The autoencoder is counted in float32, which some models use; missing files count as 0.
 
     Args:
-        folder: of the model.
-        dtype: that the weights are converted to.
-        placement: how the networks are to be kept; by default as they are, on the device.
+        folder: model folder.
+        dtype: dtype to which the weights are converted.
+        placement: how the networks will be kept; by default unquantized, on the device.
+
+    Returns:
+        Memory in bytes.
 
     Raises:
-        ModelMismatch: no model folder, or a file that is no safetensors file.
+        ModelMismatch: the folder is not a model folder, or a file is not a safetensors file.
     """
-    # These load torch, without which settings and the catalog read what is in a folder.
+    # Imported here as they load torch, which reading settings and the catalog must not need.
     from server.models.placement import Placement
     from server.models.streamed import STREAMED_BLOCKS
 
@@ -142,7 +148,7 @@ def bytes_in_memory(folder: Path, dtype: torch.dtype, placement: Placement | Non
         blocks = Counter[str]()
         for block, nbytes in _kept(folder, part, dtype, placement):
             blocks[block] += nbytes
-        # The middle of a U-Net is no list of blocks: it comes and goes with the whole network.
+        # The mid block of a U-Net is not in a list of blocks, so it is not streamed by itself.
         outside = blocks.pop("", 0) + blocks.pop(MIDDLE, 0)
         at_once = STREAMED_BLOCKS if placement.streams(part) else len(blocks)
         total += outside + sum(sorted(blocks.values(), reverse=True)[:at_once])
@@ -154,18 +160,21 @@ def bytes_in_memory(folder: Path, dtype: torch.dtype, placement: Placement | Non
 
 
 def bytes_on_host(folder: Path, dtype: torch.dtype, placement: Placement) -> int:
-    """What the networks of a model folder will keep in host memory beside a GPU.
+    """Host memory that a model folder's networks will keep, when the model runs on a GPU.
 
-    These are the blocks that are streamed. They are locked there, for which torch takes memory by
-    powers of two.
+    This is the memory of the streamed blocks. It is pinned, for which torch allocates powers of
+    two.
 
     Args:
-        folder: of the model.
-        dtype: that the weights are converted to.
-        placement: how the networks are to be kept.
+        folder: model folder.
+        dtype: dtype to which the weights are converted.
+        placement: how the networks will be kept.
+
+    Returns:
+        Memory in bytes.
 
     Raises:
-        ModelMismatch: no model folder, or a file that is no safetensors file.
+        ModelMismatch: the folder is not a model folder, or a file is not a safetensors file.
     """
     return sum(
         1 << (nbytes - 1).bit_length()
@@ -177,16 +186,16 @@ def bytes_on_host(folder: Path, dtype: torch.dtype, placement: Placement) -> int
 
 
 def bytes_of_part(folder: Path, part: str, stem: str, width: int) -> int:
-    """What one network will take, from the headers of its files.
+    """Memory in bytes that one network will take, from the headers of its files.
 
     Args:
-        folder: of the model.
-        part: the subfolder, or a file.
+        folder: model folder.
+        part: subfolder of the network, or a file.
         stem: ``NETWORK`` or ``TEXT_ENCODER``.
-        width: bytes of a number once it is loaded.
+        width: bytes per number once it is loaded.
 
     Raises:
-        ModelMismatch: a file that is no safetensors file.
+        ModelMismatch: a file is not a safetensors file.
     """
     return sum(tensor.nbytes(width) for _, tensor in _tensors_of_part(folder, part, stem))
 
@@ -198,7 +207,7 @@ def _networks_of(folder: Path) -> tuple[str, ...]:
 def _kept(
     folder: Path, part: str, dtype: torch.dtype, placement: Placement
 ) -> Iterator[tuple[str, int]]:
-    """Each tensor of a part: its block, "" where it is in none, and its bytes once it is loaded."""
+    """Each tensor of a part: its block, "" if it is in none, and its bytes once it is loaded."""
     width = FLOAT32 if part == AUTOENCODER else dtype.itemsize
     bits = BITS[placement.quantization] if placement.quantizes(part) else None
     for stem in (NETWORK, TEXT_ENCODER):
@@ -211,7 +220,7 @@ def _kept(
 
 
 def _block_of(name: str) -> str:
-    """Of the blocks that are streamed one after another, that of a tensor; "" if it is in none."""
+    """The streamed block to which a tensor belongs; "" if it is in none."""
     if (found := OF_UNET.match(name)) is None:
         block = BLOCK.match(name)
         return block[0] if block else ""
@@ -231,14 +240,14 @@ class _Tensor(NamedTuple):
     shape: Sequence[int]
     dtype: str
     in_blocks: int | None = None
-    """Bytes of a weight that stays in blocks as in its file; None of all others."""
+    """Bytes of a weight that stays in blocks as in its file; None for all others."""
 
     @property
     def numbers(self) -> int:
         return prod(self.shape)
 
     def nbytes(self, width: int) -> int:
-        """Bytes once it is loaded, where a number that is converted has some width."""
+        """Bytes once it is loaded, if numbers that are converted take ``width`` bytes each."""
         if self.in_blocks is not None:
             return self.in_blocks
         return self.numbers * WHOLE_NUMBERS.get(self.dtype, width)
@@ -248,18 +257,18 @@ def _tensors_of_part(folder: Path, part: str, stem: str) -> list[tuple[str, _Ten
     if isfile(folder / part):
         return _tensors_of_file(folder, part)
     files = [folder / part / name for name in weight_files(folder, part, stem).names]
-    # An index may name any path, and what can be no file's name; it is refused when it is loaded.
+    # An index may list any path, and invalid file names; loading refuses them.
     own = [file for file in files if file.parent == folder / part and isfile(file)]
     tensors = [one for file in own for one in _tensors_of_file(folder, f"{part}/{file.name}")]
     if stem != NETWORK:
         return tensors
-    # A published file may hold other networks, too, which are not loaded.
+    # A published file may contain other networks as well, which are not loaded.
     prefix = own_prefix([name for name, _ in tensors])
     return [(name, tensor) for name, tensor in tensors if name.startswith(prefix)]
 
 
 def _tensors_of_file(folder: Path, name: str) -> list[tuple[str, _Tensor]]:
-    """The tensors by the file's header; it is not mapped, which may fail where it is large.
+    """The tensors of a file by its header; the file is not mapped, which could fail if it is large.
 
     Raises:
         ModelMismatch: it has no such header.
@@ -278,7 +287,7 @@ def _tensors_of_file(folder: Path, name: str) -> list[tuple[str, _Tensor]]:
             for key, entry in header.items()
             if key != "__metadata__"
         ]
-        # What is no list of numbers is found out here.
+        # Raises for shapes that are not lists of numbers.
         sum(tensor.nbytes(FLOAT32) for _, tensor in tensors)
     except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError):
         raise ModelMismatch(
@@ -292,7 +301,7 @@ def _in_blocks(name: str, tensor: GgufTensor) -> bool:
 
 
 def _is_matrix(name: str, tensor: _Tensor) -> bool:
-    """Whether this is the weight of a linear layer that is large enough to be quantised."""
+    """Whether this is the weight of a linear layer that is large enough to be quantized."""
     shape = tensor.shape
     if tensor.in_blocks is not None:
         return False

@@ -1,4 +1,4 @@
-"""Weights that requests ask for by name, loaded when they are wanted and bounded by bytes."""
+"""Memory for weights that requests name: loaded on demand, and bounded in bytes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["WeightMemory"]
 
 Key: TypeAlias = "tuple[str, Path, tuple[int, int]]"
-"""The name of the model, and the file or folder with the stamp of when it was read."""
+"""Name of the model, and path of the file or folder with its stamp at the time of reading."""
 
 
 class Sized(Protocol):
@@ -35,13 +35,13 @@ Weights = TypeVar("Weights", bound=Sized)
 
 
 class WeightMemory(Generic[Weights]):
-    """Loaded weights of one sort for all models, bounded by bytes; safe from any thread.
+    """Loaded weights of one kind for all models, bounded in bytes; safe from any thread.
 
-    Those of requests under way count too, whether or not they are kept for the next request.
+    The bound includes weights that running requests use, whether or not they are in the cache.
 
     Args:
-        most_bytes: of all of them together.
-        what: they are called, in the plural.
+        most_bytes: maximum size of all of them together, in bytes.
+        what: name of the kind, in the plural.
     """
 
     def __init__(self, most_bytes: int, what: str) -> None:
@@ -55,20 +55,20 @@ class WeightMemory(Generic[Weights]):
 
     @property
     def bytes(self) -> int:
-        """Of all that are kept or in use."""
+        """Size of all weights that are cached or in use, in bytes."""
         return sum(weights.nbytes for weights in list(self._alive.values()))
 
     def get(self, key: Key, nbytes: int, load: Callable[[], Weights]) -> Weights:
-        """The weights of a key, loaded where they are not there.
+        """The weights for a key, loaded if necessary.
 
         Args:
-            key: of the weights.
-            nbytes: of them, at most ``most_bytes``.
-            load: reads them; where it finds no room on the device, it is called again without
-                those that are only kept.
+            key: key of the weights.
+            nbytes: size of the weights, at most ``most_bytes``.
+            load: loads them; if it finds no room on the device, unused weights are evicted and it
+                is called again.
 
         Raises:
-            Overloaded: those of requests under way, or the device, leave no room for them.
+            Overloaded: weights of running requests, or the device, leave no room for them.
         """
         if (kept := self._kept.find(key)) is not None:
             return kept
@@ -78,16 +78,16 @@ class WeightMemory(Generic[Weights]):
                 self._make_room(nbytes)
                 found = self._loaded(load)
                 self._alive[key] = found
-                # What was read and converted on the way may be several times as large.
+                # Buffers for reading and converting may have been several times as large.
                 return_free_memory()
             self._kept.put(key, found)
             return found
 
     def never_together(self, sizes: Iterable[int]) -> str | None:
-        """Why weights of these bytes can never be in memory at once, as a clause; None if they can.
+        """Why weights of these sizes can never be in memory at once, as a clause; None if they can.
 
         Args:
-            sizes: bytes of all that one request needs.
+            sizes: sizes in bytes of all weights that one request needs.
         """
         if (nbytes := sum(sizes)) <= self.most_bytes:
             return None
@@ -97,19 +97,19 @@ class WeightMemory(Generic[Weights]):
         )
 
     def has(self, key: Key) -> bool:
-        """Whether the weights of a key are there without waiting for any to be loaded."""
+        """Whether the weights of a key are cached, so that ``get`` need not wait for loading."""
         return self._kept.find(key) is not None
 
     def forget(self, model: str) -> None:
-        """Let go of the weights of a model, whose keys begin with its name."""
+        """Evict the weights of a model, whose keys begin with its name."""
         self._kept.discard(lambda key: key[0] == model)
 
     def _loaded(self, load: Callable[[], Weights]) -> Weights:
         try:
             return load()
         except Overloaded:
-            # The device may have less room than all weights are allowed. Nobody would ever let go
-            # of those that no request uses.
+            # The device may have less room than ``most_bytes``. Cached weights that no request uses
+            # would never be released otherwise.
             self._kept.shrink(0)
         gc.collect()
         return_free_memory()

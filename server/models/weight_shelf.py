@@ -1,4 +1,4 @@
-"""Weights that requests ask for by name: found in folders, and loaded when they are wanted."""
+"""Shelves of weights that requests name: found in folders, and loaded on demand."""
 
 from __future__ import annotations
 
@@ -25,35 +25,35 @@ __all__ = ["NAME", "WeightShelf"]
 log = logging.getLogger(__name__)
 
 NAME = re.compile(r"\w[\w .+-]{0,126}")
-"""What can be a name: no path, and no sign that the text in pictures gives a meaning to."""
+"""Valid names: no paths, and no characters that have a meaning in the text stored in images."""
 
 Loaded = TypeVar("Loaded", covariant=True)
 
 
 class Found(Protocol[Loaded]):
-    """What there is to load, understood without its weights."""
+    """Something that can be loaded, described without its weights."""
 
     @property
     def name(self) -> str:
-        """As requests say it."""
+        """Name that requests use."""
         ...
 
     @property
     def path(self) -> Path:
-        """Where it is."""
+        """Path of the file or folder."""
         ...
 
     @property
     def stamp(self) -> tuple[int, int]:
-        """By which a change is noticed."""
+        """Value that changes when the file or folder changes."""
         ...
 
     def nbytes(self, dtype: torch.dtype) -> int:
-        """Memory of its weights in a type."""
+        """Memory of its weights in a dtype, in bytes."""
         ...
 
     def load(self, device: torch.device, dtype: torch.dtype) -> Loaded:
-        """Read the weights."""
+        """Load the weights."""
         ...
 
 
@@ -62,31 +62,31 @@ Wanted = TypeVar("Wanted")
 
 
 class WeightShelf(ABC, Generic[Here, Weights, Wanted]):
-    """Weights of one sort that fit one model, by name; safe from any thread.
+    """Weights of one kind that fit one model, by name; safe from any thread.
 
-    Whoever asks sees what the folders have by then, so that something new needs no restart; of what
-    has not changed, nothing is read twice.
+    Each lookup sees the current content of the folders, so new files need no restart; unchanged
+    files are read only once.
 
     Args:
-        folders: to look in. Of one name in several, the last one counts.
+        folders: folders to search. If several contain the same name, the last one is used.
         model: name of the model.
-        wanted: what must fit the model; None where it takes nothing of the sort.
-        memory: where loaded weights are kept.
-        device: where the model is.
-        dtype: of its weights.
+        wanted: properties that weights must fit; None if the model accepts nothing of this kind.
+        memory: keeps loaded weights.
+        device: device of the model.
+        dtype: dtype of its weights.
     """
 
     what: ClassVar[str]
-    """One of them is called."""
+    """Name of the kind, in the singular."""
 
     asked: ClassVar[str]
-    """What requests ask for is called, in the plural."""
+    """Name of what requests ask for, in the plural."""
 
     ending: ClassVar[str] = ""
-    """Of their names in the folders, which requests leave out."""
+    """Ending of the names in the folders, which requests leave out."""
 
     mismatch: ClassVar[type[WeftError]]
-    """Raised about those that cannot be used; made of a sentence."""
+    """Exception for weights that cannot be used; created from a sentence."""
 
     def __init__(
         self,
@@ -108,31 +108,31 @@ class WeightShelf(ABC, Generic[Here, Weights, Wanted]):
 
     @abstractmethod
     def _is_one(self, path: Path) -> bool:
-        """Whether an entry of a folder is one of this sort, by what is there."""
+        """Whether a path is of this kind, by its type and contents."""
 
     @abstractmethod
     def _stamp(self, path: Path) -> tuple[int, int]:
-        """By which a change of it is noticed."""
+        """Value that changes when the file or folder changes."""
 
     @abstractmethod
     def _understood(self, name: str, path: Path, wanted: Wanted) -> Here:
-        """What it is; raises ``mismatch`` if it is not what is wanted."""
+        """Describe what is at a path; raises ``mismatch`` if it does not fit."""
 
     def available(self) -> tuple[Here, ...]:
-        """Those that fit the model, by name."""
+        """Everything that fits the model, sorted by name."""
         outcomes = [self._outcome(name, path) for name, path in sorted(self._paths().items())]
         return tuple(one for one in outcomes if not isinstance(one, str))
 
     def unfit(self) -> Mapping[str, str]:
-        """Why each of the others cannot be used with the model, a sentence by name."""
+        """Why everything else cannot be used with the model: a sentence by name."""
         outcomes = {name: self._outcome(name, path) for name, path in sorted(self._paths().items())}
         return {name: one for name, one in outcomes.items() if isinstance(one, str)}
 
     def find(self, name: str) -> Here:
-        """The one of a name.
+        """Look up a name.
 
         Raises:
-            WeftError: ``mismatch``; there is none, or it does not fit the model.
+            WeftError: ``mismatch``; the name is unknown, or does not fit the model.
         """
         self._taken()
         path = self._path(name)
@@ -147,28 +147,28 @@ class WeightShelf(ABC, Generic[Here, Weights, Wanted]):
         return outcome
 
     def check_together(self, found: Iterable[Here]) -> None:
-        """Refuse what can never be in memory at once.
+        """Refuse weights that can never be in memory at once.
 
         Args:
-            found: as :meth:`find` finds them, each once.
+            found: results of :meth:`find`, each once.
 
         Raises:
-            WeftError: ``mismatch``; they take more memory than is allowed for all.
+            WeftError: ``mismatch``; together they exceed the limit for all weights.
         """
         if refusal := self._memory.never_together(one.nbytes(self._dtype) for one in found):
             raise self.mismatch(refusal)
 
     def is_loaded(self, name: str) -> bool:
-        """Whether :meth:`load` would neither read the disk nor wait for others to be read."""
+        """Whether :meth:`load` would neither read the disk nor wait for another load."""
         path = self._path(name)
         return path is not None and self._memory.has((self._model, path, self._stamp(path)))
 
     def load(self, name: str) -> Weights:
-        """The one of a name, with its weights; reads the disk where it is not in memory.
+        """Load the weights of a name, unless they are in memory.
 
         Raises:
-            WeftError: ``mismatch``; there is none, or it does not fit the model.
-            Overloaded: those of requests under way, or the device, leave no room for it.
+            WeftError: ``mismatch``; the name is unknown, or does not fit the model.
+            Overloaded: weights of running requests, or the device, leave no room for it.
         """
         found = self.find(name)
         key = self._model, found.path, found.stamp
@@ -177,7 +177,7 @@ class WeightShelf(ABC, Generic[Here, Weights, Wanted]):
         )
 
     def forget(self) -> None:
-        """Let go of what is loaded; the next request loads its own again."""
+        """Evict loaded weights; the next request loads its own again."""
         self._memory.forget(self._model)
 
     def _taken(self) -> Wanted:
@@ -195,7 +195,7 @@ class WeightShelf(ABC, Generic[Here, Weights, Wanted]):
         return self._chosen(name, self._places())
 
     def _places(self) -> Sequence[Mapping[str, Path]]:
-        """What may be of this sort by its name alone, folder by folder; what counts comes first."""
+        """Candidates by name alone, folder by folder, in order of precedence."""
         return [self._entries.of(folder) for folder in reversed(self._folders)]
 
     def _chosen(self, name: str, places: Sequence[Mapping[str, Path]]) -> Path | None:
@@ -203,7 +203,7 @@ class WeightShelf(ABC, Generic[Here, Weights, Wanted]):
         return next(filter(self._is_one, found), None)
 
     def _listed(self, folder: Path) -> Mapping[str, Path]:
-        """The same of one folder."""
+        """Candidates in one folder, by name alone."""
         try:
             entries = [entry for entry in listdir(folder) if entry.endswith(self.ending)]
         except OSError:
@@ -212,7 +212,7 @@ class WeightShelf(ABC, Generic[Here, Weights, Wanted]):
         return {name: path for name, path in named if NAME.fullmatch(name)}
 
     def _outcome(self, name: str, path: Path) -> Here | str:
-        """What it is, or the sentence why it cannot be used."""
+        """The description of what is at a path, or the sentence why it cannot be used."""
         stamp = self._stamp(path)
         if path in self._read and self._read[path][0] == stamp:
             return self._read[path][1]

@@ -1,4 +1,4 @@
-"""What a loaded model takes of memory."""
+"""Memory used by a loaded model."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ __all__ = ["bytes_of", "offloaded_bytes_of"]
 
 
 def bytes_of(model: HostedModel) -> int:
-    """Bytes of a model's weights and buffers on its device; what is shared counts once."""
+    """Bytes of a model's weights and buffers on its device; shared storage counts once."""
     return _bytes_on(model, model.device.type)
 
 
 def offloaded_bytes_of(model: HostedModel) -> int:
-    """Bytes of a model's weights that stay in host memory, though its device is another one."""
+    """Bytes of a model's weights that stay in host memory although it runs on another device."""
     return 0 if model.device.type == HOST else _bytes_on(model, HOST)
 
 
@@ -41,7 +41,7 @@ def _bytes_on(model: HostedModel, device: str) -> int:
 
 
 def _held_by(tensor: Tensor) -> list[Tensor]:
-    """The tensors that have memory: of a quantised weight, its numbers and its scales."""
+    """The tensors that hold memory: for a quantized weight, its numbers and its scales."""
     if is_traceable_wrapper_subclass(tensor):
         names, _ = tensor.__tensor_flatten__()
         return [one for name in names for one in _held_by(getattr(tensor, name))]
@@ -50,6 +50,6 @@ def _held_by(tensor: Tensor) -> list[Tensor]:
 
 
 def _scales_of(state: Any) -> list[Tensor]:
-    """What bitsandbytes keeps beside the numbers of a weight, and beside its scales in turn."""
+    """Tensors that bitsandbytes keeps in addition to a weight's numbers, nested scales included."""
     scales = [value for value in vars(state).values() if isinstance(value, torch.Tensor)]
     return scales if state.state2 is None else [*scales, *_scales_of(state.state2)]

@@ -1,6 +1,6 @@
-"""Z-Image, base and Turbo: a single-stream flow-matching transformer, a Qwen3 text encoder.
+"""Z-Image, base and Turbo: a single-stream flow-matching transformer, and a Qwen3 text encoder.
 
-Z-Image Team, arXiv 2511.22699; as ``ZImagePipeline`` of diffusers runs it.
+Z-Image Team, arXiv 2511.22699. It runs as in diffusers' ``ZImagePipeline``.
 """
 
 from __future__ import annotations
@@ -39,17 +39,17 @@ if TYPE_CHECKING:
     from server.models.inputs import RowInputs
 
 TEMPLATE = ChatTemplate("<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n", places=512)
-"""Qwen3's own around a prompt, with thinking enabled."""
+"""Qwen3's chat template around a prompt, with thinking enabled."""
 
 LAYER = -2
-"""Of the text encoder's hidden states, those that the transformer reads."""
+"""Index of the text encoder's hidden states that the transformer reads."""
 
 TURBO_SHIFT = 3.0
-"""Of Turbo's scheduler; that of the base model is 6."""
+"""Shift of Turbo's scheduler; that of the base model is 6."""
 
 
 class ZImageDenoiser:
-    """Calls the transformer, which is told the share of signal and puts out a negative velocity.
+    """Calls the transformer, which takes alpha as its time and predicts the negative velocity.
 
     Args:
         network: a ``ZImageTransformer2DModel`` in inference mode.
@@ -57,7 +57,7 @@ class ZImageDenoiser:
 
     def __init__(self, network: Any) -> None:
         self.network = network
-        # Called through the network, whose hooks then run.
+        # It replaces ``forward`` and is called through the network, so that its hooks run.
         network.forward = partial(evaluate, network)
 
     def __call__(self, x: Tensor, t: Tensor, inputs: RowInputs) -> Tensor:
@@ -75,7 +75,7 @@ class ZImageDenoiser:
 def load_z_image(
     folder: Path, name: str, revisions: Revisions, device: torch.device, dtype: torch.dtype
 ) -> TransformerModel:
-    """Load the parts of a diffusers folder from safetensors alone.
+    """Load the parts of a diffusers folder, from safetensors files only.
 
     Raises:
         ModelMismatch: a part that this family cannot run.
@@ -129,16 +129,16 @@ def load_z_image(
 
 
 def _check_positions(folder: Path, transformer: Any) -> None:
-    """Refuse a transformer of other tokens, or of fewer positions than a text has.
+    """Refuse a transformer with another patch size, or with fewer positions than a text needs.
 
-    A position that it does not have would be an error of the device, which nobody survives.
+    Indexing a position that it does not have would be a device-side error, which is fatal.
     """
     if KEY not in transformer.all_x_embedder:
         raise ModelMismatch(
             f"{TRANSFORMER} of model folder {str(folder)!r} has no tokens of {PATCH} x {PATCH} "
             "cells; Z-Image has."
         )
-    # A text begins at 1, and the picture stands behind it.
+    # A text starts at position 1, and the image follows it.
     needed, held = TEMPLATE.places + 2, transformer.config.axes_lens[0]
     if held < needed:
         raise ModelMismatch(
@@ -148,12 +148,12 @@ def _check_positions(folder: Path, transformer: Any) -> None:
 
 
 def stack(rows: Sequence[Conditioning], *, fixed: bool) -> StackedConditioning:
-    """Texts of several lengths, each with the learned tokens behind it."""
+    """Stack texts of several lengths, each followed by learned padding tokens."""
     return stack_padded(rows, TEXT, multiple=MULTIPLE, places=TEMPLATE.places if fixed else None)
 
 
 def alpha_of(t: F64) -> F64:
-    """What the transformer is told at a sigma of ``t``."""
+    """The time that the transformer receives at a sigma of ``t``, which is alpha."""
     return 1 - t
 
 

@@ -1,4 +1,4 @@
-"""The forward of Z-Image's transformer for rows of several picture sizes and text lengths."""
+"""The forward pass of Z-Image's transformer for rows of several image sizes and text lengths."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 __all__ = ["KEY", "MULTIPLE", "PATCH", "evaluate"]
 
 MULTIPLE = 32
-"""Tokens of a text and of a picture are filled up to multiples of this with learned ones."""
+"""The tokens of a text and of an image are padded to multiples of this with learned tokens."""
 
 PATCH = 2
 KEY = f"{PATCH}-1"
-"""Of the layers for tokens of so many cells along a side, of one frame."""
+"""Name of the layers for tokens of ``PATCH`` cells along one side, and of one frame."""
 
 
 def evaluate(
@@ -31,22 +31,22 @@ def evaluate(
     lengths: Tensor,
     mask: Tensor | None,
 ) -> list[Tensor]:
-    """What ``ZImageTransformer2DModel`` puts out, for texts and pictures of several sizes at once.
+    """Compute ``ZImageTransformer2DModel`` for texts and images of several sizes at once.
 
-    Its own forward takes lists, and so builds each row's positions and masks by itself and waits
-    for the device to learn the lengths. Here the same layers get all rows as one tensor. Behind
-    the tokens of smaller pictures there are some that nobody attends to.
+    Its own ``forward`` takes lists, so it builds positions and masks row by row and synchronizes
+    with the device for the lengths. Here the same layers get all rows as one tensor. The tokens of
+    smaller images are followed by padding that is masked out.
 
     Args:
         network: the transformer.
-        x: the rows of each size, ``[rows, C, h, w]`` of the network's type.
-        t: what each row is told, ``[rows]`` float32.
+        x: rows of each size, ``[rows, C, h, w]`` in the network's dtype.
+        t: time of each row, ``[rows]`` float32.
         text: hidden states, ``[rows, L, features]``; L is a multiple of ``MULTIPLE``.
-        lengths: tokens of each text, int64 ``[rows]``.
+        lengths: number of tokens of each text, int64 ``[rows]``.
         mask: which of the L places a row attends to, bool ``[rows, L]``; None for all.
 
     Returns:
-        ``[rows, C, h, w]`` of each size.
+        ``[rows, C, h, w]`` for each size.
     """
     sizes = [_Size(len(part), *part.shape[-2:]) for part in x]
     longest = max(size.filled for size in sizes)
@@ -55,7 +55,7 @@ def evaluate(
         F.pad(_patches(part), (0, 0, 0, longest - size.tokens))
         for part, size in zip(x, sizes, strict=True)
     ]
-    # All rows at once, as layers count the rows that have adapters.
+    # All rows at once, since adapter hooks on these layers index the rows of the batch.
     image = network.all_x_embedder[KEY](torch.cat(patches))
     place = torch.arange(longest, device=image.device)
     drawn = torch.cat([(place < size.tokens).expand(size.rows, -1) for size in sizes])
@@ -66,7 +66,7 @@ def evaluate(
     words = network.cap_embedder(text)
     place = torch.arange(text.shape[1], device=image.device)
     words = torch.where((place < lengths[:, None])[..., None], words, network.cap_pad_token)
-    # A picture stands one place behind its text; learned tokens behind it stand at the origin.
+    # An image is positioned one place after its text; its learned padding is at the origin.
     behind = (lengths + -lengths % MULTIPLE + 1).split([size.rows for size in sizes])
     grids = [_grid(size, first, longest) for size, first in zip(sizes, behind, strict=True)]
     image_rope = _rope(network, torch.cat(grids))
@@ -86,7 +86,7 @@ def evaluate(
 
 @dataclass(frozen=True, slots=True)
 class _Size:
-    """Rows whose latents have so many lines and columns of cells."""
+    """Rows whose latents have this height and width in cells."""
 
     rows: int
     height: int
@@ -94,19 +94,19 @@ class _Size:
 
     @property
     def tokens(self) -> int:
-        """Of a picture."""
+        """Number of tokens of an image."""
         return (self.height // PATCH) * (self.width // PATCH)
 
     @property
     def filled(self) -> int:
-        """Of a picture with the learned ones behind it, all of which are attended to."""
+        """Number of tokens of an image including its learned padding, which is attended to."""
         return self.tokens + -self.tokens % MULTIPLE
 
 
 def _joined(
     seen: Tensor | None, image: Tensor, mask: Tensor | None, words: Tensor
 ) -> Tensor | None:
-    """Which tokens of picture and text together are attended to; None for all."""
+    """Attention mask for the tokens of image and text together; None to attend to all."""
     if seen is None and mask is None:
         return None
     parts = (seen, image), (mask, words)
@@ -118,21 +118,21 @@ def _joined(
 
 
 def _patches(x: Tensor) -> Tensor:
-    """Tokens ``[rows, h/2 * w/2, 4 C]`` in the order of lines, channels last within a patch."""
+    """Tokens ``[rows, h/2 * w/2, 4 C]`` in row-major order, channels last within a patch."""
     rows, channels, height, width = x.shape
     cells = x.view(rows, channels, height // PATCH, PATCH, width // PATCH, PATCH)
     return cells.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
 
 
 def _unpatched(tokens: Tensor, size: _Size) -> Tensor:
-    """``[rows, C, h, w]`` of the first tokens of each row, which are those of its picture."""
+    """Latents ``[rows, C, h, w]`` from the first tokens of each row, which are the image's."""
     lines, columns = size.height // PATCH, size.width // PATCH
     cells = tokens[:, : size.tokens].reshape(size.rows, lines, columns, PATCH, PATCH, -1)
     return cells.permute(0, 5, 1, 3, 2, 4).reshape(size.rows, -1, size.height, size.width)
 
 
 def _grid(size: _Size, behind: Tensor, longest: int) -> Tensor:
-    """Positions of the tokens of pictures of one size, int64 ``[rows, longest, 3]``."""
+    """Positions of the tokens of images of one size, int64 ``[rows, longest, 3]``."""
     lines, columns = (
         torch.arange(cells // PATCH, device=behind.device) for cells in (size.height, size.width)
     )
@@ -142,5 +142,5 @@ def _grid(size: _Size, behind: Tensor, longest: int) -> Tensor:
 
 
 def _rope(network: Any, places: Tensor) -> Tensor:
-    """Complex rotations ``[rows, tokens, half a head]``."""
+    """Rotary embedding as complex rotations ``[rows, tokens, half a head]``."""
     return network.rope_embedder(places.flatten(0, 1)).view(*places.shape[:2], -1)

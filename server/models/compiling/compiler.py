@@ -74,8 +74,8 @@ class BlockCompiler:
     """Compiles blocks of all models of a server; safe from any thread.
 
     Args:
-        folder: folder for the programs; created if it does not exist, and accessible only to its
-            owner, as anybody who can write there can make the server run arbitrary code.
+        folder: folder for the programs. If it does not exist, it is created with access only for
+            its owner, as anybody who can write there can make the server run arbitrary code.
         processes: maximum number of processes that compile at once; by default chosen from the
             number of cores.
 
@@ -92,7 +92,7 @@ class BlockCompiler:
         # No subprocesses of the compiling process, which would outlive it.
         os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
         (folder / "inductor").mkdir(exist_ok=True)
-        # These modules take seconds to import, and no tick should wait for that.
+        # These modules take seconds to import, and no tick of the engine should wait for that.
         for module in FOR_LOADING:
             import_module(module)
         self._lock = Lock()
@@ -156,7 +156,7 @@ class BlockCompiler:
             return None
 
     def _claims_process(self, asked: _Asked) -> bool:
-        """Whether a thread may start a process; if not, it leaves its block to other threads."""
+        """Whether a thread may start a process; if not, it leaves its block to others."""
         with self._lock:
             if self._processes and not has_room(torch.device(asked.job.device), self._processes):
                 self._jobs.appendleft(asked)

@@ -43,7 +43,7 @@ class SD3Control:
     Args:
         transformer: an ``SD3Transformer2DModel``.
         encode: encodes images to clean latents ``[rows, C, h, w]``.
-        shift: the autoencoder's shift factor, which has been subtracted from these latents.
+        shift: offset that the autoencoder's shift has subtracted from these latents.
         device: device on which the ControlNets run.
     """
 
@@ -92,7 +92,7 @@ class SD3Control:
         """The image's latents ``[C, h, w]``."""
         latents = self._encode(picture.to(self._device)[None])[0]
         if network.config.force_zeros_for_pooled_projection:
-            # InstantX's ControlNets were trained on latents without the shift.
+            # InstantX's ControlNets take latents without the shift.
             latents = latents + self._shift
         return latents.to(network.dtype)
 

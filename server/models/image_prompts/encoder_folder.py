@@ -33,10 +33,10 @@ CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"
 CLASS = "CLIPVisionModelWithProjection"
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
-"""Defaults of CLIP, used where a folder specifies none."""
+"""Statistics of CLIP's training images, used where a folder specifies none."""
 
 LARGEST_SIDE = 1024
-"""Pixels; published encoders take images of 224 or 336."""
+"""Maximum height and width of input images in pixels; published encoders have 224 or 336."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
