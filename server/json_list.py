@@ -1,4 +1,4 @@
-"""Reads JSON lists in the operator's settings."""
+"""Parsing of JSON lists in the operator's settings."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ __all__ = ["json_list"]
 
 
 def json_list(text: str) -> Any:
-    """A list that a text begins like.
+    """Parse a text that begins like a list.
 
     Raises:
-        ValueError: it is no JSON, in words that do not repeat the text, which may be secret.
+        ValueError: it is not JSON; the message does not repeat the text, which may be secret.
     """
     try:
         return json.loads(text)

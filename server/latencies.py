@@ -13,9 +13,10 @@ class Latencies:
     """A histogram of seconds.
 
     Attributes:
-        bounds: of the buckets but the last, which has none; each in seconds, inclusive, rising.
-        counts: by bucket.
-        total_s: of all that were counted.
+        bounds: inclusive upper bounds in seconds, ascending, of all buckets but the last, which has
+            none.
+        counts: number of values in each bucket.
+        total_s: sum of all values.
     """
 
     bounds: tuple[float, ...]
@@ -26,6 +27,6 @@ class Latencies:
         self.counts = [0] * (len(self.bounds) + 1)
 
     def add(self, seconds: float) -> None:
-        """Count one."""
+        """Add a value."""
         self.counts[bisect_left(self.bounds, seconds)] += 1
         self.total_s += seconds

@@ -14,14 +14,14 @@ Value = TypeVar("Value")
 
 
 class ByteBoundedLRU(Generic[Key, Value]):
-    """Values by key, of which the least recently used go when all together are too large.
+    """A cache with least-recently-used eviction and a bound on the bytes of its values.
 
-    Safe from any thread; two that miss the same key at once both make it.
+    It is thread-safe; two threads that miss the same key at once both make its value.
 
     Args:
-        most_bytes: bound on the sum of all sizes. A value that is larger by itself is not kept,
-            and pushes nothing out.
-        size: bytes of a value.
+        most_bytes: bound on the sum of all sizes. A value that is larger by itself is not cached,
+            and evicts nothing.
+        size: function that returns the bytes of a value.
     """
 
     def __init__(self, most_bytes: int, size: Callable[[Value], int]) -> None:
@@ -33,11 +33,11 @@ class ByteBoundedLRU(Generic[Key, Value]):
 
     @property
     def bytes(self) -> int:
-        """Sum of the sizes of all that is kept."""
+        """Sum of the sizes of all cached values."""
         return self._bytes
 
     def find(self, key: Key) -> Value | None:
-        """The value of a key, which counts as a use of it; None where it is not kept."""
+        """Return the value of a key, which counts as a use; None if it is not cached."""
         with self._lock:
             if key not in self._values:
                 return None
@@ -45,7 +45,7 @@ class ByteBoundedLRU(Generic[Key, Value]):
             return self._values[key]
 
     def put(self, key: Key, value: Value) -> None:
-        """Keep a value, unless the key has one already or the value is too large by itself."""
+        """Cache a value, unless the key has one already or the value is too large by itself."""
         size = self._size(value)
         with self._lock:
             if key in self._values or size > self._most_bytes:
@@ -57,20 +57,20 @@ class ByteBoundedLRU(Generic[Key, Value]):
                 self._bytes -= self._size(gone)
 
     def shrink(self, most_bytes: int) -> None:
-        """Let go of the least recently used until at most so many bytes are kept."""
+        """Evict the least recently used values until at most this many bytes are cached."""
         with self._lock:
             while self._bytes > max(0, most_bytes):
                 _, gone = self._values.popitem(last=False)
                 self._bytes -= self._size(gone)
 
     def discard(self, unwanted: Callable[[Key], bool]) -> None:
-        """Let go of the values of all keys that are unwanted."""
+        """Evict the values of all unwanted keys."""
         with self._lock:
             for key in [key for key in self._values if unwanted(key)]:
                 self._bytes -= self._size(self._values.pop(key))
 
     def get(self, key: Key, make: Callable[[], Value]) -> Value:
-        """The value of a key, made where it is not kept."""
+        """Return the value of a key, made if it is not cached."""
         found = self.find(key)
         if found is None:
             found = make()

@@ -1,4 +1,4 @@
-"""The image files that a command writes: checked before the work, written whole after it."""
+"""The image files that a command writes: checked before the work, written completely after it."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ FORMATS: Final = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp
 
 
 class OutputFiles:
-    """Where the images of one request go.
+    """Destination of the images of one request.
 
     Args:
-        path: of the file. If there are several images, their seeds are added to its name.
-        force: overwrite files that exist.
+        path: path of the file. If there are several images, their seeds are added to its name.
+        force: whether to overwrite files that exist.
 
     Raises:
-        InvalidRequest: the file's name ends in no known format, or its folder cannot be written to.
+        InvalidRequest: the file's name has no known extension, or its folder cannot be written to.
     """
 
     def __init__(self, path: Path, *, force: bool) -> None:
@@ -43,7 +43,7 @@ class OutputFiles:
         self.output_format = FORMATS[suffix]
 
     def check(self, seed: int | None, count: int) -> None:
-        """Refuse to overwrite files, as far as their names are known before the work.
+        """Refuse to overwrite files, if their names are known before the work.
 
         Raises:
             InvalidRequest: one of them exists.
@@ -55,7 +55,7 @@ class OutputFiles:
                 self._check_free(self._of(one))
 
     def write(self, images: Sequence[tuple[int, bytes]]) -> list[Path]:
-        """Write images, each with its seed, every file whole or not at all.
+        """Write images, each with its seed; every file is written completely or not at all.
 
         Raises:
             InvalidRequest: a file exists or cannot be written.
@@ -81,14 +81,14 @@ class OutputFiles:
 
 
 def check_name(option: str, path: Path) -> None:
-    """Refuse a path that no file can have, before the work whose result it is to hold.
+    """Refuse a path that no file can have, before the work whose result it should hold.
 
     Args:
-        option: that names it.
-        path: of the file.
+        option: name of the option, for the error message.
+        path: path of the file.
 
     Raises:
-        InvalidRequest: it is too long, or cannot be looked at.
+        InvalidRequest: it is too long, or cannot be accessed.
     """
     try:
         path.stat()

@@ -1,4 +1,4 @@
-"""Commands whose help has no type beside flags, which take no value."""
+"""Commands whose help shows no type for flags, which take no value."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ __all__ = ["PlainCommand", "PlainGroup"]
 
 
 class PlainCommand(TyperCommand):
-    """A command without `<bool>` beside its flags."""
+    """A command without `<bool>` next to its flags."""
 
     @override
     def get_params(self, ctx: Any) -> list[Any]:
-        """Its options and arguments, that for help included."""
+        """Options and arguments of the command, including `--help`."""
         return _without_types(super().get_params(ctx))
 
 
 class PlainGroup(TyperGroup):
-    """A group of commands without `<bool>` beside its flags."""
+    """A group of commands without `<bool>` next to its flags."""
 
     @override
     def get_params(self, ctx: Any) -> list[Any]:
-        """Its options, that for help included."""
+        """Options of the group, including `--help`."""
         return _without_types(super().get_params(ctx))
 
 

@@ -1,4 +1,4 @@
-"""What the options of a command say of a request, as the fields of one."""
+"""Conversion of a command's options to the fields of a request."""
 
 from __future__ import annotations
 
@@ -26,16 +26,17 @@ __all__ = [
 ]
 
 OF_SERVERS: Final = ("response_format", "stream", "priority")
-"""Fields about the answer of a server, which a command has none of."""
+"""Fields that concern a server's response, which have no meaning for a command."""
 
 _NOT_JSON: Final = ValueError, RecursionError
-"""What Python raises of a text that is none, has thousands of digits or is nested as deep."""
+"""Errors that Python raises for text that is not JSON, has huge numbers, or is nested too
+deeply."""
 
 _SHOWN: Final = 200
 
 
 def request_of(**given: Any) -> GenerateRequest:
-    """The request of these fields; those that are None are left out.
+    """Make a request of these fields; those that are None are left out.
 
     Raises:
         InvalidRequest: one of them is invalid.
@@ -54,10 +55,10 @@ def request_of(**given: Any) -> GenerateRequest:
 
 
 def named(text: str | None) -> Any:
-    """A bare name as it is, or the object that a JSON text describes.
+    """Return a bare name unchanged, or the object that a JSON text describes.
 
     Raises:
-        InvalidRequest: it begins like an object and is no JSON.
+        InvalidRequest: it begins like an object but is not JSON.
     """
     if text is None or not text.lstrip().startswith("{"):
         return text
@@ -71,10 +72,10 @@ def named(text: str | None) -> Any:
 def guidance_of(
     sampler: str | None, guidance: str | None, scale: float | None, policy: str | None
 ) -> Any:
-    """The guidance that the options describe; what they leave out is as in a request.
+    """Make the guidance that the options describe; what they leave out is as in a request.
 
     Raises:
-        InvalidRequest: one of them is no JSON, or the sampler is unknown.
+        InvalidRequest: an option is not JSON, or the sampler is unknown.
     """
     extra = {"scale": scale, "policy": named(policy)}
     extra = {key: value for key, value in extra.items() if value is not None}
@@ -85,7 +86,7 @@ def guidance_of(
 
 
 def _default_guidance(sampler: str | None) -> dict[str, Any]:
-    """What a request with this sampler gets if it names no guidance."""
+    """The guidance of a request with this sampler that names none."""
     from server.requests.schema import default_guidance, default_sampler
 
     chosen = request_of(prompt="", sampler=named(sampler)).sampler or default_sampler()
@@ -93,10 +94,10 @@ def _default_guidance(sampler: str | None) -> dict[str, Any]:
 
 
 def adapter_of(text: str) -> str | dict[str, Any]:
-    """An adapter of a request: a bare name, or a name and a weight.
+    """Parse an adapter of a request: a bare name, or a name and a weight.
 
     Raises:
-        InvalidRequest: the weight is no number.
+        InvalidRequest: the weight is not a number.
     """
     name, separator, weight = text.rpartition("=")
     if not separator:
@@ -110,7 +111,7 @@ def adapter_of(text: str) -> str | dict[str, Any]:
 
 
 def hires_of(text: str | None) -> Any:
-    """The second run of a request: by a factor, or as a JSON object describes it.
+    """Parse the second run of a request: a factor, or a JSON object.
 
     Raises:
         InvalidRequest: it is neither.
@@ -126,12 +127,12 @@ def hires_of(text: str | None) -> Any:
 
 
 def pictured(option: str, text: str) -> dict[str, Any]:
-    """A ControlNet or an image prompt of a request, with its picture.
+    """Parse a ControlNet or an image prompt of a request, with its picture.
 
     Args:
-        option: that names it.
-        text: `NAME=FILE`, `NAME=FILE:SCALE` or a JSON object whose `image` is a file, or a list of
-            some, and whose `mask` is a file, if it has one.
+        option: name of the option, for the error message.
+        text: `NAME=FILE`, `NAME=FILE:SCALE` or a JSON object, whose `image` is a file or a list of
+            files, and whose `mask` is a file, if it has one.
 
     Raises:
         InvalidRequest: it is none of these, or the file cannot be read.
@@ -157,7 +158,7 @@ def pictured(option: str, text: str) -> dict[str, Any]:
 
 
 def _named_file(option: str, text: str, field: str, file: Any) -> str | None:
-    """The file in base64 that a field of an object names."""
+    """Read the file that a field of an object names, in base64."""
     if not isinstance(file, str):
         raise InvalidRequest(None, f"{option} is {text!r}; its `{field}` must name a file.")
     return base64_of(Path(file))
@@ -171,14 +172,14 @@ def _number(text: str) -> float | None:
 
 
 def base64_of(path: Path | None) -> str | None:
-    """A file in base64; None without one.
+    """Read a file in base64; None without one.
 
     Raises:
-        InvalidRequest: it is no file, or cannot be read.
+        InvalidRequest: it is not a file, or cannot be read.
     """
     if path is None:
         return None
-    # Unlike pathlib, os.path takes a path that is too long for one at which there is nothing.
+    # Unlike pathlib, os.path treats a path that is too long as one that does not exist.
     if not os.path.isfile(path):
         raise InvalidRequest(None, f"{str(path)!r} is not a file.")
     try:
@@ -188,14 +189,15 @@ def base64_of(path: Path | None) -> str | None:
 
 
 def fields_set(texts: Sequence[str], given: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a request that options say, and those that are set by name.
+    """Merge the fields of a request that options give and those that are set by name.
 
     Args:
-        texts: each `FIELD=VALUE`; what is no JSON is a text.
-        given: by the other options; None where they say nothing.
+        texts: texts of the form `FIELD=VALUE`; a value that is not JSON is a string.
+        given: fields from the other options; None where an option is not given.
 
     Raises:
-        InvalidRequest: one is not of that form, is there twice, or is of no use here.
+        InvalidRequest: a text has another form, sets a field twice, or sets one that has no use
+            here.
     """
     fields = {key: value for key, value in given.items() if value is not None}
     for text in texts:

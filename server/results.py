@@ -1,4 +1,4 @@
-"""Images that clients fetch by URL for some time, in a folder or wherever fsspec can write."""
+"""Images that clients fetch by URL for some time, in a folder or any storage of fsspec."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ log = logging.getLogger("weft")
 
 TEMPORARY: Final = "weft-results-"
 SETTLED_S: Final = 60.0
-"""Age from which on a temporary folder has been locked by its server, if that is still there."""
+"""Age from which a temporary folder must have been locked by its server, if that still runs."""
 
 RANDOM_BYTES: Final = 24
 LONGEST_SLEEP_S: Final = 60.0
@@ -42,13 +42,13 @@ _NAME: Final = re.compile(r"([0-9a-f]{8})-[A-Za-z0-9_-]{32}\.(?:png|jpeg|webp)")
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """An image that is kept.
+    """A stored image.
 
     Attributes:
-        name: of its file: the time at which it expires, and 192 random bits.
-        owner: whose it is.
-        nbytes: of its file.
-        expires_at: Unix time from which on it is not served.
+        name: name of its file: the time at which it expires, and 192 random bits.
+        owner: owner of the image.
+        nbytes: bytes of its file.
+        expires_at: Unix time from which it is not served.
     """
 
     name: str
@@ -58,15 +58,16 @@ class Kept:
 
 
 class Results:
-    """Images by names that nobody can guess.
+    """Images with names that nobody can guess.
 
     A name contains the time at which its image expires. Any server that reaches the place can
     therefore serve the image and delete it in time, without a database and without a secret.
 
     Args:
-        place: a path, or a URL of fsspec; None for a temporary folder that ends with the process.
+        place: path, or URL for fsspec; None for a temporary folder that ends with the process.
         keep_s: seconds for which an image is kept.
-        most_bytes: of all images; beyond it the oldest ones of whoever has most are deleted.
+        most_bytes: maximum bytes of all images; beyond it, the oldest ones of the owner with the
+            most are deleted.
     """
 
     def __init__(self, place: str | None, keep_s: float, most_bytes: int) -> None:
@@ -75,16 +76,16 @@ class Results:
         self._most_bytes = most_bytes
         self._opening = asyncio.Lock()
         self._blobs: Blobs | None = None
-        # The oldest first.
+        # Oldest first.
         self._kept: dict[str, Kept] = {}
         self._sweeping: asyncio.Task[None] | None = None
         self._discard: Callable[[], object] | None = None
 
     async def open(self) -> Blobs:
-        """The files; those that an earlier process left are counted from here on.
+        """Open the storage; files of an earlier process are counted from here on.
 
         Raises:
-            NotReady: the place cannot be used.
+            NotReady: the storage cannot be used.
         """
         async with self._opening:
             if self._blobs is not None:
@@ -96,7 +97,7 @@ class Results:
             except (OSError, ImportError, ValueError) as error:
                 raise NotReady(f"Images cannot be kept for URLs: {error}.") from error
             for name in sorted(left):
-                # Those too of which a process that was killed had written a part.
+                # Includes unfinished files of processes that were killed.
                 if (expires_at := _expiry_of(name.removesuffix(blobs.unfinished))) is not None:
                     self._kept[name] = Kept(name, "", left[name], expires_at)
             self._blobs = blobs
@@ -104,7 +105,7 @@ class Results:
             return blobs
 
     async def close(self) -> None:
-        """Delete a temporary folder; what expires in another is left for the next process."""
+        """Delete a temporary folder; images in another place are left for the next process."""
         if self._sweeping is not None:
             self._sweeping.cancel()
         if self._discard is not None:
@@ -116,12 +117,12 @@ class Results:
         """Store images.
 
         Args:
-            owner: whose they are; empty where there are no keys.
-            output_format: of the files.
-            files: the images.
+            owner: owner of the images; empty if there are no keys.
+            output_format: format of the files.
+            files: content of each image file.
 
         Raises:
-            InvalidRequest: they are larger than everything that may be kept.
+            InvalidRequest: they are larger than the storage may be in all.
             NotReady: they cannot be stored.
         """
         needed = sum(map(len, files))
@@ -149,16 +150,16 @@ class Results:
             raise NotReady(
                 "The images could not be stored; try again later, or ask for 'b64_json'."
             ) from None
-        # Others may have needed the room while these were being written.
+        # Other requests may have needed the room while these were being written.
         await blobs.delete([one.name for one in kept if one.name not in self._kept])
         self._watch()
         return kept
 
     async def read(self, name: str) -> tuple[bytes, float]:
-        """An image, and the seconds for which it will still be kept.
+        """Read an image; also return the seconds for which it will be kept.
 
         Raises:
-            UnknownResult: there is none of this name, or not any more.
+            UnknownResult: there is no image of this name, or no longer.
         """
         expires_at = _expiry_of(name)
         left_s = 0.0 if expires_at is None else expires_at - time.time()
@@ -170,8 +171,9 @@ class Results:
             raise UnknownResult from None
 
     def _make_room(self, owner: str, needed: int) -> list[str]:
-        """Forget as many images as it takes for those of an owner, and return their names."""
-        # With what is to be stored: else others would make room for whoever has most by then.
+        """Forget as many images as it takes to store those of an owner, and return their names."""
+        # Including what will be stored: otherwise others would make room for an owner that has most
+        # by then.
         held = Counter({owner: needed})
         stored = Counter[str]()
         for one in self._kept.values():
@@ -192,7 +194,7 @@ class Results:
             self._sweeping = asyncio.create_task(self._sweep())
 
     async def _sweep(self) -> None:
-        """Delete images as they expire, until there are none."""
+        """Delete images as they expire, until none is left."""
         while self._kept:
             now = time.time()
             await self._drop([one.name for one in self._kept.values() if one.expires_at <= now])
@@ -204,23 +206,23 @@ class Results:
         try:
             await (await self.open()).delete(gone)
         except OSError:
-            # Nobody can fetch them any more, and the next process deletes them.
+            # Clients can no longer fetch them, and the next process deletes them.
             log.exception("images that have expired could not be deleted")
 
     def _temporary(self) -> str:
-        # Those of servers that were killed.
+        # Removes temporary folders of servers that were killed.
         remove_left(Path(tempfile.gettempdir()), TEMPORARY, older_than_s=SETTLED_S)
         folder = tempfile.mkdtemp(prefix=TEMPORARY)
         held = ExitStack()
         held.enter_context(locked(Path(folder), wait=False))
         held.callback(shutil.rmtree, folder, ignore_errors=True)
-        # Also where nobody closes it.
+        # Also runs if nobody closes the storage.
         self._discard = weakref.finalize(self, held.close)
         return folder
 
 
 def _blobs_at(place: str) -> Blobs:
-    # fsspec takes a moment to import, and most servers never need it.
+    # Imported here: fsspec takes a moment to import, and most servers never need it.
     from server.blobs import Blobs
 
     return Blobs(place)
@@ -231,6 +233,6 @@ def _new_name(expires_at: int, output_format: OutputFormat) -> str:
 
 
 def _expiry_of(name: str) -> int | None:
-    """When an image of this name expires; None if no image is named so."""
+    """Time at which an image of this name expires; None if it is no image's name."""
     match = _NAME.fullmatch(name)
     return None if match is None else int(match[1], 16)

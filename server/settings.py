@@ -45,7 +45,7 @@ PROMPT_BYTES_CEILING = 8192
 
 
 def _listed(value: Any) -> Any:
-    """Take `a,b` as well as `["a", "b"]` from the environment."""
+    """Accept `a,b` as well as `["a", "b"]` from the environment."""
     if not isinstance(value, str):
         return value
     text = value.strip()
@@ -55,7 +55,7 @@ def _listed(value: Any) -> Any:
 
 
 def _place(text: str) -> Path | HubModel:
-    """What the operator named: a folder, where there is one, before a model of the hub."""
+    """Resolve what the operator named; an existing path precedes a model of the hub."""
     path = Path(text).expanduser()
     return path if os.path.exists(path) else HubModel.of(text) or path
 
@@ -74,7 +74,7 @@ def _without_nul(texts: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _origins(texts: tuple[str, ...]) -> tuple[str, ...]:
-    """As browsers send them: in small letters, and nothing after the host and port."""
+    """Check origins, and convert them to lower case, as browsers send them."""
     for text in texts:
         if text != "null" and not _ORIGIN.fullmatch(text):
             raise ValueError(
@@ -85,7 +85,7 @@ def _origins(texts: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _folder(path: Path) -> Path:
-    # Unlike pathlib, os.path takes a path that is too long for one at which there is nothing.
+    # Unlike pathlib, os.path treats a path that is too long as one that does not exist.
     if not os.path.isdir(path):
         raise ValueError(f"{str(path)[:200]!r} is not a folder.")
     return path
@@ -211,17 +211,17 @@ class JobSettings(BaseModel):
 
     @property
     def on(self) -> bool:
-        """Whether there are durable jobs."""
+        """Whether durable jobs are on."""
         return self.folder is not None or self.database is not None
 
     @property
     def place_of_jobs(self) -> Path:
-        """The folder, from the root of the file system."""
+        """The folder of jobs, as an absolute path."""
         return (self.folder or Path()).expanduser().absolute()
 
     @property
     def place_of_pictures(self) -> str:
-        """A path or a URL of fsspec."""
+        """Storage of pictures: a path, or a URL for fsspec."""
         return self.pictures or str(self.place_of_jobs / "pictures")
 
     @model_validator(mode="after")
@@ -265,7 +265,7 @@ class JobSettings(BaseModel):
 
 
 class ResultSettings(BaseModel):
-    """Images that requests have answered as URLs, with `"response_format": "url"`."""
+    """Images that responses return as URLs, with `"response_format": "url"`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -607,7 +607,7 @@ class Settings(BaseSettings):
 
     @property
     def memory_bytes(self) -> float:
-        """What ``memory_gib`` is in bytes; infinite without it."""
+        """``memory_gib`` in bytes; infinite without it."""
         return inf if self.memory_gib is None else self.memory_gib * 2**30
 
     @property
@@ -617,7 +617,7 @@ class Settings(BaseSettings):
 
     @property
     def place_of_results(self) -> str | None:
-        """A path or a URL of fsspec; None for a temporary folder."""
+        """Storage of results: a path, or a URL for fsspec; None for a temporary folder."""
         if self.results.place is None and self.jobs.folder is not None:
             return str(self.jobs.place_of_jobs / "results")
         return self.results.place
@@ -632,20 +632,20 @@ class Settings(BaseSettings):
         return (*LOOPBACK_NAMES, self.host)
 
     def quantization_of(self, model: str) -> Quantization:
-        """How many bits the weights of a model have, by its name."""
+        """Quantization of a model's weights, by the model's name."""
         kinds = self._quantizations()
         return kinds.get(model, kinds.get("", "none"))
 
     def vae_of(self, model: str) -> Path | None:
-        """The autoencoder of a model in place of its own, by its name."""
+        """The autoencoder that replaces a model's own, by the model's name."""
         return _paths(self.vaes).get(model)
 
     def denoiser_of(self, model: str) -> Path | None:
-        """The file of a denoiser in place of a model's own, by the model's name."""
+        """The file of the denoiser that replaces a model's own, by the model's name."""
         return _paths(self.denoisers).get(model)
 
     def unknown_models(self, models: Collection[str]) -> list[tuple[str, str]]:
-        """Names in `quantize`, `vaes` and `denoisers` that none of these models has, with it."""
+        """Fields `quantize`, `vaes` and `denoisers` with names in them that no model has."""
         named = {
             "quantize": self._quantizations(),
             "vaes": _paths(self.vaes),
@@ -659,18 +659,18 @@ class Settings(BaseSettings):
         ]
 
     def _quantizations(self) -> dict[str, Any]:
-        """By name of the model; that of all others is without a name."""
+        """Quantization by name of the model; the empty name stands for all others."""
         parts = [entry.rpartition("=") for entry in self.quantize]
         return {name: kind for name, _, kind in parts}
 
     def model_folders(self, embedded: Mapping[str, Path]) -> dict[str, Path | HubModel]:
-        """Where each hosted model is, by name; the first is the default.
+        """Folder, or model of the hub, of each hosted model by name; the first is the default.
 
         Args:
-            embedded: folders of the embedded models, which are hosted if no other is given.
+            embedded: folders of the embedded models, which are hosted if no others are given.
 
         Raises:
-            ValueError: two models of one name, or a folder of models that is none.
+            ValueError: two models have one name, or the folder of models is not a folder.
         """
         folders = self.named_folders()
         for folder in self.found_folders():
@@ -678,10 +678,10 @@ class Settings(BaseSettings):
         return folders or dict(embedded)
 
     def named_folders(self) -> dict[str, Path | HubModel]:
-        """Where each model in `models` is, by name.
+        """Folder, or model of the hub, of each model in `models`, by name.
 
         Raises:
-            ValueError: two models of one name.
+            ValueError: two models have one name.
         """
         folders: dict[str, Path | HubModel] = {}
         for entry in self.models:
@@ -696,10 +696,10 @@ class Settings(BaseSettings):
         return folders
 
     def found_folders(self) -> list[Path]:
-        """The model folders in `models_folder` as it is now, by name.
+        """The model folders in `models_folder` at present, in order of their names.
 
         Raises:
-            ValueError: it is no folder.
+            ValueError: it is not a folder.
         """
         if self.models_folder is None:
             return []
@@ -711,5 +711,5 @@ class Settings(BaseSettings):
 
 
 def _paths(entries: Iterable[str]) -> dict[str, Path]:
-    """Of entries `name=path`, the path by the name."""
+    """Paths by name, from entries `name=path`."""
     return {name: Path(path) for name, _, path in (one.partition("=") for one in entries)}

@@ -1,4 +1,4 @@
-"""Says in words what pydantic demands of a value, and what the value is."""
+"""Sentences about what pydantic requires of a value, and what the value is."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, Final
 __all__ = ["SHOWN", "demand_of", "shown"]
 
 SHOWN: Final = 60
-"""Characters of a value, or of a name, that are shown."""
+"""Maximum number of characters of a value, or of a name, that are shown."""
 
 _DEMANDS: Mapping[str, str] = {
     "missing": "is required",
@@ -43,10 +43,10 @@ _DEMANDS: Mapping[str, str] = {
 
 
 def demand_of(error: Mapping[str, Any]) -> str | None:
-    """What a value must be, as a clause: "must be at least 1"; None where pydantic's words do.
+    """The requirement on a value as a clause, "must be at least 1"; None if pydantic's text serves.
 
     Args:
-        error: one of pydantic's.
+        error: an error of pydantic.
     """
     demand = _DEMANDS.get(error["type"])
     if demand is None:
@@ -55,7 +55,7 @@ def demand_of(error: Mapping[str, Any]) -> str | None:
 
 
 def shown(value: Any) -> str:
-    """A value that is not allowed, shortened."""
+    """A shortened representation of a value that is not allowed."""
     if isinstance(value, dict):
         return "an object"
     if isinstance(value, list):

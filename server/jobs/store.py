@@ -1,7 +1,7 @@
-"""What is done with stored jobs, each within one transaction.
+"""Operations on stored jobs, each within one transaction.
 
-A job may be begun more than once, and ends once: whoever commits names the attempt that he made,
-and only the latest attempt of a job that is still processing is taken.
+A job may be begun more than once but ends once: a commit names the attempt that made the result,
+and only the latest attempt of a job that is still processing is accepted.
 """
 
 from __future__ import annotations
@@ -49,23 +49,23 @@ __all__ = [
 
 RETRY_AFTER_S: Final = 30.0
 SENDING_S: Final = 120.0
-"""For which nobody else sends a webhook that is being sent."""
+"""Seconds for which nobody else sends a webhook that is being sent."""
 
 _SHOWN: Final = [JOBS.c[name] for name in Job.__dataclass_fields__]
 
 
 def add(connection: Connection, new: NewJob, waiting: int, now: float) -> Job:
-    """Accept a job, or find the one that was accepted with the same idempotency key and body.
+    """Add a job, or return the one that was added with the same idempotency key and body.
 
     Args:
-        connection: in a transaction.
-        new: what was asked for.
-        waiting: how many jobs of the owner may wait.
+        connection: connection in a transaction.
+        new: request for the job.
+        waiting: maximum number of the owner's jobs that may wait.
         now: Unix time.
 
     Raises:
-        Overloaded: as many jobs of the owner wait.
-        ReusedKey: the idempotency key came with another body.
+        Overloaded: this many jobs of the owner already wait.
+        ReusedKey: the idempotency key was used with another body.
     """
     same = repeated(connection, new.owner, new.idempotency_key, new.digest)
     if same is not None:
@@ -84,7 +84,7 @@ def add(connection: Connection, new: NewJob, waiting: int, now: float) -> Job:
             added = insert(JOBS).values(**row, status=WAITING, created_at=now).returning(*_SHOWN)
             return _job(connection.execute(added).one())
     except IntegrityError:
-        # Another server was faster.
+        # Another server added it first.
         same = repeated(connection, new.owner, new.idempotency_key, new.digest)
         if same is None:
             raise
@@ -92,10 +92,10 @@ def add(connection: Connection, new: NewJob, waiting: int, now: float) -> Job:
 
 
 def repeated(connection: Connection, owner: str, key: str | None, digest: str) -> Job | None:
-    """The job of the same idempotency key, if there is one.
+    """Return the job with the same idempotency key, if there is one.
 
     Raises:
-        ReusedKey: it had another body.
+        ReusedKey: it has another body.
     """
     if key is None:
         return None
@@ -109,7 +109,7 @@ def repeated(connection: Connection, owner: str, key: str | None, digest: str) -
 
 
 def get(connection: Connection, owner: str, identifier: str) -> Job:
-    """A job of an owner; raises UnknownJob if he has none of that identifier."""
+    """Return a job of an owner; raises UnknownJob if the owner has no such job."""
     found = select(*_SHOWN).where(JOBS.c.owner == owner, JOBS.c.id == identifier)
     row = connection.execute(found).one_or_none()
     if row is None:
@@ -118,16 +118,16 @@ def get(connection: Connection, owner: str, identifier: str) -> Job:
 
 
 def page(connection: Connection, owner: str, after: str | None, count: int) -> list[Job]:
-    """So many jobs of an owner, the newest first.
+    """Return a page of an owner's jobs, newest first.
 
     Args:
-        connection: in a transaction.
-        owner: whose jobs.
-        after: identifier of the job before the first of them; None to begin with the newest.
-        count: at most so many.
+        connection: connection in a transaction.
+        owner: owner of the jobs.
+        after: identifier of the job that precedes the page; None to begin with the newest.
+        count: maximum number of jobs.
 
     Raises:
-        UnknownJob: he has no job `after`.
+        UnknownJob: the owner has no job `after`.
     """
     found = select(*_SHOWN).where(JOBS.c.owner == owner)
     if after is not None:
@@ -141,7 +141,7 @@ def page(connection: Connection, owner: str, after: str | None, count: int) -> l
 
 
 def positions(connection: Connection, identifiers: Collection[str]) -> dict[str, int]:
-    """How many jobs are begun before each waiting one, if owners take turns and none is new."""
+    """Number of jobs begun before each waiting one, if owners take turns and no job is added."""
     turn = func.row_number().over(partition_by=JOBS.c.owner, order_by=JOBS.c.seq).label("turn")
     turns = select(JOBS.c.id, JOBS.c.seq, turn).where(JOBS.c.status == WAITING).subquery()
     place = func.row_number().over(order_by=(turns.c.turn, turns.c.seq)).label("place")
@@ -158,17 +158,17 @@ def begin(
     owners: Collection[str],
     but: Collection[str] = (),
 ) -> Job | None:
-    """Begin the next job: the oldest one of the owner of whom the fewest are processing.
+    """Begin the next job: the oldest one of the owner with the fewest jobs in process.
 
-    A job whose worker has not been heard of for `lease_s` is begun again.
+    A job whose worker has not renewed it for `lease_s` is begun again.
 
     Args:
-        connection: in a transaction.
-        worker: who begins it.
-        lease_s: seconds within which he has to :func:`renew`.
+        connection: connection in a transaction.
+        worker: worker that begins it.
+        lease_s: seconds within which the worker must :func:`renew` it.
         now: Unix time.
-        owners: whose jobs he may begin.
-        but: jobs that he works on, even if he was too slow to renew them.
+        owners: owners whose jobs may be begun.
+        but: jobs that the worker is running, even if it was too slow to renew them.
     """
     running = and_(JOBS.c.status == "processing", JOBS.c.lease_until >= now)
     counts = select(JOBS.c.owner, func.count().label("jobs")).where(running).group_by(JOBS.c.owner)
@@ -183,7 +183,7 @@ def begin(
     oldest = select(JOBS.c.owner, func.min(JOBS.c.seq)).where(ready).group_by(JOBS.c.owner)
     heads = [(busy.get(owner, 0), seq) for owner, seq in connection.execute(oldest)]
     for _, seq in sorted(heads):
-        # The condition again: another server may have begun it in the meantime.
+        # The condition is checked again: another server may have begun it in the meantime.
         begun = (
             update(JOBS)
             .where(JOBS.c.seq == seq, ready)
@@ -207,10 +207,11 @@ def begin(
 def renew(
     connection: Connection, worker: str, identifiers: Collection[str], lease_s: float, now: float
 ) -> set[str]:
-    """Keep jobs for another `lease_s`.
+    """Renew the leases of jobs for another `lease_s`.
 
     Returns:
-        Those that are still this worker's; others were cancelled, or begun by somebody else.
+        The jobs that still belong to this worker; others were cancelled, or begun by another
+        worker.
     """
     kept = (
         update(JOBS)
@@ -222,7 +223,7 @@ def renew(
 
 
 def free_all(connection: Connection) -> None:
-    """Let all jobs that are processing be begun again at once, since nobody processes them."""
+    """End the leases of all processing jobs, which nobody processes, to let them begin again."""
     connection.execute(update(JOBS).where(JOBS.c.status == "processing").values(lease_until=0.0))
 
 
@@ -236,19 +237,19 @@ def finish(
     result: Mapping[str, Any] | None = None,
     error: Mapping[str, Any] | None = None,
 ) -> bool:
-    """End a job, unless it has ended or was begun again since.
+    """End a job, unless it has ended or has been begun again since.
 
     Args:
-        connection: in a transaction.
-        job: as the attempt that ends it began it.
-        status: that it ends with.
-        keep_s: seconds for which it is kept.
+        connection: connection in a transaction.
+        job: job as it was begun by the attempt that ends it.
+        status: final status.
+        keep_s: seconds for which the job is kept.
         now: Unix time.
-        result: of an attempt that succeeded.
-        error: of one that failed.
+        result: result of an attempt that succeeded.
+        error: error of an attempt that failed.
 
     Returns:
-        Whether this attempt has ended it.
+        Whether this attempt ended it.
     """
     ended = (
         update(JOBS)
@@ -262,12 +263,12 @@ def finish(
 
 
 def requeue(connection: Connection, job: Job, not_before: float, *, spare: bool) -> bool:
-    """Let a job wait again, unless it has ended or was begun again since.
+    """Let a job wait again, unless it has ended or has been begun again since.
 
     Args:
-        connection: in a transaction.
-        job: as the attempt that gives it up began it.
-        not_before: Unix time.
+        connection: connection in a transaction.
+        job: job as it was begun by the attempt that gives it up.
+        not_before: Unix time before which it is not begun.
         spare: whether the attempt does not count.
     """
     waits = (
@@ -281,7 +282,7 @@ def requeue(connection: Connection, job: Job, not_before: float, *, spare: bool)
 
 
 def cancel(connection: Connection, owner: str, identifier: str, keep_s: float, now: float) -> Job:
-    """End a job that has not ended; returns it as it is then. Raises UnknownJob."""
+    """Cancel a job that has not ended; return its state afterwards. Raises UnknownJob."""
     ended = (
         update(JOBS)
         .where(JOBS.c.owner == owner, JOBS.c.id == identifier, JOBS.c.status.not_in(ENDED))
@@ -300,13 +301,13 @@ def disown(
     keep_s: float,
     now: float,
 ) -> list[str]:
-    """Let the jobs of owners whose keys are not accepted any more fail, and return which.
+    """Fail the jobs of owners whose keys are no longer accepted; return their identifiers.
 
     Args:
-        connection: in a transaction.
-        owners: whose keys are accepted.
-        accepted_before: Unix time; newer jobs wait on.
-        error: that they fail with.
+        connection: connection in a transaction.
+        owners: owners whose keys are accepted.
+        accepted_before: Unix time; jobs accepted later continue to wait.
+        error: error that they fail with.
         keep_s: seconds for which they are kept.
         now: Unix time.
     """
@@ -328,24 +329,24 @@ def disown(
 
 
 def expired(connection: Connection, now: float, count: int) -> list[str]:
-    """So many jobs whose time to be kept is over."""
+    """Identifiers of up to `count` expired jobs."""
     over = select(JOBS.c.id).where(JOBS.c.expires_at < now).limit(count)
     return list(connection.execute(over).scalars())
 
 
 def forget(connection: Connection, identifiers: Collection[str]) -> None:
-    """Delete jobs, and the webhooks that were still to be sent of them."""
+    """Delete jobs, and their webhooks that have not been sent."""
     connection.execute(delete(JOBS).where(JOBS.c.id.in_(identifiers)))
 
 
 def known(connection: Connection, identifiers: Collection[str]) -> set[str]:
-    """Those of the identifiers that are of a job."""
+    """The identifiers that belong to a job."""
     found = select(JOBS.c.id).where(JOBS.c.id.in_(identifiers))
     return set(connection.execute(found).scalars())
 
 
 def due(connection: Connection, now: float, count: int) -> list[Delivery]:
-    """So many webhooks that are to be sent now; nobody else gets them for some time."""
+    """Take up to `count` webhooks that are due; nobody else gets them for some time."""
     ready = (
         select(DELIVERIES.c.id)
         .where(DELIVERIES.c.next_at <= now)
@@ -366,7 +367,7 @@ def due(connection: Connection, now: float, count: int) -> list[Delivery]:
 
 
 def delivered(connection: Connection, delivery: Delivery, again_at: float | None) -> None:
-    """Record a try: the webhook is sent again at some time, or not any more."""
+    """Record an attempt: the webhook is sent again at a time, or never."""
     this = DELIVERIES.c.id == delivery.id
     if again_at is None:
         connection.execute(delete(DELIVERIES).where(this))
@@ -380,7 +381,7 @@ def _end(status: Status, keep_s: float, now: float) -> dict[str, Any]:
 
 
 def _tell(connection: Connection, identifier: str, event: Event, now: float) -> None:
-    """Have a webhook sent, if the job wants one of the event."""
+    """Queue a webhook, if the job wants one for the event."""
     wanted = select(JOBS.c.webhook, JOBS.c.webhook_events).where(JOBS.c.id == identifier)
     row = connection.execute(wanted).one()
     if row.webhook is not None and event in _listed(row.webhook_events):
@@ -392,7 +393,7 @@ def _tell(connection: Connection, identifier: str, event: Event, now: float) -> 
 def _job(row: Row[Any]) -> Job:
     fields: dict[str, Any] = {name: getattr(row, name) for name in Job.__dataclass_fields__}
     fields["uploads"] = _listed(fields["uploads"])
-    # What is damaged in the database may be anything else.
+    # Damaged values in the database may be of any type.
     for name, without in (("input", {}), ("result", None), ("error", None)):
         fields[name] = fields[name] if isinstance(fields[name], dict) else without
     return Job(**fields)

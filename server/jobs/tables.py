@@ -1,4 +1,4 @@
-"""The tables of the database, as the migrations leave them."""
+"""The tables of the database, as the migrations create them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ __all__ = ["DELIVERIES", "JOBS", "METADATA"]
 METADATA: Final = MetaData()
 
 _COUNTED: Final = BigInteger().with_variant(Integer, "sqlite")
-"""SQLite numbers rows by itself only in a column of this very type."""
+"""SQLite numbers rows automatically only in a column of exactly this type."""
 
 JOBS: Final = Table(
     "weft_jobs",

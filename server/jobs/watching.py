@@ -1,4 +1,4 @@
-"""Who waits for news of a job in this process, and the latest of them."""
+"""Watchers of jobs in this process, and the latest progress for each."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ __all__ = ["Watch", "Watches"]
 
 
 class Watch:
-    """One who waits; a slow reader gets only the latest progress of each image."""
+    """One watcher; a slow reader gets only the latest progress of each image."""
 
     def __init__(self) -> None:
         self._news: dict[int, Progress] = {}
         self._wake = asyncio.Event()
 
     def tell(self, progress: Progress | None) -> None:
-        """There is progress, or the job's status has changed."""
+        """Report progress, or that the job's status has changed."""
         if progress is not None:
             self._news[progress.index] = progress
         self._wake.set()
 
     async def news(self, within_s: float) -> list[Progress]:
-        """Progress since the last call; waits at most so long for some, or for another status."""
+        """Progress since the last call; waits up to `within_s` for some, or for another status."""
         with suppress(TimeoutError):
             await asyncio.wait_for(self._wake.wait(), within_s)
         self._wake.clear()
@@ -35,14 +35,14 @@ class Watch:
 
 
 class Watches:
-    """All who wait, by the job that they wait for."""
+    """All watchers, by the job that they watch."""
 
     def __init__(self) -> None:
         self._watches: defaultdict[str, set[Watch]] = defaultdict(set)
 
     @contextmanager
     def on(self, identifier: str) -> Generator[Watch]:
-        """Watch a job for the time of the `with` block."""
+        """Watch a job for the duration of the `with` block."""
         watch = Watch()
         self._watches[identifier].add(watch)
         try:
@@ -53,11 +53,11 @@ class Watches:
                 del self._watches[identifier]
 
     def tell(self, identifier: str, progress: Progress | None = None) -> None:
-        """Tell those who watch a job of progress, or that its status has changed."""
+        """Notify the watchers of a job of progress, or that its status has changed."""
         for watch in self._watches.get(identifier, ()):
             watch.tell(progress)
 
     def tell_all(self) -> None:
-        """Let everybody look again, because the server stops."""
+        """Make all watchers look again, because the server stops."""
         for identifier in list(self._watches):
             self.tell(identifier)

@@ -1,7 +1,7 @@
-"""One webhook: checked, signed and sent to an address that was looked up once.
+"""One webhook: checked, signed, and sent to an address that is resolved once.
 
-The signature is that of Standard Webhooks (https://www.standardwebhooks.com, version 1), which its
-libraries verify: HMAC-SHA256 of `id.timestamp.body`, in base64 behind `v1,`.
+The signature follows Standard Webhooks (https://www.standardwebhooks.com, version 1), whose
+libraries verify it: HMAC-SHA256 of `id.timestamp.body`, in base64 after `v1,`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ __all__ = ["Refused", "check_url", "send", "signed"]
 
 MOST_URL: Final = 2048
 ANSWER_S: Final = 15.0
-"""From the look-up of the name to the status of the answer."""
+"""Maximum seconds from the name lookup to the status of the response."""
 
 LINE_BYTES: Final = 4096
 _STATUS: Final = re.compile(rb"HTTP/1\.[01] (\d{3})\b")
@@ -34,15 +34,15 @@ _DEFAULT_PORTS: Final = {"http": 80, "https": 443}
 
 
 class Refused(Exception):
-    """A webhook is not sent, because of where it would go."""
+    """A webhook is not sent, because of its destination."""
 
 
 def check_url(url: str, *, private: bool) -> None:
-    """Check what can be known of a webhook's URL without looking up its name.
+    """Check what can be known about a webhook's URL without looking up its name.
 
     Args:
-        url: as sent.
-        private: whether it may be a private address.
+        url: URL as sent.
+        private: whether it may have a private address.
 
     Raises:
         InvalidRequest: no webhook can be sent there.
@@ -61,13 +61,13 @@ def check_url(url: str, *, private: bool) -> None:
 
 
 def signed(secret: str, identifier: str, timestamp: int, body: bytes) -> dict[str, str]:
-    """The headers by which a receiver knows that a webhook is from this server.
+    """Make the headers by which a receiver verifies that a webhook is from this server.
 
     Args:
         secret: `whsec_` and the base64 of the key.
-        identifier: of the webhook, the same at each try.
+        identifier: identifier of the webhook, the same at each attempt.
         timestamp: Unix time at which it is sent.
-        body: that is sent.
+        body: body of the webhook.
     """
     key = base64.b64decode(secret.removeprefix("whsec_"))
     content = f"{identifier}.{timestamp}.".encode() + body
@@ -80,19 +80,19 @@ def signed(secret: str, identifier: str, timestamp: int, body: bytes) -> dict[st
 
 
 async def send(url: str, headers: Mapping[str, str], body: bytes, *, private: bool) -> int:
-    """Post a body, and return the status of the answer; redirects are not followed.
+    """Post a body, and return the status of the response; redirects are not followed.
 
     The name is looked up once, and the connection goes to the address that was checked.
 
     Args:
-        url: that :func:`check_url` let through.
-        headers: beside those of every request.
+        url: URL that :func:`check_url` accepted.
+        headers: headers besides those of every request.
         body: JSON.
         private: whether the address may be private.
 
     Raises:
         Refused: the name has an address that is not public.
-        OSError: there is no such name, no connection, or no answer in time.
+        OSError: the name is unknown, the connection failed, or there was no response in time.
     """
     parts, port = _parsed(url)
     host = parts.hostname or ""
@@ -117,7 +117,7 @@ async def send(url: str, headers: Mapping[str, str], body: bytes, *, private: bo
 
 
 def _parsed(url: str) -> tuple[SplitResult, int]:
-    """The parts of a URL and its port; raises ValueError with the reason why it is none."""
+    """The parts of a URL and its port; raises ValueError with the reason if it is invalid."""
     if len(url) > MOST_URL or not _SENDABLE.fullmatch(url):
         raise ValueError(f"it must have at most {MOST_URL} characters, all printable ASCII")
     parts = urlsplit(url)

@@ -1,4 +1,4 @@
-"""Edits an image in the way that a model has: as it reads pictures, or by a run from the image."""
+"""Image editing in the way that a model supports: by reference images, or a run from the image."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ __all__ = ["edited_as"]
 
 
 def edited_as(request: GenerateRequest, facts: ModelFacts) -> GenerateRequest:
-    """The request, in which a model that reads reference images is given the image as one of them.
+    """Return the request with its image moved to the reference images, if the model reads these.
 
-    A mask or a strength asks for a run that starts from the image, which every model has.
+    A mask or a strength asks for a run that starts from the image, which every model supports.
 
     Args:
-        request: as sent; it is returned as it is unless it is read as an edit.
-        facts: of the model that will serve it.
+        request: request as sent; it is returned unchanged unless it is read as an edit.
+        facts: facts of the model that will serve it.
 
     Raises:
-        InvalidRequest: there are several images, and no model or no run reads more than one.
+        InvalidRequest: there are several images, but the model or the run reads only one.
     """
     if not request.reading.edits or request.image is None:
         return request

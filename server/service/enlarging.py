@@ -1,4 +1,4 @@
-"""What a first run drew, at the size of the second: pixels by Lanczos, or the latents."""
+"""Enlarging of a first run's result to the size of the second: pixels by Lanczos, or latents."""
 
 from __future__ import annotations
 
@@ -40,15 +40,16 @@ OF_LATENTS: Final[Mapping[Upscaler, Interpolation]] = MappingProxyType(
         "latent_nearest_exact": Interpolation("nearest-exact"),
     }
 )
-"""As AUTOMATIC1111 enlarges latents (modules/shared_items.py, ``latent_upscale_modes``)."""
+"""Modes by which AUTOMATIC1111 enlarges latents (modules/shared_items.py,
+``latent_upscale_modes``)."""
 
 
 def started_from(upscaler: Upscaler, model: HostedModel) -> Started:
-    """How a task of the second run starts from what the first run drew.
+    """Return the function that makes a task of the second run start from the first run's result.
 
     Args:
-        upscaler: enlarges the first run's pixels, or its latents, which are not decoded then.
-        model: of both runs.
+        upscaler: upscaler of the first run's pixels, or of its latents, which are then not decoded.
+        model: model of both runs.
     """
 
     def from_latents(task: ImageTask, first: ImageResult) -> ImageTask:
@@ -64,24 +65,24 @@ def started_from(upscaler: Upscaler, model: HostedModel) -> Started:
 
 
 def enlarged(pixels: NDArray[np.uint8], width: int, height: int) -> NDArray[np.uint8]:
-    """A picture at a larger size, cropped around its middle to other proportions.
+    """Enlarge a picture, cropped around its middle to other proportions.
 
     Args:
         pixels: uint8 `[h, w, 3]`.
-        width: of the result.
-        height: of the result.
+        width: width of the result.
+        height: height of the result.
     """
     image = Image.fromarray(pixels, mode="RGB")
     return np.asarray(ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS))
 
 
 def enlarged_latents(latents: Tensor, size: tuple[int, int], upscaler: Upscaler) -> Tensor:
-    """Latents at a larger size, cropped around their middle to other proportions.
+    """Enlarge latents, cropped around their middle to other proportions.
 
     Args:
         latents: float32 `[C, h, w]`.
         size: height and width of the result in cells.
-        upscaler: of latents.
+        upscaler: upscaler for latents.
     """
     (high, wide), (h, w) = size, latents.shape[1:]
     covering = (wide * h // w, wide) if wide * h >= high * w else (high, high * w // h)

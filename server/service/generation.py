@@ -1,4 +1,4 @@
-"""A running request: brings what the engine reports from its thread into the event loop."""
+"""A running request: transfers what the engine reports from its thread to the event loop."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ class Progress:
     """Progress of one image.
 
     Attributes:
-        index: of the image within its request.
-        step: steps completed.
-        steps: steps in total.
+        index: index of the image within its request.
+        step: number of steps completed.
+        steps: total number of steps.
         preview: uint8 `[h, w, 3]` if previews were requested.
     """
 
@@ -53,20 +53,20 @@ class Cancellable(Protocol):
     """A request's images in the engine."""
 
     def cancel(self) -> bool:
-        """End those that still wait or run; returns whether there may have been any."""
+        """End those that still wait or run; return whether there may have been any."""
         ...
 
 
 class Generation:
-    """A request that was admitted, and the listener that the engine's thread reports to.
+    """An admitted request, and the listener that the engine's thread reports to.
 
     Everything but the listener's four methods belongs to the event loop. Only the latest unread
     progress of each image is kept, so a slow reader costs no memory.
 
     Args:
-        identifier: unique among running generations.
-        loop: the event loop that reads.
-        line: in which it waits until the first of its images begins.
+        identifier: identifier, unique among running generations.
+        loop: event loop of the reader.
+        line: line in which it waits until the first of its images begins.
     """
 
     def __init__(self, identifier: str, loop: asyncio.AbstractEventLoop, line: WaitingLine) -> None:
@@ -103,12 +103,12 @@ class Generation:
         """Record what was submitted; a generation closed in the meantime is cancelled at once.
 
         Args:
-            request: with every default filled in.
-            model_revision: of the model that serves it.
-            statistics: guidance whose model statistics the sampler is planned with, if any.
+            request: request with every default filled in.
+            model_revision: revision of the model that serves it.
+            statistics: guidance of the model statistics that the sampler is planned with, if any.
             warnings: one sentence for each setting that has no effect or does not suit the model.
             notes: one sentence about the settings that a distilled model's convention chose.
-            submission: the request's images in the engine.
+            submission: images of the request in the engine.
         """
         self.request, self.model_revision, self.statistics = request, model_revision, statistics
         self.warnings, self.notes = warnings, notes
@@ -123,7 +123,7 @@ class Generation:
 
     @property
     def queue_position(self) -> int | None:
-        """How many requests that came before it have not begun either; None once it has begun."""
+        """Number of earlier requests that have not begun either; None once it has begun."""
         return self._line.position(self._ticket)
 
     @property
@@ -132,7 +132,7 @@ class Generation:
         return time.monotonic() - self._born
 
     async def news(self, within_s: float | None = None) -> list[Progress]:
-        """Progress since the last call; waits for some, at most `within_s`.
+        """Return progress since the last call; wait for some, at most `within_s`.
 
         Returns:
             The latest progress of each image that advanced; nothing if time ran out or all ended.
@@ -149,7 +149,7 @@ class Generation:
         return news
 
     async def begun(self, within_s: float) -> None:
-        """Wait until the first of its images begins, at most so long; takes no progress in.
+        """Wait at most `within_s` until the first of its images begins; does not consume progress.
 
         Raises:
             WeftError: an image failed, or the generation was cancelled.
@@ -162,7 +162,7 @@ class Generation:
         self.check()
 
     async def unless_ended(self, work: Coroutine[Any, Any, Result]) -> Result:
-        """What some work before the start returns; it is cancelled if the generation ends first.
+        """Return the result of some work before the start; cancel it if the generation ends first.
 
         Raises:
             WeftError: the generation was cancelled or abandoned.
@@ -188,7 +188,7 @@ class Generation:
         self.end()
 
     def check(self) -> None:
-        """Raise the error it failed with, if it failed.
+        """Raise the error that the generation failed with, if any.
 
         Raises:
             WeftError: an image failed, or the generation was cancelled.
@@ -197,13 +197,13 @@ class Generation:
             raise self._error
 
     def end(self, error: BaseException | None = None) -> None:
-        """Record how it ended, with its images or with an error; only the first call counts."""
+        """Record the end, with images or with an error; only the first call counts."""
         if not self._ended:
             self._ended = True
             self.outcome = "completed" if error is None else outcome_of(error)
 
     def cancel(self) -> bool:
-        """Stop the work, unless it has ended; whoever reads gets :class:`Cancelled`.
+        """Stop the work, unless it has ended; readers get :class:`Cancelled`.
 
         Returns:
             Whether the generation is cancelled. If so its images are never returned; if not, it
@@ -213,12 +213,12 @@ class Generation:
         return isinstance(self._error, Cancelled)
 
     def abandon(self, error: WeftError) -> None:
-        """Stop the work, unless all images are there; whoever reads gets `error`."""
+        """Stop the work, unless all images are finished; readers get `error`."""
         if not self.done:
             self._fail(error)
 
     def close(self) -> None:
-        """Stop reading: unfinished work ends at the next tick."""
+        """Stop reading; unfinished work ends at the next tick."""
         self._closed = True
         self._line.leave(self._ticket)
         if self._submission is not None and not self.done:
@@ -244,7 +244,7 @@ class Generation:
         self._tell(self._fail, error)
 
     def _tell(self, call: Callable[..., None], *arguments: Any) -> None:
-        # A closed loop has no reader left, which must not disturb the engine's thread.
+        # A closed loop has no reader left; its error must not reach the engine's thread.
         with contextlib.suppress(RuntimeError):
             self._loop.call_soon_threadsafe(call, *arguments)
 

@@ -1,4 +1,4 @@
-"""Loads the models, at the start and on demand, and starts the engine."""
+"""Loading of models, at start-up and on demand, and start of the engine."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ Tell: TypeAlias = Callable[[str, int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class Hosted:
-    """A running engine, the models that are loaded, the default one first, and all others."""
+    """A running engine, the loaded models with the default one first, and the source of others."""
 
     engine: Engine
     models: Mapping[str, HostedModel]
@@ -65,18 +65,21 @@ def host(
 ) -> Hosted:
     """Load the models and start the engine; takes seconds to minutes.
 
-    Loaded are the models that ``models`` names as far as there is memory for them; where it names
-    none, the first of ``models_folder``, or the embedded ones. All others wait for a request.
+    It loads the models that ``models`` names, as far as there is memory for them; if it names none,
+    the first of ``models_folder``, or the embedded ones. All others wait for a request.
 
     Args:
-        settings: everything that may be set.
-        on_failure: called, in the engine's thread, once the engine can never work again.
-        guessed_costs: seconds of a tick by rows, instead of those that are measured at the start.
-        tell: called with what is being loaded, how much of it is done, and of how much, in MB.
+        settings: settings of the operator.
+        on_failure: function that is called in the engine's thread once the engine has failed for
+            good.
+        guessed_costs: seconds of a tick by number of rows, used instead of measuring them at
+            start-up.
+        tell: callback for progress, called with what is being loaded, how much of it is done, and
+            of how much, in MB.
 
     Raises:
-        ModelMismatch: a folder does not hold a supported model or may not be read, one of the hub
-            cannot be fetched, or the cache, where it is needed, cannot be written to.
+        ModelMismatch: a folder does not hold a supported model or may not be read, a model of the
+            hub cannot be fetched, or the cache is needed and cannot be written to.
         ModelTooLarge: not even the first model fits in memory.
     """
     embedded = embedded_folders()
@@ -135,13 +138,14 @@ def host(
 
 @dataclass(frozen=True, slots=True)
 class _Folders:
-    """Models in folders, as the shelf of models wants them.
+    """Models in folders, as a source for the model shelf.
 
     Attributes:
-        settings: on which device, and what memory they may take.
-        first: the folders that there were at the start, by name.
-        named: what requests name beside the model.
-        compiler: of blocks; a clause that says why there is none, or None if none is wanted.
+        settings: settings with the device and the memory limits.
+        first: folders that existed at start-up, by name.
+        named: weights that requests name besides the model.
+        compiler: compiler of blocks; a clause that says why there is none, or None if none is
+            wanted.
     """
 
     settings: Settings
@@ -153,7 +157,7 @@ class _Folders:
         return list(self._folders())
 
     def created(self, name: str) -> int:
-        # Without a look at all others: this is asked for each of them.
+        # Without listing all others, since this is called for each of them.
         others = self.settings.models_folder or Path()
         folder = self.first.get(name, others / name)
         return stamp_of(folder / "model_index.json")[0] // 10**9
@@ -179,11 +183,11 @@ class _Folders:
             return self.load_from_folder(name, tell)
 
     def bytes_of(self, name: str) -> int:
-        """As :meth:`needs`, with a sentence for the operator if it is no model."""
+        """Like :meth:`needs`, with a sentence for the operator if it is not a model."""
         return self._bytes_in(name, self.placement(name))
 
     def bytes_on_host(self, name: str) -> int:
-        """As :meth:`needs_on_host`, with a sentence for the operator if it is no model."""
+        """Like :meth:`needs_on_host`, with a sentence for the operator if it is not a model."""
         device = choose_device(self.settings.device)
         if device.type == HOST:
             return 0
@@ -191,10 +195,10 @@ class _Folders:
         return bytes_on_host(self._folder(name), dtype, self.placement(name))
 
     def placement(self, name: str) -> Placement:
-        """How a model is kept: of what the operator allows, the first that fits if it is alone.
+        """Placement of a model: the first that fits by itself, of those that the operator allows.
 
         Raises:
-            ModelMismatch: what the operator chose cannot be had on this device.
+            ModelMismatch: the operator's choice is not available on this device.
         """
         settings, device = self.settings, choose_device(self.settings.device)
         choices = options(settings.offload, settings.quantization_of(name), device)
@@ -206,10 +210,10 @@ class _Folders:
         return bytes_in_memory(self._folder(name), dtype, placement)
 
     def load_from_folder(self, name: str, tell: Callable[[int, int], None] | None) -> HostedModel:
-        """Load a model, with what requests may name, of its own folder and of the server's.
+        """Load a model, with weights that requests may name, from its own folder and the server's.
 
         Raises:
-            ModelMismatch: with a sentence for the operator, which says where the folder is.
+            ModelMismatch: with a sentence for the operator that names the folder.
         """
         folder = self._folder(name)
         model = load_model(
@@ -244,9 +248,9 @@ class _Folders:
             log.warning("%s: runs without compiled blocks: %s", model.facts.name, model.runs_eager)
 
     def _folders(self) -> Mapping[str, Path]:
-        """Those of the start that are still there, and what has come into the folder of models."""
+        """Folders from start-up that still exist, and new ones in the folder of models."""
         place = self.settings.models_folder
-        # One that was named is refused where it is loaded, with what is wrong with it.
+        # A named one stays; loading it fails with a description of what is wrong.
         named = self.settings.named_folders()
         first = {
             name: folder for name, folder in self.first.items() if name in named or folder.is_dir()
@@ -264,8 +268,8 @@ class _Folders:
 
     @contextmanager
     def _told_to_clients(self, name: str) -> Generator[None]:
-        """Log an error about a folder, and raise it without the folder, which is no client's."""
-        # Before it is removed, which may be why it cannot be loaded.
+        """Log an error about a folder; raise it without the path, which clients must not see."""
+        # Looked up before the folder is removed, which may be why it cannot be loaded.
         folder = str(self._folders().get(name, name))
         try:
             yield
@@ -273,7 +277,7 @@ class _Folders:
             unforeseen = error.__cause__ is not None
             log.error("model %s cannot be loaded: %s", name, error, exc_info=unforeseen)
             if unforeseen:
-                # Of a library: its text may name any file.
+                # An error of a library, whose text may name any file.
                 sentence = f"Model {name!r} could not be loaded; the server's log says why."
                 raise ModelMismatch(sentence) from None
             sentence = error.message.replace(f"model folder {folder!r}", f"model {name!r}")
@@ -281,7 +285,7 @@ class _Folders:
 
 
 def _compiler_of(settings: Settings) -> BlockCompiler | str | None:
-    """What compiles blocks; why nothing does, or None if nothing is to."""
+    """The compiler of blocks, the reason why there is none, or None if none is wanted."""
     if not settings.compile:
         return None
     if (lacking := missing_compiler()) is not None:
@@ -294,10 +298,10 @@ def _compiler_of(settings: Settings) -> BlockCompiler | str | None:
 
 
 def _check_readable(place: Path) -> None:
-    """Say which folders of models are left out as this process may not look into them.
+    """Log which model folders are left out because this process may not read them.
 
     Raises:
-        ModelMismatch: it may not look into the folder that they are in.
+        ModelMismatch: the process may not read the folder that contains them.
     """
     user = os.geteuid()
     if not _may_look_into(place):
@@ -313,7 +317,7 @@ def _check_readable(place: Path) -> None:
 
 
 def _is_closed(folder: Path) -> bool:
-    """Whether it is a folder that this process may not look into, or a link to such a place."""
+    """Whether a path is a folder that this process may not read, or a link to such a place."""
     try:
         return folder.is_dir() and not _may_look_into(folder)
     except PermissionError:
@@ -325,7 +329,7 @@ def _may_look_into(folder: Path) -> bool:
 
 
 def _check_names(settings: Settings, names: Collection[str]) -> None:
-    """Refuse settings for names of no model, unless one may come into the folder."""
+    """Refuse settings for unknown models, unless these may come into the folder later."""
     for field, unknown in settings.unknown_models(names):
         sentence = f"{field} names the model {unknown!r}; there are {', '.join(names)}."
         if settings.models_folder is None:
@@ -335,7 +339,7 @@ def _check_names(settings: Settings, names: Collection[str]) -> None:
 
 @contextmanager
 def _cache_written_to(cache: Path) -> Generator[None]:
-    """Say so where it cannot be."""
+    """Raise an error that names the cache if it cannot be written to."""
     try:
         yield
     except OSError as error:
@@ -348,7 +352,7 @@ def _cache_written_to(cache: Path) -> Generator[None]:
 
 
 def _folder_of(name: str, place: Path | HubModel, settings: Settings, tell: Tell | None) -> Path:
-    """The folder of a model, with the denoiser that it is given."""
+    """The folder of a model, with a replaced denoiser if the settings name one."""
     denoiser = settings.denoiser_of(name)
     folder = _own_folder_of(place, settings, tell, () if denoiser is None else DENOISERS)
     if denoiser is None:
@@ -360,9 +364,9 @@ def _folder_of(name: str, place: Path | HubModel, settings: Settings, tell: Tell
 def _own_folder_of(
     place: Path | HubModel, settings: Settings, tell: Tell | None, replaced: Collection[str]
 ) -> Path:
-    """The folder of a model: fetched if it is one of the hub, converted if it is a single file.
+    """The folder of a model: fetched if it is on the hub, converted if it is a single file.
 
-    Of a model of the hub, weights of the parts that are replaced are not fetched.
+    For a model on the hub, weights of replaced parts are not fetched.
     """
     if isinstance(place, Path) and os.path.isfile(place):
         return converted(
@@ -378,7 +382,7 @@ def _own_folder_of(
 
 
 def _logged() -> Tell:
-    """Writes into the log how far it is, every few seconds."""
+    """Return a callback that logs progress every few seconds."""
     due = monotonic() + LOGGED_EVERY_S
 
     def tell(stage: str, done: int, total: int) -> None:

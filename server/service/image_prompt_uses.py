@@ -1,4 +1,4 @@
-"""Image prompts of a request whose pictures are decoded."""
+"""Image prompts of a request, after their pictures are decoded."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ __all__ = ["image_prompt_uses", "in_regions_again"]
 def image_prompt_uses(
     request: ResolvedRequest, uploads: Uploads, model: HostedModel
 ) -> tuple[ImagePromptUse, ...]:
-    """The image prompts of a checked request, loaded; errors are those of `load_image_prompts`.
+    """Load the image prompts of a checked request; errors are those of `load_image_prompts`.
 
     Args:
-        request: that was checked.
-        uploads: its pictures.
-        model: that will serve it.
+        request: checked request.
+        uploads: pictures of the request.
+        model: model that will serve it.
     """
     pictures = [[*map(pixels_tensor, shown)] for shown in uploads.image_prompts]
     return load_image_prompts(request.image_prompts, pictures, _tensors(uploads.regions), model)
@@ -37,12 +37,12 @@ def image_prompt_uses(
 def in_regions_again(
     uses: Sequence[ImagePromptUse], request: ResolvedRequest, uploads: Uploads
 ) -> tuple[ImagePromptUse, ...]:
-    """The same in the second run, where regions have the size of its images.
+    """Adapt image prompts to the second run, whose regions have the size of its images.
 
     Args:
-        uses: of the first run.
-        request: of either.
-        uploads: its pictures.
+        uses: image prompts of the first run.
+        request: request of either run.
+        uploads: pictures of the request.
     """
     acting = [one.scale > 0 for one in request.image_prompts]
     regions = compress(_tensors(uploads.regions_again), acting)

@@ -1,4 +1,4 @@
-"""What is painted where a picture is to be repainted, before a run starts from it."""
+"""Initial content of the masked part of a picture, before a run starts from it."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from PIL import Image, ImageFilter, ImageOps
 __all__ = ["filled"]
 
 BLURS: Final = ((256, 1), (64, 1), (16, 2), (4, 4), (2, 2), (0, 1))
-"""Radius in pixels, and how often what it makes is laid over what there is."""
+"""Radius of each blur in pixels, and number of times that its result is composited."""
 
 
 def filled(picture: NDArray[np.uint8], mask: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """A picture whose masked part has the colours around it, as AUTOMATIC1111 fills it.
+    """Fill the masked part of a picture with the colours around it, as in AUTOMATIC1111.
 
-    What is kept is blurred into the masked part, from the widest blur to none (its
+    The kept part is blurred into the masked part, from the widest blur to none (its
     modules/masking.py, ``fill``).
 
     Args:
         picture: uint8 `[h, w, 3]`.
-        mask: uint8 `[h, w]`, 255 where it is filled.
+        mask: uint8 `[h, w]`, 255 where to fill.
     """
     whole = Image.fromarray(picture, mode="RGB")
-    # With colours multiplied by their opacity, what is masked has no part in a blur.
+    # With premultiplied colours, masked pixels do not contribute to a blur.
     kept = Image.new("RGBa", whole.size)
     opaque = whole.convert("RGBA").convert("RGBa")
     kept.paste(opaque, mask=ImageOps.invert(Image.fromarray(mask, mode="L")))

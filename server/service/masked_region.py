@@ -1,7 +1,7 @@
-"""Repaints the region around a mask at the request's full size, as AUTOMATIC1111's "only masked".
+"""Repaints the region around a mask at the request's full size, like AUTOMATIC1111's "only masked".
 
-The region is cut out, drawn at the width and height of the request, and put back, so that a small
-part of a large picture gets all of the model's detail (modules/masking.py there).
+The region is cropped, drawn at the width and height of the request, and pasted back, so that a
+small part of a large picture gets all of the model's detail (its modules/masking.py).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ __all__ = ["Box", "Region", "around", "cut_out"]
 
 @dataclass(frozen=True, slots=True)
 class Box:
-    """A part of a picture: its edges in pixels, right and bottom exclusive."""
+    """A part of a picture: its edges in pixels, with right and bottom exclusive."""
 
     left: int
     top: int
@@ -41,7 +41,7 @@ class Box:
 
     @property
     def where(self) -> tuple[slice, slice]:
-        """Of an array `[height, width, ...]`."""
+        """Index of the part in an array `[height, width, ...]`."""
         return slice(self.top, self.bottom), slice(self.left, self.right)
 
 
@@ -51,8 +51,8 @@ class Region:
 
     Attributes:
         picture: uint8 `[H, W, 3]`.
-        mask: uint8 `[H, W]`, 255 where it is repainted.
-        box: the part.
+        mask: uint8 `[H, W]`, 255 where to repaint.
+        box: part that is repainted.
     """
 
     picture: NDArray[np.uint8]
@@ -60,10 +60,10 @@ class Region:
     box: Box
 
     def put_back(self, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """The whole picture with its part repainted.
+        """Return the whole picture with its part repainted.
 
         Args:
-            pixels: uint8 `[h, w, 3]`, the part at the size that it was drawn at.
+            pixels: uint8 `[h, w, 3]`, the part at the size at which it was drawn.
         """
         rows, columns = self.box.where
         part = self.picture[rows, columns]
@@ -75,13 +75,13 @@ class Region:
 
 
 def around(mask: NDArray[np.uint8], padding: int, width: int, height: int) -> Box:
-    """The box around what a mask repaints, in the proportions of the drawing if there is room.
+    """The box around what a mask repaints, in the drawing's proportions if there is room.
 
     Args:
         mask: uint8 `[H, W]`; at least one pixel is not 0.
-        padding: pixels around it.
-        width: of the drawing.
-        height: of the drawing.
+        padding: number of pixels to add around it.
+        width: width of the drawing.
+        height: height of the drawing.
     """
     most_y, most_x = mask.shape
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
@@ -98,7 +98,7 @@ def _padded(first: int, last: int, padding: int, most: int) -> tuple[int, int]:
 
 
 def _widened(first: int, last: int, size: int, most: int) -> tuple[int, int]:
-    """The same middle with a size, moved inside of the picture, and no larger than it."""
+    """Widen an interval to a size around its middle, shifted and limited to the picture."""
     size = min(max(size, last - first), most)
     first = min(max(0, first - (size - (last - first)) // 2), most - size)
     return first, first + size
@@ -111,14 +111,15 @@ async def cut_out(
     decoding: DecodePool,
     hold: Callable[[int], None],
 ) -> tuple[GenerateRequest, Region]:
-    """The request for the part around the mask alone, and what it is a part of.
+    """Make a request for only the part around the mask, and return the region with it.
 
     Args:
-        request: with an image and a mask.
-        padding: pixels around what is repainted.
+        request: request with an image and a mask.
+        padding: number of pixels around what is repainted.
         size: width and height of the drawing.
-        decoding: reads image and mask.
-        hold: called with the bytes that the region keeps until the answer; may refuse them.
+        decoding: pool that decodes image and mask.
+        hold: function called with the bytes that the region keeps until the response; may refuse
+            them.
 
     Raises:
         InvalidRequest: there is no image or mask, or one cannot be decoded.
@@ -128,7 +129,7 @@ async def cut_out(
         raise InvalidRequest("mask", "mask is required, and an image that it is for.")
     with request.image.opened() as data:
         picture = await decoding.picture(data, "image")
-    # Of its own size, which the limits of a drawing say nothing about; the mask has a third of it.
+    # The picture keeps its own size, which limits of a drawing do not bound; the mask adds a third.
     hold(picture.nbytes + picture.nbytes // 3)
     same_size = PictureTarget(picture.shape[1], picture.shape[0])
     with request.mask.opened() as data:
@@ -166,7 +167,7 @@ async def _cut(
     mode: ResizeMode | None,
     decoding: DecodePool,
 ) -> ControlChoice:
-    """A ControlNet of which the picture is that part of its own which lies over the region."""
+    """A ControlNet with its picture cropped to the part over the region."""
     height, width = region.mask.shape
     target = PictureTarget(width, height, control.resize_mode or mode or DEFAULT_RESIZE_MODE)
     with control.image.opened() as data:
@@ -182,7 +183,7 @@ async def _cut_mask(
     mode: ResizeMode | None,
     decoding: DecodePool,
 ) -> ImagePromptChoice | None:
-    """An image prompt with the part of its mask that lies over the region; None if none does."""
+    """An image prompt with its mask cropped to the region; None if none of the mask lies there."""
     if prompt.mask is None:
         return prompt
     height, width = region.mask.shape

@@ -1,4 +1,4 @@
-"""The models of a server: those that are loaded, and those that are loaded when wanted."""
+"""The models of a server: those that are loaded, and those that can be loaded on demand."""
 
 from __future__ import annotations
 
@@ -32,37 +32,37 @@ __all__ = ["Lease", "ModelShelf", "ModelState", "Room", "Source"]
 log = logging.getLogger("weft")
 
 RETRY_S: Final = 0.2
-"""Until a model that found no room is tried again."""
+"""Seconds until a model that found no room is tried again."""
 
 REFUSED_S: Final = 10.0
-"""For so long a model that could not be loaded is refused without reading its files again."""
+"""Seconds for which a model that failed to load is refused without reading its files again."""
 
 
 @dataclass(frozen=True, slots=True)
 class Room:
-    """Bytes that weights may have: now, and if no other model were loaded."""
+    """Bytes available for weights: now, and if no other model were loaded."""
 
     free: int
     most: int
 
 
 class Source(Protocol):
-    """Where models that are not loaded come from; called in the shelf's own thread."""
+    """Source of models that are not loaded; called in the shelf's own thread."""
 
     def names(self) -> Iterable[str]:
-        """The models that can be loaded; from any thread."""
+        """Names of the models that can be loaded; safe from any thread."""
         ...
 
     def created(self, name: str) -> int:
-        """When the model was made, in seconds of Unix time; from any thread."""
+        """Time at which the model was made, in seconds of Unix time; safe from any thread."""
         ...
 
     def needs(self, name: str) -> int:
-        """Bytes that the weights of a model will take; raises as :meth:`load`."""
+        """Bytes that the weights of a model will take; raises like :meth:`load`."""
         ...
 
     def needs_on_host(self, name: str) -> int:
-        """Bytes of host memory that a model will keep beside its device; raises as :meth:`load`."""
+        """Bytes of host memory that a model will use in addition; raises like :meth:`load`."""
         ...
 
     def host_free(self) -> int:
@@ -70,7 +70,7 @@ class Source(Protocol):
         ...
 
     def room(self, loaded_bytes: int) -> Room:
-        """What weights may have beside the models that are loaded, with their CUDA graphs."""
+        """Bytes for weights, given those of the loaded models and their CUDA graphs."""
         ...
 
     def load(self, name: str, tell: Callable[[int, int], None]) -> HostedModel:
@@ -80,18 +80,18 @@ class Source(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class ModelState:
-    """A model of the server as it is now.
+    """The current state of a model of the server.
 
     Attributes:
-        name: as requests say it.
-        default: whether requests that name none get it.
-        created: when it was made, in seconds of Unix time.
-        model: if it is loaded.
-        memory_bytes: of its weights on its device; 0 if it is not loaded.
-        offloaded_bytes: of its weights in host memory beside another device.
+        name: name in requests.
+        default: whether requests that name no model get it.
+        created: time at which it was made, in seconds of Unix time.
+        model: the model, if it is loaded.
+        memory_bytes: bytes of its weights on its device; 0 if it is not loaded.
+        offloaded_bytes: bytes of its weights in host memory beside another device.
         loaded_since: seconds of Unix time; None if it is not loaded.
-        loading: share of it that is read, while it is being loaded.
-        prepared: what the engine has done for its forwards.
+        loading: fraction of it that has been read, while it is being loaded.
+        prepared: what the engine has prepared for its forward passes.
     """
 
     name: str
@@ -106,14 +106,14 @@ class ModelState:
 
 
 class Lease:
-    """A loaded model, which stays loaded until the lease is released; ``with`` does that."""
+    """A loaded model that stays loaded until the lease is released, for example by ``with``."""
 
     def __init__(self, model: HostedModel, give_back: Callable[[], None]) -> None:
         self.model = model
         self._give_back: Callable[[], None] | None = give_back
 
     def release(self) -> None:
-        """Let the model be unloaded again; does nothing the second time."""
+        """Allow the model to be unloaded; does nothing the second time."""
         give_back, self._give_back = self._give_back, None
         if give_back is not None:
             give_back()
@@ -127,15 +127,15 @@ class Lease:
 
 @dataclass(slots=True, eq=False)
 class _Place:
-    """What the shelf keeps of one model.
+    """State that the shelf keeps for one model.
 
     Attributes:
-        users: leases, and requests that wait for one.
-        used_at: when the last of them ended.
-        loading: has the error that a load came to, or None; while one is wanted.
-        progress: share of its bytes that are read.
-        crowded: other models that are in use leave no room for it.
-        refusal: why it could not be loaded, and until when that is believed.
+        users: number of leases, and of requests that wait for one.
+        used_at: time at which the last of them ended.
+        loading: future of a load, with its error or None; set while a load is wanted.
+        progress: fraction of its bytes that have been read.
+        crowded: whether other models that are in use leave no room for it.
+        refusal: why it could not be loaded, and until when that is assumed to hold.
     """
 
     name: str
@@ -157,15 +157,15 @@ class _Place:
 
 
 class ModelShelf:
-    """Lends models to requests, and loads those that are not there; safe from any thread.
+    """Lends models to requests, and loads those that are not loaded; safe from any thread.
 
-    One model is loaded at a time, in a thread of its own. Where memory is short, the least recently
-    used models that nobody has a lease of, and the engine no image of, are unloaded first.
+    One model is loaded at a time, in a separate thread. If memory is short, it first unloads the
+    least recently used models that have no lease and no image in the engine.
 
     Args:
-        engine: that runs them.
-        models: that are loaded already; the first is the default.
-        source: where others come from; None for nowhere.
+        engine: engine that runs them.
+        models: models that are loaded already; the first is the default.
+        source: source of other models; None if there is none.
         patience_s: seconds that a request waits for a model to be loaded.
     """
 
@@ -190,7 +190,7 @@ class ModelShelf:
             self._place(name).hold(model)
 
     def check(self, name: str | None) -> None:
-        """Refuse a name that is no model's.
+        """Refuse a name that no model has.
 
         Raises:
             UnknownModel: no such model is hosted.
@@ -199,26 +199,26 @@ class ModelShelf:
             place = self._places.get(name) if name is not None else None
             if name is None or (place is not None and place.model is not None):
                 return
-        # This looks into folders.
+        # This lists folders.
         known = self._names()
         if name not in known:
             raise UnknownModel(name[:60], known)
 
     def loaded(self) -> tuple[HostedModel, ...]:
-        """The models that are loaded, the default one first if it is."""
+        """The loaded models, with the default one first if it is loaded."""
         places = [self._places[name] for name in self._names() if name in self._places]
         return tuple(place.model for place in places if place.model is not None)
 
     def if_loaded(self, name: str | None) -> HostedModel | None:
-        """A model by its name, None for the default one; None if it is not loaded now."""
+        """A model by name, None for the default one; returns None if it is not loaded."""
         return self._place(self._default if name is None else name).model
 
     def states(self) -> tuple[ModelState, ...]:
-        """All models, the default one first."""
+        """States of all models, with the default one first."""
         return tuple(self._state(name) for name in self._names())
 
     async def lend(self, name: str | None) -> Lease:
-        """A model by its name, None for the default one; waits until it is loaded.
+        """Lend a model by name, None for the default one; wait until it is loaded.
 
         Raises:
             UnknownModel: no such model is hosted.
@@ -241,12 +241,12 @@ class ModelShelf:
         return Lease(model, lambda: self._give_back(place))
 
     async def unload(self, name: str | None) -> None:
-        """Unload a model by its name, None for the default one; requests load it again.
+        """Unload a model by name, None for the default one; requests load it again.
 
         Raises:
             UnknownModel: no such model is hosted.
-            ModelInUse: somebody has a lease of it, or waits for one.
-            NotReady: it could not be loaded again, another one is being loaded for too long, or the
+            ModelInUse: there is a lease of it, or a request that waits for one.
+            NotReady: it could not be loaded again, another model takes too long to load, or the
                 server is about to stop.
         """
         self.check(name)
@@ -262,17 +262,17 @@ class ModelShelf:
         try:
             await asyncio.wait({waiting}, timeout=self._patience_s)
         finally:
-            # Whoever was told to come back, or has left, is not to unload it some time later.
+            # A caller that was told to come back, or has left, must not cause an unload later.
             withdrawn = self._withdraws(place, unloading)
         if withdrawn:
             raise NotReady("Another model is being loaded; send the request again later.")
-        # It has begun, and is to tell its outcome though nobody waits for that any more.
+        # It has begun, and must report its outcome although the caller may no longer wait.
         error = await asyncio.shield(waiting)
         if error is not None:
             raise copy(error)
 
     def close(self, error: WeftError) -> None:
-        """Load no more models; whoever waits for one gets the error."""
+        """Load no more models; requests that wait for one get the error."""
         with self._wake:
             self._closed = error
             unwanted, self._unwanted = self._unwanted, []
@@ -283,7 +283,7 @@ class ModelShelf:
             self._wake.notify_all()
 
     def _withdraws(self, place: _Place, unloading: Future[WeftError | None]) -> bool:
-        """Whether an unload had not begun, which it does not any more then."""
+        """Withdraw an unload that has not begun; return whether that succeeded."""
         with self._wake:
             waits = (place, unloading) in self._unwanted
             if waits:
@@ -301,11 +301,11 @@ class ModelShelf:
             raise NotReady(self._late(place), retry_after_s=30)
         error = waiting.result()
         if error is not None:
-            # Each waits for it in a task of its own, which adds to the traceback.
+            # A copy: each waiting task raises it, which adds to the traceback.
             raise copy(error)
 
     def _wanted(self, place: _Place) -> Future[WeftError | None]:
-        """The outcome of the load that is under way, or of a new one."""
+        """Outcome of the load that is under way, or of a new one."""
         if place.loading is not None:
             return place.loading
         loading: Future[WeftError | None] = Future()
@@ -319,7 +319,7 @@ class ModelShelf:
         return loading
 
     def _start(self) -> None:
-        """Have the shelf's own thread look for work."""
+        """Wake the shelf's own thread, and start it if necessary."""
         if self._thread is None:
             self._thread = Thread(target=self._work, name="weft-loader", daemon=True)
             self._thread.start()
@@ -341,7 +341,7 @@ class ModelShelf:
             self._wake.notify_all()
 
     def _work(self) -> None:
-        """Load what is wanted and unload what is not, in the shelf's own thread."""
+        """Load wanted models and unload unwanted ones, in the shelf's own thread."""
         while True:
             with self._wake:
                 self._wake.wait_for(lambda: self._jobs or self._unwanted or self._closed)
@@ -363,7 +363,7 @@ class ModelShelf:
                 self._wake.wait(RETRY_S)
 
     def _attempt(self, place: _Place) -> bool:
-        """Load a model if there is room; whether its job is over."""
+        """Load a model if there is room; return whether its job is finished."""
         with self._wake:
             if place.loading is None:
                 return True
@@ -376,7 +376,7 @@ class ModelShelf:
                 return False
             self._load(place)
         except WeftError as error:
-            # Without its traceback, whose frames hold what was loaded.
+            # A copy without the traceback, whose frames hold what was loaded.
             refusal = copy(error)
         except Exception as error:
             log.exception("model %s could not be loaded", place.name)
@@ -409,7 +409,7 @@ class ModelShelf:
         )
 
     def _make_room(self, place: _Place) -> bool:
-        """Unload others until a model fits; False while those that are in use leave no room."""
+        """Unload others until a model fits; return False while models in use leave no room."""
         source = self._required_source()
         needed = source.needs(place.name)
         while True:
@@ -436,31 +436,31 @@ class ModelShelf:
                 return False
 
     def _make_room_on_host(self, place: _Place) -> bool:
-        """Unload others until the host has room for what a model keeps there; False to wait."""
+        """Unload others until host memory suffices for a model; return False if it must wait."""
         source = self._required_source()
         needed = source.needs_on_host(place.name)
         while needed > (free := source.host_free()):
             loaded, idle = self._offloaded(), [one for one in self._idle() if one.offloaded_bytes]
             if not loaded or needed > free + _locked_at_most(loaded):
                 raise ModelTooLarge.on_host(place.name, needed, free)
-            # Nothing is unloaded that would not be enough.
+            # Nothing is unloaded if that would not be enough.
             if needed > free + _locked_at_most(idle) or not self._unload(idle[0]):
                 return False
         return True
 
     def _offloaded(self) -> list[_Place]:
-        """Loaded models that have weights in host memory beside their device."""
+        """Loaded models with weights in host memory beside their device."""
         with self._wake:
             return [one for one in self._places.values() if one.offloaded_bytes]
 
     def _idle(self) -> list[_Place]:
-        """Loaded models that nobody uses, the least recently used first."""
+        """Loaded models without users, least recently used first."""
         with self._wake:
             idle = [one for one in self._places.values() if one.model is not None and not one.users]
             return sorted(idle, key=lambda one: one.used_at)
 
     def _unloaded(self, place: _Place) -> WeftError | None:
-        """Unload a model that is not wanted; why it stays, or None if it is not loaded now."""
+        """Unload a model on request; return why it stays, or None if it is not loaded now."""
         if place.model is None and not place.users:
             return None
         try:
@@ -517,7 +517,7 @@ class ModelShelf:
         return weights + self._engine.recorded_bytes
 
     def _names(self) -> tuple[str, ...]:
-        """The default one, others that are loaded, and those of the source."""
+        """Names of the default model, of others that are loaded, and of those of the source."""
         found = () if self._source is None else self._source.names()
         with self._wake:
             held = [place.name for place in self._places.values() if place.model or place.loading]
@@ -547,19 +547,19 @@ class ModelShelf:
 
 
 def _locked_at_most(places: Iterable[_Place]) -> int:
-    """Most host memory that unloading gives back: torch locks it by powers of two."""
+    """Maximum host memory that unloading frees: torch locks it in powers of two."""
     return 2 * sum(one.offloaded_bytes for one in places)
 
 
 def _believed(place: _Place) -> WeftError | None:
-    """Why the model could not be loaded a moment ago."""
+    """The error of a recent failed load, while it is assumed to hold."""
     if place.refusal is None or place.refusal[1] < time.monotonic():
         return None
     return place.refusal[0]
 
 
 def _refusal(name: str, error: Exception) -> WeftError:
-    """What clients are told of an error that nobody expected."""
+    """The error that clients get for an unexpected exception."""
     if is_out_of_memory(error):
         return NotReady(f"There is not enough memory for model {name!r}.", retry_after_s=60)
     return ModelMismatch(f"Model {name!r} could not be loaded; the server's log says why.")

@@ -1,4 +1,4 @@
-"""The weights that requests name beside their model: where each hosted model finds its own."""
+"""Weights that requests name besides their model, and where each hosted model finds them."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ __all__ = ["NamedWeights"]
 log = logging.getLogger("weft")
 
 EMBEDDING_BYTES: Final = 64 * 2**20
-"""Memory for loaded embeddings of all models: a hundred of the longest that there can be of
-Stable Diffusion XL, in float32."""
+"""Memory for loaded embeddings of all models: a hundred of the longest possible for Stable
+Diffusion XL, in float32."""
 
 
 class NamedWeights:
-    """Adapters, embeddings, ControlNets and IP-Adapters, whose memory all models share.
+    """Adapters, embeddings, ControlNets and IP-Adapters, in memory that all models share.
 
     Args:
-        settings: which folders there are for all models, and what memory there is.
+        settings: settings with the shared folders and the memory limits.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -49,11 +49,11 @@ class NamedWeights:
         self._image_prompts = WeightMemory[Any](settings.image_prompt_bytes, "IP-Adapters")
 
     def give(self, model: HostedModel, folder: Path) -> None:
-        """Let a model find what requests name, in its own folder and in the server's.
+        """Let a model find the weights that requests name, in its own folder and the server's.
 
         Args:
-            model: loaded.
-            folder: of the model.
+            model: loaded model.
+            folder: folder of the model.
         """
         name, settings, attention = model.facts.name, self._settings, model.image_attention
         own = model.device, model.dtype
@@ -88,11 +88,11 @@ class NamedWeights:
 
 
 def _places(shared: Path | None, own: Path) -> tuple[Path, ...]:
-    """Where to look; what is in a model's own folder comes last, and so counts."""
+    """Folders to search; the model's own is last, and so takes precedence."""
     return (own,) if shared is None else (shared, own)
 
 
 def _log_found(model: str, shelf: WeightShelf[Any, Any, Any]) -> None:
-    # Headers are read now, so that no request waits for all of them.
+    # Reads all headers now, so that no request has to wait for it.
     if known := [one.name for one in shelf.available()]:
         log.info("%s: %ss %s", model, shelf.what, ", ".join(known))

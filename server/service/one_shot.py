@@ -1,4 +1,4 @@
-"""Serves one request in this process, with an engine of its own and without HTTP."""
+"""Serves one request in this process, with its own engine and without HTTP."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ POLL_S = 0.05
 ENGINE_STOP_S = 10.0
 
 GUESSED_COSTS = {1: 0.05, 64: 0.5}
-"""Seconds of a tick by rows, from which a few images are run together; ticks correct them."""
+"""Seconds of a tick by rows, by which a few images run together; ticks correct them."""
 
 
 async def generate(
@@ -32,18 +32,19 @@ async def generate(
     """Load the request's model, generate its images, and stop.
 
     Args:
-        settings: which models, and on which device.
-        request: what to generate.
-        tell: called with each report of progress.
-        tell_loading: called with what is being loaded, how much of it is done, and of how much.
+        settings: settings with the models and the device.
+        request: request for images.
+        tell: callback for the progress of images.
+        tell_loading: callback for progress before, called with what is being loaded, how much of it
+            is done, and of how much.
 
     Raises:
         WeftError: the model cannot be hosted, or the request cannot be served.
     """
-    # How many rows every tick is to have, where that is fixed, has to be measured.
+    # A fixed number of rows per tick must be chosen from measurements.
     measured = settings.deterministic and settings.row_budget is None
     guessed = None if measured else GUESSED_COSTS
-    # Programs are for many images: to load them takes longer than to draw one without.
+    # Compiled programs pay off for many images: loading them takes longer than drawing one without.
     one = _of_one_model(settings, request.model).model_copy(update={"compile": False})
     with kept_for_good():
         hosted = await asyncio.to_thread(host, one, guessed_costs=guessed, tell=tell_loading)
@@ -55,7 +56,7 @@ async def generate(
 
 
 def _of_one_model(settings: Settings, name: str | None) -> Settings:
-    """The same settings with the model of that name alone, or the default one; all if unknown."""
+    """Settings with only the model of that name, or the default one; unchanged if it is unknown."""
     folders = settings.model_folders(embedded_folders())
     name = next(iter(folders)) if name is None else name
     if name not in folders:

@@ -1,4 +1,4 @@
-"""Lets an image say by its own transparency what of it is repainted, as OpenAI's edits do."""
+"""Masks given by an image's own transparency, as in OpenAI's edits."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ OWN: Final = MaskForm("own_clear")
 
 
 async def with_own_mask(request: GenerateRequest, decoding: DecodePool) -> GenerateRequest:
-    """The request, with its image's transparent pixels as the mask if it has any.
+    """Return the request, with the image's transparent pixels as its mask if it has any.
 
     Args:
-        request: with an image; one with a mask is returned as it is.
-        decoding: reads the image.
+        request: request with an image; one with a mask is returned unchanged.
+        decoding: pool that decodes the image.
 
     Raises:
         InvalidRequest: the image cannot be decoded.

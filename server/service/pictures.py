@@ -1,4 +1,4 @@
-"""The encoded images of a generation, each with the settings that make it."""
+"""Encoded images of a generation, each with the settings that make it."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ class Picture:
     """An encoded image.
 
     Attributes:
-        data: the file.
-        seed: that makes it.
-        text: its settings in the format of AUTOMATIC1111, which the file has too.
+        data: content of the file.
+        seed: seed that makes it.
+        text: its settings in the format of AUTOMATIC1111, which the file contains too.
     """
 
     data: bytes
@@ -44,14 +44,14 @@ class Pictures:
 
     Attributes:
         pictures: the images in the order of their seeds.
-        settings: with every default filled in; posted back, they make the same images.
-        spent: evaluations of the denoiser, summed over the images.
-        saved: evaluations that guidance policies and step caches made unnecessary.
+        settings: settings with every default filled in; posted back, they make the same images.
+        spent: number of evaluations of the denoiser, summed over the images.
+        saved: number of evaluations that guidance policies and step caches made unnecessary.
         ancestors: for particles, the image that each descends from; otherwise empty.
         effective: for particles, their effective number at each resampling.
-        queue_s: longest wait of an image.
-        denoise_s: longest denoising of an image.
-        decode_s: longest decoding of an image.
+        queue_s: longest waiting time of an image.
+        denoise_s: longest denoising time of an image.
+        decode_s: longest decoding time of an image.
         total_s: seconds from the request's arrival to the last encoded byte.
         warnings: one sentence for each setting that has no effect or does not suit the model.
         notes: one sentence about the settings that a distilled model's convention chose.
@@ -72,11 +72,11 @@ class Pictures:
 
 
 async def pictures_of(generation: Generation, model: HostedModel) -> Pictures:
-    """Encode the images of a generation, and complete it with that.
+    """Encode the images of a generation, and complete it.
 
     Args:
-        generation: whose images are all finished.
-        model: that made them.
+        generation: generation whose images are all finished.
+        model: model that made them.
 
     Raises:
         WeftError: an image failed, or the generation was cancelled.
@@ -106,11 +106,11 @@ async def pictures_of(generation: Generation, model: HostedModel) -> Pictures:
 async def encoded(
     generation: Generation, model: HostedModel, pixels: Mapping[int, NDArray[np.uint8]]
 ) -> tuple[Picture, ...]:
-    """Encode pixels as images of a generation, with the settings that make these.
+    """Encode pixels as images of a generation, with the settings that make them.
 
     Args:
-        generation: that was admitted.
-        model: that made its images.
+        generation: admitted generation.
+        model: model that made its images.
         pixels: uint8 `[H, W, 3]` of each image by its index.
     """
     written = await asyncio.gather(

@@ -1,4 +1,4 @@
-"""Pictures as tensors."""
+"""Conversion of pictures to tensors."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from torch import Tensor
 __all__ = ["mask_tensor", "pixels_tensor", "region_tensor"]
 
 HALF: Final = 128
-"""What is as light as this is white, as diffusers rounds masks of image prompts."""
+"""Threshold from which a value is white, as diffusers rounds masks of image prompts."""
 
 
 def pixels_tensor(pixels: NDArray[np.uint8]) -> Tensor:
-    """`[3, H, W]` float32 in [-1, 1] of uint8 `[H, W, 3]`."""
+    """Convert uint8 `[H, W, 3]` to `[3, H, W]` float32 in [-1, 1]."""
     return torch.tensor(pixels).permute(2, 0, 1).float().div(127.5).sub(1).contiguous()
 
 
 def region_tensor(grey: NDArray[np.uint8]) -> Tensor:
-    """`[H, W]` float32, 0 or 1, of uint8 `[H, W]`."""
+    """Convert uint8 `[H, W]` to `[H, W]` float32, 0 or 1."""
     return torch.tensor(grey >= HALF).float()
 
 
 def mask_tensor(grey: NDArray[np.uint8]) -> Tensor:
-    """`[H, W]` float32 in [0, 1] of uint8 `[H, W]`."""
+    """Convert uint8 `[H, W]` to `[H, W]` float32 in [0, 1]."""
     return torch.tensor(grey).float().div(255)

@@ -1,4 +1,4 @@
-"""Prepares requests: fills in what they leave out, checks them and plans them."""
+"""Preparation of requests: fills in what they leave out, checks them and plans them."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ from server.settings import Limits
 __all__ = ["Planner"]
 
 PLANS_KEPT_BYTES = 512 * 2**20
-"""An elementwise plan of dpm_solver_v3 in 25 steps at 1024 x 1024 pixels has up to 367 MB."""
+"""Bound on cached plans: an elementwise plan of dpm_solver_v3 in 25 steps at 1024 x 1024 pixels has
+up to 367 MB."""
 
 
 class Planner:
-    """Prepares requests, and keeps the plans that they may share; safe from any thread.
+    """Prepares requests, and caches the plans that they may share; safe from any thread.
 
     Args:
-        limits: the operator's limits for one request.
+        limits: limits for one request, set by the operator.
     """
 
     def __init__(self, limits: Limits) -> None:
@@ -44,16 +45,16 @@ class Planner:
         """Fill in what a request leaves out, check it and plan it.
 
         Args:
-            request: as sent.
-            model: that will serve it.
+            request: request as sent.
+            model: model that will serve it.
             size: width and height of the image that it starts from; None without one.
             reference_size: see :func:`server.requests.resolve.resolve`.
 
         Returns:
-            The request, and the model statistics that its sampler is planned with, if any.
+            The prepared request, and the model statistics that its sampler is planned with, if any.
 
         Raises:
-            InvalidRequest: a value that the model or the operator does not allow.
+            InvalidRequest: the model or the operator does not allow a value.
         """
         resolved = resolve(request, model, self._limits, size, reference_size)
         fitted_to = statistics_for(resolved, model)

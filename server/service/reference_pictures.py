@@ -1,4 +1,4 @@
-"""The reference images of a request, decoded at the sizes at which its model reads them."""
+"""Reference images of a request, decoded at the sizes at which its model reads them."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ __all__ = ["ReferencePictures", "decoded_references"]
 
 
 class ReferencePictures(NamedTuple):
-    """Pictures that the prompt is about, uint8 `[H, W, 3]`.
+    """Pictures that the prompt refers to, uint8 `[H, W, 3]`.
 
     Attributes:
-        read: as the denoiser reads them.
-        seen: as the text encoder sees them, if it does.
+        read: pictures as the denoiser reads them.
+        seen: pictures as the text encoder sees them, if it does.
     """
 
     read: tuple[NDArray[np.uint8], ...] = ()
@@ -34,14 +34,14 @@ async def decoded_references(
     known: ReferencePictures,
     most: int | None = None,
 ) -> ReferencePictures:
-    """The reference images of a request.
+    """Decode the reference images of a request.
 
     Args:
-        request: as sent.
-        model: that will serve it.
-        decoding: reads the images.
-        known: the first ones, which are decoded already.
-        most: of them; None for all.
+        request: request as sent.
+        model: model that will serve it.
+        decoding: pool that decodes the images.
+        known: the first ones, if they are decoded already.
+        most: maximum number of images; None for all.
 
     Raises:
         InvalidRequest: an image cannot be decoded.

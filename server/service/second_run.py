@@ -1,4 +1,4 @@
-"""Draws the images of a request once more, larger, each as soon as its first run has ended."""
+"""Second runs that draw the images of a request again, larger, each after its first run."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ from server.service.generation import Generation
 __all__ = ["SecondRun", "Started"]
 
 Started: TypeAlias = Callable[[ImageTask, ImageResult], ImageTask]
-"""Makes a task of the second run start from what the first run drew."""
+"""Function that makes a task of the second run start from the result of the first."""
 
 
 class SecondRun:
-    """Hears of the first run in the generation's place, and submits the second of each image.
+    """Listens to the first run on behalf of the generation, and submits the second of each image.
 
-    The generation hears of both as of one run, and cancels them as one submission.
+    To the generation both are one run, which it cancels as one submission.
 
     Args:
-        generation: whose images they are.
+        generation: generation of the images.
         loop: its event loop, in whose threads images are enlarged.
-        room: reserved for both runs of all images; given back when they are cancelled.
+        room: room reserved for both runs of all images; it is returned when they are cancelled.
         first: a task of the first run.
-        tasks: of the second run, without what they start from.
-        started_from: lets one of these start from the result of its first run.
+        tasks: tasks of the second run, without what they start from.
+        started_from: function that makes one of these start from the result of its first run.
     """
 
     def __init__(
@@ -63,14 +63,14 @@ class SecondRun:
         """Submit the first run.
 
         Raises:
-            WeftError: as of :meth:`Reservation.submit`.
+            WeftError: see :meth:`Reservation.submit`.
         """
         submission = self._room.submit(first, self)
         with self._lock:
             self._submissions.append(submission)
 
     def cancel(self) -> bool:
-        """End all images that wait or run; returns whether there may have been any."""
+        """End all images that wait or run; return whether there may have been any."""
         with self._lock:
             self._cancelled = True
             submissions = list(self._submissions)
@@ -112,14 +112,14 @@ class SecondRun:
 
 
 class _Second:
-    """Hears of the second run of one image.
+    """Listens to the second run of one image.
 
     Args:
-        generation: whose image it is.
-        index: of the image.
-        first: what came of its first run.
-        first_steps: of the first run.
-        steps: of both.
+        generation: generation of the image.
+        index: index of the image.
+        first: result of its first run.
+        first_steps: number of steps of the first run.
+        steps: number of steps of both runs.
     """
 
     def __init__(
@@ -146,7 +146,7 @@ class _Second:
         self._generation.progress(self._index, self._first_steps + step, self._steps, preview)
 
     def finished(self, index: int, result: ImageResult) -> None:
-        """The image is finished, with what both runs took."""
+        """Report the finished image, with the cost of both runs."""
         first = self._first
         both = replace(
             result,

@@ -1,4 +1,4 @@
-"""Admits requests to the engine and follows them to their end; HTTP knows no tensors."""
+"""Admits requests to the engine and follows them to their end; HTTP never handles tensors."""
 
 from __future__ import annotations
 
@@ -60,23 +60,23 @@ __all__ = ["Service"]
 Result = TypeVar("Result")
 
 UPLOADS_WAITING = 64
-"""Uploaded images that may wait to be decoded."""
+"""Maximum number of uploaded images that wait to be decoded."""
 
 
 class Service:
     """Accepts requests once an engine is running; until then every request is refused.
 
     Args:
-        limits: the operator's limits for one request.
-        decode_processes: uploaded images decoded at once.
+        limits: limits for one request, set by the operator.
+        decode_processes: number of uploaded images decoded at once.
         load_s: seconds that a request waits for its model to be loaded.
 
     Attributes:
-        outcomes: how many requests ended how.
-        decoding: decodes uploaded images.
-        planner: prepares requests.
-        leaving: set once the server is about to stop; whoever holds a connection open without an
-            end of its own ends it then.
+        outcomes: number of requests by outcome.
+        decoding: pool that decodes uploaded images.
+        planner: planner that prepares requests.
+        leaving: event that is set once the server is about to stop; handlers of open-ended
+            connections end them then.
     """
 
     def __init__(self, limits: Limits, *, decode_processes: int = 2, load_s: float = 300.0) -> None:
@@ -92,8 +92,8 @@ class Service:
         self._failure: str | None = None
         self._under_way: dict[str, Generation] = {}
         self._line = WaitingLine()
-        # They are loaded one after another. Whoever waits for that is not to hold the threads that
-        # all other requests need.
+        # Weights are loaded one after another. A request that waits for that must not occupy the
+        # threads that all other requests need.
         self._weights = ThreadPoolExecutor(1, thread_name_prefix="weft-weights")
 
     def open(
@@ -102,9 +102,9 @@ class Service:
         """Accept requests from now on.
 
         Args:
-            engine: runs the models.
-            models: that are loaded; the first is the default.
-            source: where others come from when a request names them.
+            engine: engine that runs the models.
+            models: loaded models; the first is the default.
+            source: source of others when a request names them.
         """
         self._shelf = ModelShelf(engine, models, source, self._load_s)
         self._engine = engine
@@ -117,15 +117,15 @@ class Service:
             self._shelf.close(self._farewell())
 
     def give_up(self, reason: str) -> None:
-        """Refuse all requests for good, because the models could not be loaded."""
+        """Refuse all requests from now on, because the models could not be loaded."""
         self._failure = reason
 
     def drain(self) -> None:
-        """Refuse new requests from now on; those under way go on."""
+        """Refuse new requests from now on; running requests continue."""
         self.leaving.set()
 
     def abandon(self) -> None:
-        """End all requests under way, and loads that are waited for, with :class:`NotReady`."""
+        """End all running requests, and loads that are waited for, with :class:`NotReady`."""
         for generation in list(self._under_way.values()):
             generation.abandon(self._farewell())
         if self._shelf is not None:
@@ -154,7 +154,7 @@ class Service:
         return self._failure
 
     def ready_engine(self) -> Engine:
-        """The engine, loaded and warmed.
+        """Return the engine, loaded and warmed up.
 
         Raises:
             NotReady: it is still loading, about to stop, or broken.
@@ -169,7 +169,7 @@ class Service:
         """Refuse a request that could not be admitted now, before its body is read.
 
         Args:
-            client: whose request it is.
+            client: client that sends the request.
 
         Raises:
             NotReady: the models are still loading, or the server is broken.
@@ -190,7 +190,7 @@ class Service:
         return True
 
     def model_states(self) -> tuple[ModelState, ...]:
-        """All models, loaded or not, the default one first; empty until the server has loaded."""
+        """States of all models, the default one first; empty until the server has loaded."""
         return () if self._shelf is None else self._shelf.states()
 
     def models(self) -> tuple[ModelEntry, ...]:
@@ -222,10 +222,10 @@ class Service:
         )
 
     async def check(self, request: GenerateRequest) -> None:
-        """Refuse a request that could never be served, as far as that is known at once.
+        """Refuse a request that could never be served, as far as that can be determined at once.
 
-        What depends on a model that is not loaded, or on the size of an uploaded image, is left
-        for :meth:`admit`.
+        Checks that need a model which is not loaded, or the size of an uploaded image, are left to
+        :meth:`admit`.
 
         Raises:
             InvalidRequest: a field has an invalid value.
@@ -252,17 +252,17 @@ class Service:
     ) -> Generation:
         """Check a request, fill in its defaults and submit it to the engine.
 
-        The caller must :meth:`release` the generation, whatever happens.
+        The caller must :meth:`release` the generation in any case.
 
         Args:
-            request: as sent.
-            identifier: of the generation.
-            client: whose request it is.
+            request: request as sent.
+            identifier: identifier of the generation.
+            client: client that sends the request.
 
         Raises:
             InvalidRequest: a field has an invalid value.
             UnknownModel: no such model is hosted.
-            ModelMismatch: the model was to be loaded, and cannot be.
+            ModelMismatch: the model would have to be loaded, but cannot be.
             ModelTooLarge: the model does not fit in memory.
             DuplicateGeneration: the identifier is in use.
             Overloaded: the queue is full.
@@ -278,7 +278,7 @@ class Service:
             generation.end(error)
             self.release(generation)
             if isinstance(error, Exception):
-                # A confirmed cancellation is the answer, whatever else was wrong.
+                # A confirmed cancellation is the answer, whatever else went wrong.
                 generation.check()
             raise
         return generation
@@ -296,26 +296,27 @@ class Service:
     async def encoded(
         self, generation: Generation, pixels: Mapping[int, NDArray[np.uint8]]
     ) -> tuple[Picture, ...]:
-        """Encode pixels as images of a generation, with the settings that make these.
+        """Encode pixels as images of a generation, with the settings that make them.
 
         Args:
-            generation: that was admitted.
+            generation: admitted generation.
             pixels: uint8 `[H, W, 3]` of each image by its index.
         """
         return await encoded(generation, self._leases[generation].model, pixels)
 
     def cancel(self, identifier: str) -> None:
-        """Stop a generation; its rows are free at the next tick.
+        """Stop a generation; its rows become free at the next tick.
 
         Raises:
-            UnknownGeneration: none of that identifier is running; it may just have completed.
+            UnknownGeneration: no generation of that identifier is running; it may have just
+                completed.
         """
         generation = self._under_way.get(identifier)
         if generation is None or not generation.cancel():
             raise UnknownGeneration(identifier)
 
     def release(self, generation: Generation) -> None:
-        """Forget a generation, and stop whatever part of it is still running."""
+        """Remove a generation, and stop any part of it that is still running."""
         if self._under_way.pop(generation.id, None) is None:
             return
         generation.close()
@@ -344,21 +345,21 @@ class Service:
             submit = partial(self._submit, generation, *prepared, model, uploads, room, loop)
             await self.with_weights(prepared[0].request, model, submit)
             if prepared[0].second is not None:
-                # The second run gives its room back by itself.
+                # The second run returns its room by itself.
                 held.pop_all()
 
     async def with_weights(
         self, request: ResolvedRequest, model: HostedModel, work: Callable[[], Result]
     ) -> Result:
-        """Do work that loads the adapters and ControlNets of a request, in a thread.
+        """Run work that loads the weights named by a request, in a thread.
 
-        Where some are not in memory, it is the thread in which all weights are loaded, so that no
+        If some are not in memory, it runs in the thread in which all weights are loaded, so that no
         other work waits for it.
 
         Args:
-            request: that names them.
-            model: that has them.
-            work: what needs them.
+            request: request that names them.
+            model: model that has them.
+            work: function that needs them.
         """
         ready = await asyncio.to_thread(_weights_loaded, request, model)
         loop = asyncio.get_running_loop()
@@ -395,13 +396,13 @@ class Service:
         )
 
     def _farewell(self) -> NotReady:
-        """Why no request is served any more."""
+        """The error that says why requests are no longer served."""
         if self.broken:
             return NotReady(self.broken, retry_after_s=60)
         return NotReady("The server is stopping; send the request again in a few seconds.")
 
     def ready_shelf(self) -> ModelShelf:
-        """The models, which are lent to who uses them.
+        """Return the models, which are lent to their users.
 
         Raises:
             NotReady: they are still loading.
@@ -444,7 +445,7 @@ def _tasks(prepared: Prepared, model: HostedModel, uploads: Uploads) -> list[Ima
 def _tasks_again(
     second: Prepared, first: ImageTask, model: HostedModel, uploads: Uploads
 ) -> list[ImageTask]:
-    """The tasks of the second run, without what they start from."""
+    """Tasks of the second run, without what they start from."""
     pictures = list(map(pixels_tensor, uploads.controls_again))
     controls = load_controls(second.request.controls, pictures, model)
     return tasks_of(
@@ -466,7 +467,7 @@ def _claim(
     prepared: Prepared,
     model: HostedModel,
 ) -> None:
-    """Claim what a request costs before its images are decoded, of which the sizes are known."""
+    """Claim the cost of a request before its images are decoded, whose sizes are known."""
     width, height = prepared.request.width, prepared.request.height
     size = height, width
     picture, mask = (torch.empty(*shape, device="meta") for shape in ((3, *size), size))
@@ -486,7 +487,7 @@ def _claim(
         image_prompts=unloaded_image_prompts(request.image_prompts, width, height, model),
         references=references,
     )
-    # Of pictures beside the prompt, the sizes are not known yet; they are checked with the tasks.
+    # Sizes of reference images are not known yet; they are checked with the tasks.
     engine.check_memory([replace(task, references=()) for task in tasks])
     if prepared.second is not None:
         width, height = prepared.second.request.width, prepared.second.request.height

@@ -1,4 +1,4 @@
-"""The stochastic similarity filter: which input frames of a stream need no new output."""
+"""The stochastic similarity filter, which skips input frames that need no new output."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ __all__ = ["FrameFilter", "skip_probability"]
 
 
 def skip_probability(cosine: float, threshold: float) -> float:
-    """Probability to skip a frame (Kodaira et al., arXiv 2312.12491, stochastic similarity filter).
+    """Probability of skipping a frame (Kodaira et al., arXiv 2312.12491, similarity filter).
 
     Args:
-        cosine: of the frame and the last one that was processed.
-        threshold: below 1; at this cosine and below the probability is 0.
+        cosine: cosine similarity of the frame and the last one that was processed.
+        threshold: threshold below 1; at this cosine or lower, the probability is 0.
     """
     return max(0.0, 1 - (1 - cosine) / (1 - threshold))
 
@@ -28,11 +28,11 @@ def skip_probability(cosine: float, threshold: float) -> float:
 class FrameFilter:
     """Compares each frame with the last one that was processed.
 
-    Departure from StreamDiffusion's code: frames skipped in a row are counted from the last one
-    that was processed, whatever it was processed for.
+    This departs from StreamDiffusion's code: consecutive skipped frames are counted from the last
+    one that was processed, for whatever reason.
 
     Args:
-        seed: of the random choices.
+        seed: seed of the random choices.
     """
 
     def __init__(self, seed: int) -> None:
@@ -41,12 +41,12 @@ class FrameFilter:
         self._skipped = 0
 
     def skips(self, frame: Tensor, settings: SimilarityFilter, *, must_run: bool = False) -> bool:
-        """Whether to skip a frame; otherwise it is the one that later frames are compared with.
+        """Whether to skip a frame; if not, later frames are compared with it.
 
         Args:
             frame: ``[3, H, W]`` float32 in [-1, 1].
-            settings: threshold and most frames skipped in a row.
-            must_run: process it whatever it looks like.
+            settings: threshold, and maximum number of consecutive skipped frames.
+            must_run: whether to process it whatever it looks like.
         """
         last = self._last
         may = not must_run and self._skipped < settings.max_skip

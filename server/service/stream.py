@@ -1,4 +1,4 @@
-"""A live stream: settings that may change, input frames of which the newest wins, and outputs."""
+"""A live stream: changeable settings, input frames of which only the newest waits, and outputs."""
 
 from __future__ import annotations
 
@@ -57,19 +57,19 @@ __all__ = ["StreamSession"]
 log = logging.getLogger("weft")
 
 OUTGOING: Final = 2
-"""Finished frames that may wait for the client; while there are so many, none is taken in."""
+"""Number of finished frames that may wait for the client; with this many, none is taken in."""
 
 RETRY_S: Final = 0.02
-"""Until the engine, whose queue was full, is asked again."""
+"""Seconds until a retry when the engine's queue was full."""
 
 
 class Beside(NamedTuple):
-    """Pictures that stand beside the prompt of every frame.
+    """Pictures that are given with the prompt of every frame.
 
     Attributes:
-        image_prompts: loaded.
-        references: its reference images, ``[3, H, W]``, but for the input frame.
-        seen: the same as the text encoder sees them, if it does.
+        image_prompts: loaded image prompts.
+        references: reference images, ``[3, H, W]``, without the input frame.
+        seen: reference images as the text encoder sees them, if it does.
     """
 
     image_prompts: tuple[ImagePromptUse, ...] = ()
@@ -79,16 +79,17 @@ class Beside(NamedTuple):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Current:
-    """The settings that hold, checked and planned.
+    """The current settings, checked and planned.
 
     Attributes:
-        settings: as sent.
-        prepared: the request for one frame.
-        lease: of the model, which stays loaded as long as it may be asked for a frame.
-        adapters: of the settings, loaded once for all frames.
-        embeddings: that its texts name, and those of the prompt that it leaves.
+        settings: settings as sent.
+        prepared: prepared request for one frame.
+        lease: lease of the model, which stays loaded as long as frames may need it.
+        adapters: adapters of the settings, loaded once for all frames.
+        embeddings: embeddings that its texts name, and those of the prompt that a transition
+            leaves.
         beside: pictures of the settings, decoded and loaded once for all frames.
-        in_flight: most frames in the engine.
+        in_flight: maximum number of frames in the engine.
     """
 
     settings: StreamSettings
@@ -101,11 +102,11 @@ class Current:
 
     @property
     def model(self) -> HostedModel:
-        """The model that serves it."""
+        """The model that serves the stream."""
         return self.lease.model
 
     def leaving(self, before: Current) -> Current:
-        """The same while frames are still told what they were told before."""
+        """These settings with the embeddings of earlier ones, whose prompts frames still use."""
         own = {one.name for one in self.embeddings}
         theirs = [one for one in before.embeddings if one.name not in own]
         return replace(self, embeddings=(*self.embeddings, *theirs))
@@ -115,14 +116,14 @@ class StreamSession:
     """A client's stream; all of it belongs to the event loop.
 
     Args:
-        service: that plans and has the engine.
-        limits: of one image.
-        stream_limits: of one stream.
-        counts: of this session.
-        identifier: of this session.
+        service: service that plans frames and has the engine.
+        limits: limits of one image.
+        stream_limits: limits of one stream.
+        counts: counts of this session.
+        identifier: identifier of this session.
 
     Attributes:
-        next_number: of the next frame that is taken in.
+        next_number: number of the next frame to be taken in.
     """
 
     def __init__(
@@ -160,30 +161,30 @@ class StreamSession:
 
     @property
     def stats_s(self) -> float | None:
-        """Seconds between two messages with statistics; None for none."""
+        """Seconds between two messages with statistics; None if there are none."""
         return None if self._current is None else self._current.settings.stats_s
 
     @property
     def begun(self) -> bool:
-        """Whether there have been settings."""
+        """Whether the client has sent settings."""
         return self._current is not None
 
     async def change(self, fields: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Merge fields over the settings; they hold for all frames that are taken in afterwards.
+        """Merge fields into the settings; they apply to all frames taken in afterwards.
 
         Args:
-            fields: of :class:`StreamSettings`; None restores the default of a field.
+            fields: fields of :class:`StreamSettings`; None restores the default of a field.
 
         Returns:
-            The answer to the client.
+            The response to the client.
 
         Raises:
-            InvalidRequest: a field has an invalid value; the settings are what they were.
+            InvalidRequest: a field has an invalid value; the settings are unchanged.
             UnknownModel: no such model is hosted.
-            ModelMismatch: the model was to be loaded, and cannot be.
+            ModelMismatch: the model would have to be loaded, but cannot be.
             ModelTooLarge: the model does not fit in memory.
-            Overloaded: the adapters of requests under way leave no room for those of the settings,
-                or too many pictures wait to be decoded.
+            Overloaded: the adapters of running requests leave no room for those of the settings, or
+                too many pictures wait to be decoded.
             NotReady: the server is broken or about to stop.
         """
         merged = {k: v for k, v in {**self._fields, **fields}.items() if v is not None}
@@ -197,7 +198,7 @@ class StreamSession:
             current = await self._service.with_weights(prepared.request, lease.model, load)
             async with self._changing:
                 self._adopt(current)
-                # One seed for all of the stream, also where it was chosen here.
+                # One seed for the whole stream, even if it was chosen here.
                 self._fields = merged | {"seed": current.prepared.request.seed}
                 first = self.next_number
         except BaseException:
@@ -214,10 +215,10 @@ class StreamSession:
         }
 
     def offer(self, data: bytes) -> FailedFrame | None:
-        """Take an input frame, which replaces the one that waits.
+        """Accept an input frame, which replaces the one that waits.
 
         Returns:
-            Why the frame is not taken; None if it is.
+            Why the frame is refused; None if it is accepted.
         """
         number, self.counts.received = self.counts.received, self.counts.received + 1
         most = self._stream_limits.frame_bytes
@@ -238,7 +239,7 @@ class StreamSession:
         return None
 
     async def next(self) -> OutputFrame | FailedFrame:
-        """The next output, once there is one; calling again means that the client has the last.
+        """Wait for the next output; calling again means that the client has received the last one.
 
         Raises:
             NotReady: the engine failed, or the server is about to stop.
@@ -254,11 +255,11 @@ class StreamSession:
         return await self._output(frame)
 
     def statistics(self) -> Mapping[str, Any]:
-        """What the client is told of its stream."""
+        """Statistics of the stream for the client."""
         return self.counts.statistics(self._in_engine)
 
     def end(self, error: WeftError) -> None:
-        """Let whoever waits for the next output hear of an error instead."""
+        """Deliver an error instead of the next output."""
         self._error = self._error or error
         self._news.set()
 
@@ -266,8 +267,8 @@ class StreamSession:
         """Stop: frames under way end at the engine's next tick."""
         self._closed = True
         self._pump.cancel()
-        # Both know where in this session they were raised: cycles, which would keep its pictures
-        # until the next collection.
+        # Both refer to tracebacks with this session: cycles, which would keep its pictures in
+        # memory until the next collection.
         del self._pump
         self._error = None
         for frame in self._under_way:
@@ -286,12 +287,12 @@ class StreamSession:
 
     @property
     def full(self) -> bool:
-        """Whether so many finished frames wait for the client that none is taken in."""
+        """Whether as many finished frames wait for the client as may; then no frame is taken in."""
         finished = sum(frame.done for frame in self._under_way)
         return finished + (self._sending is not None) >= OUTGOING
 
     def _prepare(self, settings: StreamSettings, model: HostedModel) -> Prepared:
-        """Check and plan settings, in a thread of its own."""
+        """Check and plan settings, in a separate thread."""
         from_frames = settings.source == "frames"
         if not from_frames and settings.strength is not None:
             raise InvalidRequest(
@@ -309,7 +310,7 @@ class StreamSession:
         size = model.facts.default_width, model.facts.default_height
         request = settings.request()
         if settings.source == "references":
-            # Checks count the frame, which is not there yet.
+            # The checks count the frame, which does not exist yet.
             references = Upload(b""), *request.reference_images
             request = request.model_copy(update={"reference_images": references})
         prepared, _ = self._service.planner.prepare(request, model, size if from_frames else None)
@@ -317,7 +318,7 @@ class StreamSession:
             alone = prepared.request.model_copy(update={"prompt": one.text})
             check_limits(alone, self._limits)
             check_tokens(alone, model)
-        # What is incompatible with a blend says so now, and not with each frame.
+        # Anything incompatible with a blend is refused now, and not at each frame.
         blended = settings.transition_frames > 0 or isinstance(settings.told, Blend)
         blend = Blend(((settings.told, 1.0),)) if blended else None
         tasks_of(prepared, model, blend=blend, adapters=(), embeddings=())
@@ -331,7 +332,7 @@ class StreamSession:
         prepared: Prepared,
         model: HostedModel,
     ) -> Uploads | None:
-        """The pictures beside the prompt, decoded; None for those of the settings that hold."""
+        """Decode the pictures beside the prompt; None if those of the current settings stay."""
         before, request = self._current, prepared.request
         if before is not None and before.model is model:
             was = before.prepared.request
@@ -348,13 +349,13 @@ class StreamSession:
         lease: Lease,
         uploads: Uploads | None,
     ) -> Current:
-        """The settings with the weights that they name, in the thread that may wait for these.
+        """Load the weights that settings name, in the thread that may wait for them.
 
         Args:
-            settings: as sent.
-            prepared: the request for one frame.
-            lease: of the model.
-            uploads: pictures beside the prompt; None where those of before stay.
+            settings: settings as sent.
+            prepared: prepared request for one frame.
+            lease: lease of the model.
+            uploads: pictures beside the prompt; None if the earlier ones stay.
         """
         in_flight, model = self._most_in_flight(settings, prepared), lease.model
         adapters = load_adapters(prepared.request.adapters, model)
@@ -402,7 +403,7 @@ class StreamSession:
         if self._closed:
             current.lease.release()
         if before is not None:
-            # Frames of it in the engine keep its model there by themselves.
+            # Frames in the engine keep its model loaded by themselves.
             before.lease.release()
 
     async def _take_in_frames(self) -> None:
@@ -419,7 +420,7 @@ class StreamSession:
                         await asyncio.wait_for(self._room.wait(), early)
                     continue
                 async with self._changing:
-                    # The settings may have changed while it waited for its turn.
+                    # The settings may have changed while it waited for the lock.
                     if self._current is not None and self._may_take(self._current):
                         await self._take_in(self._current)
         except Exception as error:
@@ -432,7 +433,8 @@ class StreamSession:
             there_is = settings.seed_step > 0 or self._owed > 0
         else:
             there_is = self._waiting is not None
-        # The one before it must have started: else both would go through the stages side by side.
+        # The frame before must have started; otherwise both would pass through the stages side by
+        # side.
         started = all(frame.started or frame.done for frame in self._under_way)
         return (
             there_is
@@ -440,12 +442,12 @@ class StreamSession:
             and not settings.paused
             and not self.full
             and self._in_engine < current.in_flight
-            # One is left for the decoder: the next frame is encoded while it is decoded.
+            # One is left for the decoder, so that the next frame is encoded while it is decoded.
             and self._in_denoiser < max(1, current.in_flight - 1)
         )
 
     async def _take_in(self, current: Current) -> None:
-        """Give the next frame to the engine, or skip it."""
+        """Submit the next frame to the engine, or skip it."""
         settings, number = current.settings, self.next_number
         taken, self._waiting = self._waiting, None
         frame = Frame(
@@ -456,7 +458,7 @@ class StreamSession:
             output_format=settings.output_format,
         )
         now = monotonic()
-        # Before it is submitted, so that closing the stream finds it.
+        # Added before it is submitted, so that closing the stream finds it.
         self._under_way.append(frame)
         try:
             with self._service.ready_engine().reserve(1, live=True) as room:
@@ -473,9 +475,9 @@ class StreamSession:
             self.end(error)
         except WeftError as error:
             self.counts.count("failed")
-            # The frame of code that raised it has the frame of the stream, too.
+            # The traceback's frames refer to this frame and the stream.
             frame.number, frame.error = None, error.with_traceback(None)
-            # Or it would be refused again at once, for as long as the reason lasts.
+            # Paced, or it would be refused again at once for as long as the reason lasts.
             self._pace(settings, now)
         else:
             self.next_number += 1
@@ -484,7 +486,7 @@ class StreamSession:
         self._news.set()
 
     def _pace(self, settings: StreamSettings, now: float) -> None:
-        """One frame is answered; the next one is due by the most that there may be in a second."""
+        """Count a frame as answered, and schedule the next one by the maximum frame rate."""
         self._owed = max(0, self._owed - 1)
         self._not_before = max(self._not_before + 1 / settings.max_fps, now)
 
@@ -504,13 +506,13 @@ class StreamSession:
         pixels: FramePixels | None,
         room: Reservation,
     ) -> None:
-        """Submit a frame or skip it, in a thread of its own.
+        """Submit a frame or skip it, in a separate thread.
 
         Args:
-            frame: to be submitted.
-            current: its settings.
-            pixels: of the input frame, if there is one.
-            room: for it in the engine.
+            frame: frame to submit.
+            current: settings of the frame.
+            pixels: pixels of the input frame, if there is one.
+            room: room for it in the engine.
         """
         image, (image_prompts, references, seen) = None, current.beside
         if pixels is not None:
@@ -542,7 +544,7 @@ class StreamSession:
             frame.submitted = monotonic()
             frame.submission = room.submit(tasks, FrameListener(frame, self.loop, self._heard))
         except WeftError:
-            # There will be no image for later frames to repeat.
+            # There will be no new image that skipped frames could repeat.
             self._filter.forget()
             raise
         if self._closed:
@@ -583,18 +585,18 @@ class StreamSession:
 
     def _failed(self, frame: Frame, error: WeftError) -> FailedFrame:
         if frame.number is not None:
-            # Counted here, as only the engine's failures have a number.
+            # Counted here, since only failures in the engine have a number.
             self.counts.count("failed")
             self._filter.forget()
         return FailedFrame(error, frame.number, frame.source)
 
 
 def _answer(current: Current) -> dict[str, Any]:
-    """Settings with every default filled in, which open the same stream again."""
+    """Settings with every default filled in, which can open the same stream again."""
     settings = current.prepared.request.settings() | current.settings.own()
-    # Some fields are of requests alone.
+    # Some fields exist only in requests.
     known = {name: value for name, value in settings.items() if name in StreamSettings.model_fields}
-    # The request counts the input frame among its reference images.
+    # The request counts the input frame as one of its reference images.
     known.pop("reference_images", None)
     beside = len(current.settings.reference_images)
     pictures = {"reference_images": beside} if beside else {}

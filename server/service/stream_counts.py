@@ -1,4 +1,4 @@
-"""What live streams have done: of one session, and of all together."""
+"""Counts of live streams: of one session, and of all together."""
 
 from __future__ import annotations
 
@@ -24,12 +24,14 @@ LATENCIES_KEPT: Final = 256
 
 @dataclass(slots=True)
 class StreamCounts:
-    """Of all sessions since the start.
+    """Counts of all sessions since the start.
 
     Attributes:
-        opened: sessions.
-        frames: by outcome; a skipped frame is sent too, and counted as skipped alone.
-        latencies: of all frames that were sent and not skipped, from the arrival of their input.
+        opened: number of opened sessions.
+        frames: number of frames by outcome; a skipped frame is sent too, but counted only as
+            skipped.
+        latencies: latencies of frames that were sent and not skipped, from the arrival of their
+            input.
     """
 
     opened: int = 0
@@ -38,10 +40,10 @@ class StreamCounts:
 
 
 class SessionCounts:
-    """Of one session; everything is added to those of all sessions too.
+    """Counts of one session, which are also added to those of all sessions.
 
     Args:
-        of_all: the sum over all sessions.
+        of_all: counts of all sessions.
     """
 
     def __init__(self, of_all: StreamCounts) -> None:
@@ -61,7 +63,7 @@ class SessionCounts:
         """Count a frame that was sent.
 
         Args:
-            latency_s: from the arrival of its input.
+            latency_s: seconds since the arrival of its input.
             skipped: whether it repeats the image before it.
         """
         self._sent_at.append(monotonic())
@@ -73,10 +75,10 @@ class SessionCounts:
         self._of_all.latencies.add(latency_s)
 
     def statistics(self, in_flight: int) -> Mapping[str, Any]:
-        """What a client is told.
+        """Statistics for the client.
 
         Args:
-            in_flight: frames in the engine now.
+            in_flight: number of frames in the engine now.
         """
         self._forget()
         seconds = monotonic() - self._began

@@ -1,4 +1,4 @@
-"""A frame of a live stream, from its arrival to its output, and what a stream hears of it."""
+"""A frame of a live stream, from its arrival to its output, and the listener for its progress."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class InputFrame:
     """A file that a client sent.
 
     Attributes:
-        number: counted from 0.
-        data: the file.
+        number: number of the frame, counted from 0.
+        data: content of the file.
         arrived: time of its arrival.
     """
 
@@ -40,16 +40,16 @@ class OutputFrame:
     """An image for the client.
 
     Attributes:
-        number: counted from 0.
+        number: number of the frame, counted from 0.
         source: number of the input frame; None if it was made from the prompt alone.
-        seed: that it was made with.
+        seed: seed that it was made with.
         skipped: whether it repeats the image before it.
-        dropped: input frames that were dropped so far.
-        data: the image as a file.
-        output_format: of that file.
+        dropped: number of input frames that were dropped so far.
+        data: content of the image file.
+        output_format: format of that file.
         queue_s: seconds from the input's arrival to the first evaluation.
-        denoise_s: seconds from there to the clean latent.
-        decode_s: seconds from there to the pixels.
+        denoise_s: seconds from the first evaluation to the clean latent.
+        decode_s: seconds from the clean latent to the pixels.
         total_s: seconds from the input's arrival to the encoded file.
     """
 
@@ -68,11 +68,11 @@ class OutputFrame:
 
 @dataclass(frozen=True, slots=True)
 class FailedFrame:
-    """An input frame that has no output.
+    """An input frame without an output.
 
     Attributes:
-        error: why.
-        number: of the output frame that there will not be; None if it did not come to that.
+        error: error that says why.
+        number: number of the output frame that is missing; None if it had none yet.
         source: number of the input frame; None if there is none.
     """
 
@@ -86,18 +86,18 @@ class Frame:
     """A frame under way.
 
     Attributes:
-        number: of the output frame; None until it is known that there is one.
+        number: number of the output frame; None until it is certain that there is one.
         source: number of the input frame; None if there is none.
-        seed: of its noise.
+        seed: seed of its noise.
         arrived: time at which the input arrived.
-        output_format: of its output.
-        submitted: time at which it was given to the engine.
-        started: whether its first evaluation has begun, or it has ended before.
-        denoised: whether its last evaluation is done; what is left is to decode it.
+        output_format: format of its output.
+        submitted: time at which it was submitted to the engine.
+        started: whether its first evaluation has begun, or it ended before that.
+        denoised: whether its last evaluation is done, so that only decoding is left.
         skipped: whether the similarity filter skipped it.
-        result: of the engine.
+        result: result of the engine.
         error: why there is no result.
-        submission: in the engine.
+        submission: its submission to the engine.
     """
 
     source: int | None
@@ -115,17 +115,17 @@ class Frame:
 
     @property
     def done(self) -> bool:
-        """Whether nothing more is to come of it."""
+        """Whether the frame has ended, with or without a result."""
         return self.skipped or self.result is not None or self.error is not None
 
 
 class FrameListener:
-    """Brings what the engine reports of a frame from its thread into the event loop.
+    """Transfers what the engine reports about a frame from its thread to the event loop.
 
     Args:
-        frame: that it is about.
-        loop: the event loop.
-        changed: called in the event loop after each report.
+        frame: frame that is reported on.
+        loop: event loop.
+        changed: function that is called in the event loop after each report.
     """
 
     def __init__(
@@ -155,7 +155,7 @@ class FrameListener:
         self._tell(lambda known=error: self._fail(known))
 
     def _tell(self, call: Callable[[], None]) -> None:
-        # A closed loop has no reader left, which must not disturb the engine's thread.
+        # A closed loop has no reader left; its error must not reach the engine's thread.
         with contextlib.suppress(RuntimeError):
             self._loop.call_soon_threadsafe(call)
 

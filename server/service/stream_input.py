@@ -1,4 +1,4 @@
-"""Decodes input frames of live streams at the sizes at which their model reads them."""
+"""Decoding of live streams' input frames at the sizes at which their model reads them."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class FramePixels(NamedTuple):
     """An input frame, uint8 `[H, W, 3]`.
 
     Attributes:
-        read: as the denoiser reads it.
-        seen: as the text encoder sees it, if it does.
+        read: frame as the denoiser reads it.
+        seen: frame as the text encoder sees it, if it does.
     """
 
     read: NDArray[np.uint8]
@@ -31,16 +31,16 @@ class FramePixels(NamedTuple):
 
 
 def check_source(settings: StreamSettings, facts: ModelFacts) -> None:
-    """Refuse what the source of a stream cannot serve, in terms of what its client can change.
+    """Refuse settings that a stream's source cannot serve, in terms of what a client can change.
 
     Args:
-        settings: of the stream.
-        facts: of the model that will serve it.
+        settings: settings of the stream.
+        facts: facts of the model that will serve it.
 
     Raises:
-        InvalidRequest: guidance by the picture that an image starts from, and images start from
-            none; or the model reads no reference images, or no more than those that stand beside
-            each frame.
+        InvalidRequest: guidance needs the picture that an image starts from, but images start from
+            none; or the model reads no reference images, or no more than those given beside each
+            frame.
     """
     policy = None if settings.guidance is None else settings.guidance.policy
     if policy is not None and policy.wants_reference and settings.source != "frames":
@@ -81,14 +81,14 @@ async def decoded_frame(
     facts: ModelFacts,
     decoding: DecodePool,
 ) -> FramePixels:
-    """The pixels of an input frame.
+    """Decode an input frame.
 
     Args:
         data: a PNG, JPEG or WebP file.
-        settings: of the stream.
-        request: for one output frame.
-        facts: of the model that serves it.
-        decoding: reads the file.
+        settings: settings of the stream.
+        request: request for one output frame.
+        facts: facts of the model that serves it.
+        decoding: pool that decodes the file.
 
     Raises:
         InvalidRequest: it cannot be decoded.

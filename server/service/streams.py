@@ -1,4 +1,4 @@
-"""The live streams of a server: how many are open, and what they have done."""
+"""The live streams of a server: open sessions, and their counts."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ RETRY_AFTER_S: Final = 10.0
 
 
 class Streams:
-    """Opens sessions, as many at once as the operator allows.
+    """Opens sessions, at most as many at once as the operator allows.
 
     Args:
-        service: that plans their frames and has the engine.
-        settings: limits of streams and of images.
+        service: service that plans their frames and has the engine.
+        settings: settings with the limits of streams and of images.
 
     Attributes:
-        counts: of all sessions.
-        limits: the operator's.
-        sessions: that are open, each with the API key that opened it.
+        counts: counts of all sessions.
+        limits: limits of streams, set by the operator.
+        sessions: open sessions, each with the API key that opened it.
     """
 
     def __init__(self, service: Service, settings: Settings) -> None:
@@ -41,22 +41,22 @@ class Streams:
         return len(self.sessions)
 
     async def until_stopping(self) -> None:
-        """Wait until the server is about to stop.
+        """Wait until the server is about to stop, then raise.
 
         Raises:
-            NotReady: then, in words for the client.
+            NotReady: the server is about to stop; the message is for the client.
         """
         await self._service.leaving.wait()
         self._service.ready_engine()
 
     def open(self, key: ApiKey | None = None) -> StreamSession:
-        """A new session, which the caller must :meth:`close`, whatever happens.
+        """Open a new session, which the caller must :meth:`close` in any case.
 
         Args:
-            key: that the client has; None if the server has none.
+            key: key of the client; None if the server has none.
 
         Raises:
-            Overloaded: as many sessions are open as may be.
+            Overloaded: the maximum number of sessions is open.
             NotReady: the models are still loading, or the server is broken or about to stop.
         """
         self._service.ready_engine()

@@ -1,4 +1,4 @@
-"""From one prompt to another over some frames."""
+"""Transitions from one prompt to another over some frames."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from server.models.blend import Blend, BlendKind
 __all__ = ["Transition"]
 
 MOST_NESTED = 4
-"""Transitions that may be under way within each other, each from where the last one was left."""
+"""Maximum depth of nested transitions, each of which starts from the middle of another."""
 
 
 @dataclass(frozen=True, slots=True)
 class Transition:
-    """What each frame is told while a prompt replaces another.
+    """The text of each frame while a prompt replaces another.
 
     Attributes:
-        target: what frames are told in the end.
-        start: what they were told before; None if there is nothing to leave.
-        frames: how many the change takes; the last of them is told the target alone.
+        target: text of frames in the end.
+        start: text of frames before; None if there is nothing to leave.
+        frames: number of frames that the change takes; the last of them has the target alone.
         kind: how the two are mixed.
-        done: frames that have been told so far.
-        nested: transitions that ``start`` is in the middle of.
+        done: number of frames so far.
+        nested: number of transitions that ``start`` is in the middle of.
     """
 
     target: str | Blend
@@ -34,21 +34,21 @@ class Transition:
 
     @property
     def under_way(self) -> bool:
-        """Whether the next frame is told a mixture, or is the first to be told the target."""
+        """Whether the next frame has a mixture, or is the first to have the target."""
         return self.start is not None and self.done < self.frames
 
     @property
     def left(self) -> int:
-        """Frames until one is told the target alone, that one included; 0 if that has been."""
+        """Number of frames up to the first with the target alone, inclusive; 0 after that."""
         return self.frames - self.done if self.under_way else 0
 
     @property
     def told(self) -> str | Blend:
-        """What the next frame is told."""
+        """Text of the next frame."""
         return self._at(self.done + 1)
 
     def onward(self) -> Transition:
-        """The same once the next frame has been told."""
+        """The transition after the next frame."""
         if not self.under_way:
             return self
         return Transition(
@@ -56,12 +56,12 @@ class Transition:
         )
 
     def to(self, target: str | Blend, frames: int, kind: BlendKind) -> Transition:
-        """The transition to another target, from what the last frame was told.
+        """Start a transition to another target, from the text of the last frame.
 
         Args:
-            target: what frames are told in the end. If that is no other than before, a transition
-                that is under way goes on at its pace.
-            frames: how many the change takes.
+            target: text of frames in the end. If it is the same as before, a transition that is
+                under way continues at its pace.
+            frames: number of frames that the change takes.
             kind: how the two are mixed.
         """
         if target == self.target:

@@ -1,4 +1,4 @@
-"""The images that were sent with a request, decoded at the sizes that its runs need."""
+"""Images that were sent with a request, decoded at the sizes that its runs need."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ __all__ = ["ACTS", "Early", "Uploads", "decoded", "decoded_for_their_size"]
 
 
 UNBOUNDED: Final = 2**60
-"""Pixels that no request has."""
+"""A number of pixels that no request reaches."""
 
 ACTS: Final = MaskForm("acts")
-"""Of the region of an image prompt."""
+"""Form of the mask of an image prompt, which marks where it acts."""
 
 
 class Uploads(NamedTuple):
-    """The images that were sent with a request, at the size of its run, or of the second one.
+    """Images that were sent with a request, at the size of its run, or of the second one.
 
-    Those beside the prompt have the size that their encoders read, and their regions that of the
-    run. `kept` is the image as it was sent, where the part to repaint is filled in `image`.
+    Image prompts have the size that their encoders read, and their regions the size of the run.
+    `kept` is the image as it was sent, if the part to repaint is filled in `image`.
     """
 
     image: NDArray[np.uint8] | None
@@ -52,14 +52,14 @@ class Uploads(NamedTuple):
 
 
 class Early(NamedTuple):
-    """What had to be known of a request's images before it could be checked.
+    """What must be known about a request's images before it can be checked.
 
     Attributes:
-        image: that it starts from, uint8 `[H, W, 3]`, if it was decoded.
+        image: image that it starts from, uint8 `[H, W, 3]`, if it was decoded.
         references: the first of its reference images, if that was decoded.
         size: width and height of the image that it starts from; None without one.
-        reference_size: width and height of the result by the reference image; None where it does
-            not follow from that.
+        reference_size: width and height of the result by the reference image; None if that does not
+            determine them.
     """
 
     image: NDArray[np.uint8] | None = None
@@ -71,14 +71,14 @@ class Early(NamedTuple):
 async def decoded_for_their_size(
     request: GenerateRequest, model: HostedModel, decoding: DecodePool
 ) -> Early:
-    """The image whose size the result has, where the request does not give it.
+    """Decode the image that determines the result's size, if the request does not give it.
 
     A request that gives its size is checked before its images are decoded.
 
     Args:
-        request: as sent.
-        model: that will serve it.
-        decoding: reads the image.
+        request: request as sent.
+        model: model that will serve it.
+        decoding: pool that decodes the image.
 
     Raises:
         InvalidRequest: the image cannot be decoded, or the model reads no reference images.
@@ -103,14 +103,15 @@ async def decoded_for_their_size(
 async def _by_reference(
     request: GenerateRequest, model: HostedModel, decoding: DecodePool
 ) -> Early:
-    """The first reference image, and the size of a result of its proportions."""
+    """Decode the first reference image, and derive the size of a result in its proportions."""
     if not request.reference_images:
         return Early()
     facts = model.facts
     check_references(len(request.reference_images), facts)
     first = await decoded_references(request, model, decoding, ReferencePictures(), most=1)
     height, width, _ = first.read[0].shape
-    # Sides that are too long for the model or the operator are refused by name with the request.
+    # Sides that are too long for the model or the operator are refused later, with the field's
+    # name.
     wanted = PictureTarget(request.width, request.height, multiple=facts.size_multiple)
     return Early(references=first, reference_size=wanted.size_of(width, height, UNBOUNDED))
 
@@ -122,14 +123,14 @@ async def decoded(
     early: Early,
     decoding: DecodePool,
 ) -> Uploads:
-    """Decode the images of a request that was checked.
+    """Decode the images of a checked request.
 
     Args:
-        request: as sent.
-        prepared: the same with every default filled in, and its second run if it has one.
-        model: that will serve it.
-        early: what was decoded already, as its size was needed.
-        decoding: reads the images.
+        request: request as sent.
+        prepared: request with every default filled in, and its second run if it has one.
+        model: model that will serve it.
+        early: images that were decoded already, since their size was needed.
+        decoding: pool that decodes the images.
 
     Raises:
         InvalidRequest: an image cannot be decoded.
@@ -177,7 +178,7 @@ async def decoded(
 async def _controls(
     decoding: DecodePool, chosen: Sequence[ControlChoice], prepared: Prepared
 ) -> tuple[list[NDArray[np.uint8]], list[NDArray[np.uint8]]]:
-    """What each ControlNet reads, at the size of the run and at that of the second one."""
+    """Decode what each ControlNet reads, at the size of the run and of the second one."""
     pictures, again = list[NDArray[np.uint8]](), list[NDArray[np.uint8]]()
     for place, control in enumerate(chosen):
         field, target = f"controls.{place}.image", _target(prepared.request, control)
@@ -193,7 +194,7 @@ async def _controls(
 async def _beside(
     decoding: DecodePool, field: str, prompt: ImagePromptChoice, target: PictureTarget
 ) -> list[NDArray[np.uint8]]:
-    """The pictures of an image prompt."""
+    """Decode the pictures of an image prompt."""
     if len(prompt.image) == 1:
         return [await _picture(decoding, prompt.image[0], field, target)]
     return [
@@ -205,7 +206,7 @@ async def _beside(
 async def _regions(
     decoding: DecodePool, masks: Sequence[Upload | None], prepared: Prepared
 ) -> tuple[list[NDArray[np.uint8] | None], list[NDArray[np.uint8] | None]]:
-    """Where each image prompt acts, at the size of the run and at that of the second one."""
+    """Decode where each image prompt acts, at the size of the run and of the second one."""
     regions: list[NDArray[np.uint8] | None] = [None] * len(masks)
     again = list(regions)
     for place, mask in enumerate(masks):
@@ -229,7 +230,7 @@ async def _picture(
 
 
 def _target(resolved: ResolvedRequest, control: ControlChoice | None = None) -> PictureTarget:
-    """What an uploaded image is brought to, or the picture of a ControlNet."""
+    """The size for an uploaded image, or for the picture of a ControlNet."""
     own = None if control is None else control.resize_mode
     mode = own or resolved.resize_mode or DEFAULT_RESIZE_MODE
     return PictureTarget(resolved.width, resolved.height, mode)

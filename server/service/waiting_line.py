@@ -1,4 +1,4 @@
-"""Which requests wait for their first evaluation, in the order in which they came."""
+"""The line of requests that wait for their first evaluation, in order of arrival."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ __all__ = ["WaitingLine"]
 
 
 class WaitingLine:
-    """Tickets of those who wait; the event loop's alone."""
+    """Tickets of waiting requests; used only in the event loop."""
 
     def __init__(self) -> None:
         self._waiting: list[int] = []
         self._next = 0
 
     def join(self) -> int:
-        """A ticket at the end of the line."""
+        """Return a ticket at the end of the line."""
         ticket, self._next = self._next, self._next + 1
         self._waiting.append(ticket)
         return ticket
@@ -26,7 +26,7 @@ class WaitingLine:
             del self._waiting[bisect_left(self._waiting, ticket)]
 
     def position(self, ticket: int) -> int | None:
-        """How many are before a ticket; None if it is not in the line any more."""
+        """Number of tickets before this one; None if it is no longer in the line."""
         place = bisect_left(self._waiting, ticket)
         waits = place < len(self._waiting) and self._waiting[place] == ticket
         return place if waits else None
