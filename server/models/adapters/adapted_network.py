@@ -1,11 +1,11 @@
-"""Adapters of some rows of a forward, while the other rows pass the network as it is.
+"""Applies adapters to some rows of a forward pass, and leaves the other rows unchanged.
 
-Nothing is merged into the weights: after a layer has put out all rows, the changes of the rows that
-have adapters are added to theirs. Rows of different adapters share the matrix products: two for
-each layer, however many adapters there are. The other rows stay as they are, to the bit.
+Nothing is merged into the weights: after a layer has computed all rows, the changes of rows with
+adapters are added to their outputs. Rows with different adapters share the matrix products: two for
+each layer, however many adapters there are. The outputs of other rows are unchanged bit for bit.
 
-What these products multiply with, the factors of all rows side by side, is kept for the next
-forward while rows have the same adapters in the same order, as they have from tick to tick.
+The operands of these products, the stacked factors of all rows, are kept for the next forward pass
+as long as rows have the same adapters in the same order, as is usual from one tick to the next.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ if TYPE_CHECKING:
 __all__ = ["AdaptedNetwork"]
 
 KEPT_SHARE = 1 / 32
-"""Of the device's memory, that stacks which are kept for later forwards may have."""
+"""Maximum share of the device's memory for stacks that are kept for later forward passes."""
 
 Key: TypeAlias = "tuple[bool, tuple[tuple[tuple[ref[Adapter], float], ...], ...]]"
-"""Whether a forward is fixed, and the adapters and weights of its rows.
+"""``RowAdapters.fixed``, and the adapters and weights of the rows of a forward pass.
 
-It holds no adapter: their memory belongs to the requests.
+It holds weak references: the memory of adapters belongs to the requests.
 """
 
 
@@ -63,13 +63,13 @@ class AdaptedNetwork:
     """A network whose rows may have adapters.
 
     Args:
-        part: the network's name in a model folder, by which adapters name it.
-        network: whose layers take and put out one entry for each row, or several lists of them, one
-            behind the other.
-        device: where it is.
-        by_products: whether to make convolutions products of matrices, see ``convolution``. By
+        part: name of the network in a model folder, by which adapters refer to it.
+        network: the network. Its layers take and return one entry for each row, or several batches
+            of all rows, concatenated.
+        device: device of the network.
+        by_products: whether to compute convolutions as matrix products, see ``convolution``. By
             default on a GPU.
-        most_bytes: of stacks that are kept; by default a share of the device's memory.
+        most_bytes: maximum size of kept stacks; by default a share of the device's memory.
     """
 
     def __init__(
@@ -96,27 +96,27 @@ class AdaptedNetwork:
 
     @property
     def kept_bytes(self) -> int:
-        """Of stacks that are kept for the next forward."""
+        """Size of the stacks that are kept for the next forward pass, in bytes."""
         return self._plans.bytes
 
     def kept_for(self, adapters: RowAdapters | None) -> RowAdapters | None:
-        """The same adapters with what is made of them once, and kept while there is room for it.
+        """Prepare adapters: compute stacks once, and keep them while there is room.
 
-        Of the same adapters in the same order it is the same object for as long as it is kept, and
-        all that a forward reads of them.
+        ``RowAdapters.kept`` is the same object for the same adapters in the same order for as long
+        as it is kept, and a forward pass reads nothing else of the adapters.
 
         Args:
-            adapters: of the rows of a forward; None where no row has any.
+            adapters: adapters of the rows of a forward pass; None where no row has any.
         """
         self._plans.discard(_has_died)
         return replace(adapters, kept=self._planned(adapters)) if adapters else None
 
     @contextmanager
     def applied(self, adapters: RowAdapters | None) -> Generator[None]:
-        """Add the changes of each row's adapters in the forward that runs inside.
+        """Add the changes of each row's adapters in the forward pass inside the ``with`` block.
 
         Args:
-            adapters: of the rows of that forward; None where no row has any.
+            adapters: adapters of the rows of that pass; None where no row has any.
         """
         self._plans.discard(_has_died)
         handles = [
@@ -130,7 +130,7 @@ class AdaptedNetwork:
             self._plans.shrink(0)
             raise
         finally:
-            # Forwards without adapters pay nothing.
+            # Forward passes without adapters run without hooks.
             for handle in handles:
                 handle.remove()
 
@@ -156,12 +156,12 @@ class AdaptedNetwork:
 
 
 class _Change:
-    """Changes a layer while a forward runs, by hooks.
+    """Changes a layer during a forward pass, by hooks.
 
     Args:
-        changed: what of it.
-        rows: of the forward.
-        keep: whether stacks are kept for the next forward.
+        changed: changes of the layer.
+        rows: number of rows of the forward pass.
+        keep: whether stacks are kept for the next forward pass.
     """
 
     def __init__(self, changed: ChangedLayer, rows: int, *, keep: bool) -> None:
@@ -171,9 +171,9 @@ class _Change:
         self._x: Tensor | None = None
 
     def hooked(self, layer: Layer) -> list[RemovableHandle]:
-        """Change the layer from now on."""
-        # Before all other hooks, so that those which edit a layer's output see it adapted; and
-        # behind those which edit its input.
+        """Register the hooks on the layer."""
+        # Before all other forward hooks, so that hooks that edit a layer's output see it adapted;
+        # and after the pre-hooks that edit its input.
         handles = [layer.register_forward_hook(self._after, prepend=True)]
         if (scales := self._changed.inputs) is not None:
             handles.append(layer.register_forward_pre_hook(partial(self._before, scales)))
@@ -188,11 +188,11 @@ class _Change:
         return (passes[0] if len(passes) == 1 else torch.cat(passes), *others)
 
     def _after(self, layer: Layer, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        """Scale the output, and add the changes, one batch after another."""
+        """Scale the output, and add the changes, one batch of rows after another."""
         x, self._x = args[0] if self._x is None else self._x, None
         if isinstance(layer, nn.Conv2d):
             output = output.contiguous(memory_format=torch.channels_last)
-        # Views: what is added to the tokens is added to the output.
+        # Views: in-place additions to the tokens change the output.
         tokens = output.permute(0, 2, 3, 1) if isinstance(layer, nn.Conv2d) else output
         tokens = tokens.view(len(tokens), -1, tokens.shape[-1])
         for own_x, own in zip(self._passes(x), self._passes(tokens), strict=True):
@@ -213,5 +213,5 @@ class _Change:
 
 
 def _has_died(key: Key) -> bool:
-    """Whether an adapter of a plan has no request any more that has it."""
+    """Whether a plan has an adapter that no request uses any more."""
     return any(adapter() is None for own in key[1] for adapter, _ in own)

@@ -17,13 +17,13 @@ __all__ = ["Adapter", "LowRank", "RowAdapters", "Weighted"]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LowRank:
-    """The change of one layer: ``up`` of ``down`` is added to what the layer puts out.
+    """The change of one layer: ``up @ down`` of its input is added to its output.
 
     Attributes:
-        down: ``[rank, in]``; of a convolution ``[rank, in, height, width]``.
-        up: ``[out, rank]``, with the factor alpha / rank in it.
-        magnitude: sizes of the changed weight, of a DoRA; None for any other adapter.
-        bias: the change of the layer's bias, ``[out]``, float32; None where that stays.
+        down: ``[rank, in]``; for a convolution ``[rank, in, height, width]``.
+        up: ``[out, rank]``, multiplied by alpha / rank.
+        magnitude: magnitudes of the changed weight, for a DoRA; None for any other adapter.
+        bias: change of the layer's bias, ``[out]``, float32; None where it is not changed.
     """
 
     down: Tensor
@@ -33,7 +33,7 @@ class LowRank:
 
     @property
     def rank(self) -> int:
-        """Inner size of the product."""
+        """Inner dimension of the product."""
         return len(self.down)
 
     @property
@@ -48,7 +48,7 @@ class Adapter:
     """A LoRA, loaded for one model.
 
     Attributes:
-        name: as requests say it.
+        name: name that requests use.
         revision: first 16 hexadecimal digits of the SHA-256 of its file.
         parts: changes by the network's name in a model folder (``unet``, ``text_encoder``, ...) and
             by the layer's name in that network.
@@ -71,7 +71,7 @@ class Adapter:
 
 @dataclass(frozen=True, slots=True)
 class Weighted:
-    """An adapter, and the factor on all of its changes."""
+    """An adapter and the factor on all of its changes."""
 
     adapter: Adapter
     weight: float
@@ -79,14 +79,14 @@ class Weighted:
 
 @dataclass(frozen=True, slots=True)
 class RowAdapters:
-    """The adapters of the rows of a forward.
+    """The adapters of the rows of a forward pass.
 
     Attributes:
-        rows: of each row, in order. The changes of several are added up.
-        fixed: whether changes are computed over as many rows as the forward has, so that their
-            bits do not depend on how many rows have adapters.
-        kept: what a network has made of them and is to read in their place, see
-            ``AdaptedNetwork.kept_for``; None where it makes that itself.
+        rows: adapters of each row, in order. The changes of several are added up.
+        fixed: whether changes are computed over as many rows as the forward pass has, so that
+            their bits do not depend on how many rows have adapters.
+        kept: what a network has prepared from them and reads instead, see
+            ``AdaptedNetwork.kept_for``; None where nothing has been prepared.
     """
 
     rows: tuple[tuple[Weighted, ...], ...]
@@ -98,16 +98,16 @@ class RowAdapters:
         return self.kept is not None or any(self.rows)
 
     def of(self, rows: Sequence[int]) -> RowAdapters:
-        """Those of some rows, which may be repeated."""
+        """Select some rows, which may be repeated."""
         return RowAdapters(tuple(self.rows[row] for row in rows), self.fixed)
 
     def padded(self, count: int, *, fixed: bool) -> RowAdapters:
-        """The same, followed by rows that fill it up until there are ``count``.
+        """Append rows until there are ``count``.
 
         Args:
-            count: of rows.
-            fixed: these rows have no adapters; otherwise those of the last row, so that there are
-                fewer combinations, and rows of one adapter stay one run.
+            count: number of rows.
+            fixed: whether appended rows have no adapters. Otherwise they have those of the last
+                row, so that there are fewer combinations, and rows of one adapter stay one run.
         """
         last = () if fixed else self.rows[-1]
         return RowAdapters((*self.rows, *(last,) * (count - len(self.rows))), fixed=fixed)

@@ -1,4 +1,4 @@
-"""LoRA files: headers first, weights once somebody asks for them; safetensors alone."""
+"""LoRA files, safetensors only: the header is read first, weights on first use."""
 
 from __future__ import annotations
 
@@ -57,11 +57,11 @@ class AdapterFile:
 
     @classmethod
     def read(cls, name: str, path: Path, target: Target) -> AdapterFile:
-        """Read a header, and place what it names in a model.
+        """Read the header of a file, and match its tensors to the layers of a model.
 
         Args:
-            name: as requests say it.
-            path: of the file.
+            name: name that requests use.
+            path: path of the file.
             target: the model.
 
         Raises:
@@ -79,7 +79,7 @@ class AdapterFile:
         except AdapterMismatch as error:
             raise AdapterMismatch(f"adapter {name!r} {error.message}.") from None
         except Exception as error:
-            # A header can say anything, and must not keep the others from being read.
+            # A header can contain anything, and must not prevent other files from being read.
             reason = str(error).partition("\n")[0]
             raise AdapterMismatch(f"adapter {name!r} is not understood: {reason}.") from error
 
@@ -93,7 +93,7 @@ class AdapterFile:
         return sum(_nbytes(one, dtype) for part in self.parts.values() for one in part.values())
 
     def load(self, device: torch.device, dtype: torch.dtype) -> Adapter:
-        """Read the weights.
+        """Load the weights.
 
         Raises:
             AdapterMismatch: the file has changed since its header was read.
@@ -173,7 +173,7 @@ def _loaded(
 ) -> LowRank:
     # In float32, so that a small factor does not round away in the model's precision.
     up = (one.scale * up.float()).flatten(1)
-    # Few ranks, so that many adapters share one batch of products; zeros change nothing.
+    # Padded to few different ranks, so that many adapters share one batch of products.
     missing = _padded_rank(len(down)) - len(down)
     down = F.pad(down, (*(0, 0) * (down.ndim - 1), 0, missing))
     up = F.pad(up, (0, missing))
@@ -186,7 +186,7 @@ def _placed(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
 
 
 def _nbytes(one: Placed, dtype: torch.dtype) -> int:
-    """Memory of a change once it is loaded, in bytes."""
+    """Memory of a change when loaded, in bytes."""
     (_, *features), (out, *_) = one.shapes
     factors = _padded_rank(one.rank) * (prod(features) + out) * dtype.itemsize
     if one.bias is not None:
@@ -194,7 +194,7 @@ def _nbytes(one: Placed, dtype: torch.dtype) -> int:
     if one.magnitude is None:
         return factors
     entries = out if one.magnitude.axis == OUTPUTS else features[0]
-    # Of each, its size and three numbers about the weight.
+    # For each entry, its magnitude and three numbers about the weight.
     return factors + 4 * entries * torch.float32.itemsize
 
 

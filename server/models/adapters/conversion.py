@@ -1,8 +1,8 @@
-"""LoRA files under peft's names, by diffusers' own converters.
+"""Renames the tensors of LoRA files to peft's names, by diffusers' own converters.
 
-A converter may keep a file's tensors as they are, or make new ones of them: halves of a joint
-projection, factors times alpha / rank. Given stand-ins without memory, it says the same names and
-shapes, and each stand-in remembers which tensors of the file it was made of.
+A converter may keep a file's tensors or derive new ones from them: parts of a fused projection,
+factors times alpha / rank. Given stand-ins on the meta device, it yields the same names and shapes,
+and each stand-in keeps track of the tensors of the file from which it was derived.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["CONVERTERS", "PARTS", "StandIn", "converted"]
 
 PARTS: Final = ("unet", "transformer", "text_encoder", "text_encoder_2")
-"""Networks that the converters know, by which converted names begin."""
+"""Networks that the converters support, with whose names converted names begin."""
 
 CONVERTERS: Final[Mapping[str, str]] = {
     "FluxTransformer2DModel": "FluxLoraLoaderMixin",
@@ -32,18 +32,18 @@ CONVERTERS: Final[Mapping[str, str]] = {
     "SanaTransformer2DModel": "SanaLoraLoaderMixin",
     "ZImageTransformer2DModel": "ZImageLoraLoaderMixin",
 }
-"""Class of diffusers that converts files for a denoiser; all others go through a U-Net's."""
+"""Class of diffusers that converts files for a transformer; all others use a U-Net's converter."""
 
 
 SAME_NUMBERS: Final = (Tensor.reshape, Tensor.float, Tensor.flatten)
 
 
 class StandIn(Tensor):
-    """A tensor without memory that knows the tensors of a file that it was made of.
+    """A tensor on the meta device that tracks the tensors of a file from which it was derived.
 
     Attributes:
-        sources: their names.
-        kept: whether it stands for one of them as it is.
+        sources: names of these tensors.
+        kept: whether it has the numbers of one of them unchanged.
     """
 
     sources: frozenset[str]
@@ -51,7 +51,7 @@ class StandIn(Tensor):
 
     @classmethod
     def of(cls, name: str, shape: tuple[int, ...]) -> StandIn:
-        """In place of a tensor of the file."""
+        """Create the stand-in of a tensor of the file."""
         made = torch.empty(shape, device="meta").as_subclass(cls)
         made.sources, made.kept = frozenset([name]), True
         return made
@@ -62,12 +62,12 @@ class StandIn(Tensor):
         cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func is Tensor.__bool__:
-            # Whether a second factor has blocks of zeros, which only makes ranks smaller.
+            # Asks whether a second factor has blocks of zeros, which would only reduce ranks.
             return False
         given = tree_leaves((args, kwargs))
         own = [one for one in given if isinstance(one, cls)]
         sources = frozenset[str]().union(*(one.sources for one in own))
-        # Of another shape or type it still stands for the same numbers.
+        # With another shape or dtype it still has the same numbers.
         kept = func in SAME_NUMBERS and all(one.kept for one in own)
 
         def traced(made: Any) -> Any:
@@ -81,22 +81,22 @@ class StandIn(Tensor):
 def converted(
     tensors: Mapping[str, Tensor], converter: str | None, unet_config: Any
 ) -> dict[str, dict[str, Tensor]]:
-    """The tensors under peft's names, by network and by name in that network.
+    """Rename tensors to peft's names, by network and by name in that network.
 
     Args:
-        tensors: of a file, or stand-ins for them.
+        tensors: tensors of a file, or stand-ins for them.
         converter: name of the class in diffusers, one of ``CONVERTERS``; None for U-Nets.
-        unet_config: of a U-Net, by which its converter numbers blocks.
+        unet_config: config of the U-Net, from which its converter derives block numbers.
 
     Raises:
-        AdapterMismatch: the names are of no known format; the sentence goes on after the adapter's
-            name.
+        AdapterMismatch: the names are in no known format; the message continues a sentence that
+            begins with the adapter's name.
     """
     try:
         state = _state_of(tensors, converter, unet_config)
         return {part: _own(state, part) for part in PARTS}
     except Exception as error:
-        # The converters raise whatever their string handling comes across.
+        # Converters raise various exceptions for names they do not expect.
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise AdapterMismatch(f"is in no known LoRA format ({reason})") from error
 

@@ -1,4 +1,4 @@
-"""Convolutions of rows that have a kernel each."""
+"""Convolutions with a different kernel for each row."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ __all__ = ["convolve_by_products", "multiplies", "turned"]
 
 
 def multiplies(layer: nn.Conv2d) -> bool:
-    """Whether :func:`convolve_by_products` can do what the layer does."""
+    """Whether :func:`convolve_by_products` supports the layer's settings."""
     if layer.dilation != (1, 1) or layer.padding_mode != "zeros" or isinstance(layer.padding, str):
         return False
     return all(int(p) < k for p, k in zip(layer.padding, layer.kernel_size, strict=True))
 
 
 def turned(kernels: Tensor) -> Tensor:
-    """Kernels as :func:`convolve_by_products` reads them.
+    """Arrange kernels for :func:`convolve_by_products`.
 
     Args:
         kernels: ``[rows, rank, in, kernel height, kernel width]``.
@@ -29,19 +29,19 @@ def turned(kernels: Tensor) -> Tensor:
     Returns:
         ``[rows, rank * kernel height * kernel width, in]``.
     """
-    # A cell is to the left of that which it is the right neighbour of.
+    # Flipped, as a cell is the left neighbor of its right neighbor.
     return kernels.flip(-2, -1).permute(0, 1, 3, 4, 2).flatten(1, 3)
 
 
 def convolve_by_products(layer: nn.Conv2d, x: Tensor, kernels: Tensor) -> Tensor:
-    """One batch of products for all rows, however many kernels they have.
+    """Convolve all rows in one batch of matrix products, however many kernels they have.
 
-    It tells what every cell contributes to each of its neighbours; then these are added up. That
-    is as much arithmetic as the convolutions are, in a few kernels of the device. Of a layer with
-    a stride, all cells are computed and the others left out.
+    The products compute what every cell contributes to each of its neighbors, and the contributions
+    are then summed. This takes as much arithmetic as the convolutions, in a few kernel launches.
+    For a layer with a stride, all cells are computed and the surplus is discarded.
 
     Args:
-        layer: whose padding and stride are used; see :func:`multiplies`.
+        layer: layer whose padding and stride are used; see :func:`multiplies`.
         x: ``[rows, in, height, width]``.
         kernels: see :func:`turned`.
 

@@ -1,4 +1,4 @@
-"""Which rows of a forward change which layers, and what of it is one batch of products."""
+"""Determines the changes of each layer in a forward pass, grouped into batches of products."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ _Placed: TypeAlias = "tuple[int, LowRank, float]"
 
 @dataclass(slots=True, eq=False)
 class LayerChanges:
-    """Changes of one layer that are one batch of products.
+    """Changes of one layer that are computed in one batch of products.
 
     Attributes:
-        layer: that is changed.
-        rows: of the forward.
-        entries: the changes of each run of rows.
+        layer: the layer.
+        rows: rows of the forward pass that are changed.
+        entries: changes of each run of rows.
         weights: see ``stack.stacked``.
-        by_products: likewise.
+        by_products: see ``stack.stacked``.
     """
 
     layer: Layer
@@ -59,10 +59,10 @@ class LayerChanges:
         return len(self.entries) * self.weights.shape[-1] * (change.nbytes // change.rank)
 
     def stack(self, *, keep: bool) -> Stack:
-        """The factors of all rows.
+        """The stacked factors of all rows.
 
         Args:
-            keep: give the same stack again next time. Of the adapters nothing is kept then.
+            keep: whether to return the same stack next time, and release the adapters' factors.
         """
         if self._kept is not None:
             return self._kept
@@ -80,13 +80,13 @@ class LayerChanges:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ChangedLayer:
-    """What a forward changes about a layer.
+    """The changes of a layer in a forward pass.
 
     Attributes:
-        changes: that are added to its output.
-        inputs: factors on its input before that; None where no row has any.
-        outputs: factors on its output before that, and changes of its bias; None where no row has
-            any.
+        changes: changes that are added to its output.
+        inputs: factors applied to its input; None where no row has any.
+        outputs: factors applied to its output before the changes are added, and changes of its
+            bias; None where no row has any.
     """
 
     changes: Sequence[LayerChanges]
@@ -102,7 +102,7 @@ class ChangedLayer:
 
 @dataclass(slots=True, eq=False)
 class _Rows:
-    """What the rows of a forward change about a layer: batches of changes, and factors by row."""
+    """Changes of a layer by row: batches of changes, and factors."""
 
     batches: dict[tuple[int, int], OfRows]
     scales: dict[int, WeightScales]
@@ -150,7 +150,7 @@ def layer_changes(
 
 
 def _by_layer(part: str, adapters: RowAdapters) -> dict[str, _Rows]:
-    # Rows of the same adapters have the same changes, and so are one run.
+    # Rows with the same adapters share these objects, and so form one run.
     @cache
     def of_layers(own: tuple[Weighted, ...]) -> dict[str, tuple[WeightScales, list[_Placed]]]:
         return _composed(part, own)
@@ -170,9 +170,9 @@ def _by_layer(part: str, adapters: RowAdapters) -> dict[str, _Rows]:
 def _composed(
     part: str, own: tuple[Weighted, ...]
 ) -> dict[str, tuple[WeightScales, list[_Placed]]]:
-    """Of a row, the factors on each layer's weight, and changes with their places in its list."""
+    """For one row, the factors on each layer's weight, and changes with their adapter's index."""
     by_layer: dict[str, list[_Placed]] = {}
-    # A weight of 0 adds nothing, not even the rounding of a zero.
+    # An adapter with weight 0 is skipped, so that not even a zero is added and rounded.
     for place, one in enumerate(weighted for weighted in own if weighted.weight):
         for name, change in one.adapter.parts.get(part, {}).items():
             by_layer.setdefault(name, []).append((place, change, one.weight))
@@ -222,7 +222,7 @@ def _joint(
     layer: Layer, own: OfRows, adapters: RowAdapters, sent: Sent, *, by_products: bool
 ) -> LayerChanges:
     by_products = by_products and reaches(layer) and multiplies(layer)
-    # Products that are added up need an entry for each row, as cells of two are not neighbours.
+    # Summed products need an entry for each row, as the cells of two rows are not adjacent.
     run = 1 if adapters.fixed or by_products else longest_run([*own.values()])
     entries = [*own.values()][::run]
     if adapters.fixed:
@@ -249,7 +249,7 @@ def _where(positions: list[int], total: int, sent: Sent) -> slice | Tensor | Non
 
 
 def _weights(entries: list[Changes]) -> tuple[tuple[tuple[float, ...]], ...]:
-    """Of each entry and rank, 0 behind the ranks of an entry with less than another one."""
+    """Weight of each entry and rank, padded with 0 to the largest rank of all entries."""
     of_ranks = [[weight for one, weight in own for _ in range(one.rank)] for own in entries]
     most = max(map(len, of_ranks))
     return tuple(((*own, *[0.0] * (most - len(own))),) for own in of_ranks)

@@ -1,10 +1,11 @@
-"""LyCORIS' changes of weights as products of two factors, exactly.
+"""Expresses LyCORIS' changes of weights as products of two factors, exactly.
 
-A Hadamard product of two low-rank matrices (LoHa) has the row-wise Khatri-Rao products of their
-factors as its own, up to the square of the rank; where the layer's smaller side is less than that,
-the matrix is multiplied out. A Kronecker product (LoKr) has the Kronecker
-products of its operands' factors. A convolution with a core (Tucker's decomposition, in LoCon too)
-is one whose core is multiplied into the first factor. A full difference has the identity beside it.
+The factors of a Hadamard product of two low-rank matrices (LoHa) are the row-wise Khatri-Rao
+products of the matrices' factors, with up to the square of the rank; where the layer's smaller side
+is less than that, the matrix is multiplied out. The factors of a Kronecker product (LoKr) are the
+Kronecker products of its operands' factors. For a convolution with a core (Tucker decomposition, in
+LoCon too), the core is multiplied into the first factor. A full difference is multiplied by the
+identity.
 
 Yeh et al., "Navigating Text-To-Image Customization", arXiv 2309.14859, section 3; layouts as in
 ``lycoris/functional`` and ``lycoris/modules`` of the library.
@@ -36,24 +37,24 @@ DOWN, UP = ".lora_down.weight", ".lora_up.weight"
 def as_low_rank(
     tensors: Mapping[str, Tensor], dtype: torch.dtype = torch.float32
 ) -> dict[str, Tensor]:
-    """The tensors of a file, those of LyCORIS' kinds replaced by ``lora_down`` and ``lora_up``.
+    """Replace tensors of LyCORIS' kinds by ``lora_down`` and ``lora_up``.
 
-    Both new factors are matrices ``[rank, in]`` and ``[out, rank]``, alpha / rank in the second;
-    those of a convolution have its input's channels and its kernel flattened into one.
+    The new factors are matrices ``[rank, in]`` and ``[out, rank]``, the second one multiplied by
+    alpha / rank; for a convolution, ``in`` is the flattened product of input channels and kernel.
 
     Args:
-        tensors: of a file, or stand-ins for them; alphas are numbers even so.
-        dtype: of the new factors, which are computed in float32.
+        tensors: tensors of a file, or stand-ins for them; alphas have their values even then.
+        dtype: dtype of the new factors, which are computed in float32.
 
     Raises:
-        AdapterMismatch: an operand is missing, or two of them do not fit together; the sentence
-            goes on after the adapter's name.
+        AdapterMismatch: an operand is missing, or two operands do not fit together; the message
+            continues a sentence that begins with the adapter's name.
     """
     made = dict(tensors)
     operands: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         match = OPERAND.fullmatch(name)
-        # Differences of norms and biases are vectors, and no layer's weight.
+        # Differences of norms and biases are vectors, and not those of a layer's weight.
         if match and (match["name"] != "diff" or tensor.ndim > 1):
             operands.setdefault(match["layer"], {})[match["name"]] = made.pop(name)
     for layer, own in operands.items():
@@ -97,7 +98,7 @@ def _scale(alpha: Tensor | None, rank: int | None) -> float:
 
 
 def _factors(own: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, int | None]:
-    """First factor, second factor, and the rank that alpha is divided by; None for no alpha."""
+    """First factor, second factor, and the rank by which alpha is divided; None to ignore alpha."""
     if "diff" in own:
         return *_whole(own["diff"].flatten(1)), None
     if "hada_w1_a" in own:
@@ -106,7 +107,7 @@ def _factors(own: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, int | None]:
 
 
 def _hadamard(own: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, int]:
-    """(a1 b1) * (a2 b2), element by element."""
+    """(a1 b1) * (a2 b2), elementwise."""
     a1, b1 = _with_core(own["hada_w1_a"], own["hada_w1_b"], own.get("hada_t1"))
     a2, b2 = _with_core(own["hada_w2_a"], own["hada_w2_b"], own.get("hada_t2"))
     rank = len(own["hada_w1_b"])
@@ -118,7 +119,7 @@ def _hadamard(own: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, int]:
 
 
 def _kronecker(own: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, int | None]:
-    """(a1 b1) kron (a2 b2), where a whole operand has the identity as one of the two."""
+    """(a1 b1) kron (a2 b2), where one factor of an undecomposed operand is the identity."""
     ranks: list[int] = []
     halves: list[tuple[Tensor, Tensor]] = []
     for number in (1, 2):
@@ -130,16 +131,16 @@ def _kronecker(own: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, int | None]:
             ranks.append(len(second))
         halves.append((up, down))
     (a1, b1), (a2, b2) = halves
-    # Alpha counts where an operand is divided, as in the library.
+    # Alpha is used if an operand is decomposed, as in the library.
     return torch.kron(b1, b2), torch.kron(a1, a2), ranks[0] if ranks else None
 
 
 class _UnlikeRanks(Exception):
-    """The operands of a product have other ranks."""
+    """The factors of an operand have different ranks."""
 
 
 def _with_core(first: Tensor, second: Tensor, core: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The factors ``[out, rank]`` and ``[rank, in]`` of an operand, whose core is between them."""
+    """Factors ``[out, rank]`` and ``[rank, in]`` of an operand, with the core multiplied in."""
     if core is None:
         fit = first.shape[1] == len(second)
     else:
@@ -147,15 +148,15 @@ def _with_core(first: Tensor, second: Tensor, core: Tensor | None) -> tuple[Tens
     if not fit:
         raise _UnlikeRanks(f"factors of the shapes {list(first.shape)} and {list(second.shape)}")
     if core is None:
-        # Those of OneTrainer are convolutions of one cell.
+        # OneTrainer writes them as 1 x 1 convolutions.
         return first.flatten(1), second.flatten(1)
     return first.mT.contiguous(), torch.einsum("ij...,jr->ir...", core, second).flatten(1)
 
 
 def _whole(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """A matrix as a first and a second factor, of which the smaller one is the identity."""
+    """A matrix as the product of itself and the smaller of the two possible identities."""
     out, features = matrix.shape
-    # Made of the matrix, so that of a stand-in it is one too.
+    # Created from the matrix, so that the identity of a stand-in is a stand-in as well.
     identity = matrix.new_zeros(2 * (min(out, features),)).fill_diagonal_(1)
-    # A slice, which counts as made here: an alpha of the file is none of its.
+    # A slice, so that a stand-in counts as derived: the file's alpha does not apply to it.
     return (matrix[:], identity) if out <= features else (identity, matrix)

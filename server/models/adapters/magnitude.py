@@ -1,15 +1,15 @@
-"""DoRA: how large each output, or each input, of a layer's changed weight is.
+"""DoRA: magnitudes of the outputs, or the inputs, of a layer's changed weight.
 
-An adapter of this kind holds a size m beside its factors, and the changed weight is
-``m * (W + BA) / ||W + BA||``, where the norms are those of rows or of columns of the matrix. So its
-change depends on the model's own weights, of which three numbers for each row or column are kept:
-they give the norm for any factor w on BA.
+Such an adapter has a magnitude vector m in addition to its factors, and the changed weight is
+``m * (W + BA) / ||W + BA||``, with the norms of the rows or the columns of the matrix. Its change
+therefore depends on the model's own weights, of which three numbers are kept for each row or
+column: they determine the norm for any factor w on BA.
 
 Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation", arXiv 2402.09353, equation 5. In peft the
-norms are those of each output's weights; LyCORIS and OneTrainer also know those of each input's.
+norms are those of each output's weights; LyCORIS and OneTrainer also support those of each input's.
 
-Departure from the programs that add changes to the weights one after another: with several
-adapters, all norms are those of the model's own weights and of one adapter, as in peft.
+Departure from programs that add changes to the weights one after another: with several adapters,
+each norm is that of the model's own weights with a single adapter, as in peft.
 """
 
 from __future__ import annotations
@@ -40,31 +40,32 @@ __all__ = [
 ]
 
 Axis = Literal[0, 1]
-"""Of a weight: 0 for outputs, 1 for inputs."""
+"""Dimension of a weight: 0 for outputs, 1 for inputs."""
 
 OUTPUTS: Axis = 0
 INPUTS: Axis = 1
 
 LEAST_NORM = torch.finfo(torch.float32).eps
-"""By which LyCORIS keeps norms from 0, too."""
+"""Lower bound of norms, which LyCORIS uses as well."""
 
 FAR_ABOVE_BIAS = 2.0**8
 
 ENTRIES = 2**22
-"""Of a weight that are compared, and of the identity that are multiplied, at once."""
+"""Number of elements of a weight that are compared at once, and of the identity that are multiplied
+at once."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Magnitude:
-    """The sizes that an adapter gives to the outputs or inputs of a layer.
+    """The magnitudes that an adapter gives to the outputs or inputs of a layer.
 
     Attributes:
         size: m; ``[out]`` or ``[in]``, float32.
         norms: ``||W||^2``, ``<W, BA>`` and ``||BA||^2`` of each output or input, ``[3, out]`` or
             ``[3, in]``, float32.
-        axis: what has sizes.
-        blended: what a factor w on the adapter means. If so, w times the whole change of the
-            weight is added, as ComfyUI does; otherwise w is a factor on BA alone, as in peft.
+        axis: whether outputs or inputs have magnitudes.
+        blended: meaning of a factor w on the adapter. If true, w times the whole change of the
+            weight is added, as in ComfyUI; otherwise w is a factor on BA only, as in peft.
     """
 
     size: Tensor
@@ -90,12 +91,12 @@ class Magnitude:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class WeightScales:
-    """Factors on a layer's own weight in a row, None for 1, and what is added to its bias.
+    """Factors on a layer's own weight for one row (None for 1), and the change of its bias.
 
     Attributes:
         outputs: ``[out]``, float32.
         inputs: ``[in]``, float32.
-        bias: ``[out]``, float32; None for nothing.
+        bias: ``[out]``, float32; None for no change.
     """
 
     outputs: Tensor | None = None
@@ -106,11 +107,11 @@ class WeightScales:
 def measured(
     size: Tensor, axis: Axis, change: LowRank, weight: Tensor, *, blended: bool
 ) -> Magnitude:
-    """Compare a change with the weight that it changes.
+    """Measure the norms of a weight and of its change.
 
     Args:
-        size: m, of any shape with an entry for each output or input.
-        axis: which of the two.
+        size: m, of any shape with one entry per output or input.
+        axis: whether outputs or inputs have magnitudes.
         change: BA, for a factor of 1.
         weight: W, ``[out, in]`` or ``[out, in, height, width]``, on any device.
         blended: see :class:`Magnitude`.
@@ -163,11 +164,11 @@ def composed(changes: Changes) -> tuple[WeightScales, Changes]:
 
 
 def weight_of(layer: Layer, dtype: torch.dtype) -> Tensor:
-    """The weight of a layer, restored if it is quantised.
+    """The weight of a layer, dequantized if necessary.
 
     Args:
-        layer: of a network.
-        dtype: that it computes in.
+        layer: a layer of a network.
+        dtype: dtype of its computations.
     """
     if isinstance(layer, BlockLinear | BlockConv2d):
         return layer.restored()
@@ -175,24 +176,25 @@ def weight_of(layer: Layer, dtype: torch.dtype) -> Tensor:
     is_whole = type(weight) is torch.Tensor and weight.is_floating_point()
     if isinstance(layer, nn.Conv2d) or is_whole:
         return weight
-    # Many times the weight, so that it does not round away beside the bias.
+    # Scaled up, so that the weight does not round away next to the bias.
     size = 1.0 if bias is None else FAR_ABOVE_BIAS
     inputs = layer.in_features
     rows = min(inputs, max(1, ENTRIES // inputs))
     restored = torch.empty(inputs, layer.out_features, dtype=dtype, device=weight.device)
-    # What it makes of the identity, however its weight is kept; of some rows at a time, as all of
-    # them may be larger than the weight. The last ones overlap, so that all have one shape.
+    # The layer's output for the identity, in whatever format its weight is stored. Some rows at a
+    # time, as all of them may be larger than the weight. The last batch overlaps, so that all
+    # batches have the same shape.
     for first in (min(row, inputs - rows) for row in range(0, inputs, rows)):
         some = torch.zeros(rows, inputs, dtype=dtype, device=weight.device)
         some[:, first:].fill_diagonal_(size)
-        # Not called, as hooks of a forward that runs meanwhile may be on it.
+        # ``forward`` is called directly, as a concurrent forward pass may have hooks on the layer.
         made = layer.forward(some)
         restored[first : first + rows] = made if bias is None else (made - bias) / size
     return restored.mT
 
 
 def _scaled(change: LowRank, scale: Tensor, axis: Axis) -> LowRank:
-    """The rows or the columns of its product multiplied, in float32."""
+    """Multiply the rows or the columns of a change's product by factors, in float32."""
     if axis == OUTPUTS:
         up = (change.up.float() * scale[:, None]).to(change.up.dtype)
         return replace(change, up=up, magnitude=None)

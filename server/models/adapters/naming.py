@@ -1,9 +1,9 @@
-"""Layers of LoRA files under the names that trainers give them.
+"""Finds the layers of LoRA files by the names that trainers give them.
 
-Trainers spell a layer as the model does, with a prefix of their own and with dots or underscores:
-written with underscores alone, the name is that of one layer. The original code of a U-Net numbers
-its blocks otherwise (:mod:`.original_unet`), and that of a transformer has layers that diffusers
-divides or calls otherwise (:mod:`.original_layers`).
+Trainers write a layer's name as in the model, with their own prefix and with dots or underscores:
+written with underscores only, the name identifies the layer. The original code of a U-Net numbers
+blocks differently (:mod:`.original_unet`), and that of a transformer has layers that diffusers
+splits or names differently (:mod:`.original_layers`).
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ PREFIXES: Final = {
     "text_encoder": r"(?:lora_te1?_|text_encoder\.|text_encoders\.clip_[lh]\.transformer\.)",
     "text_encoder_2": r"(?:lora_te2_|text_encoder_2\.|text_encoders\.clip_g\.transformer\.)",
 }
-"""What trainers write before the names of a network's layers."""
+"""Prefixes that trainers write before the names of a network's layers."""
 
 DENOISERS: Final = ("unet", "transformer")
 
@@ -139,7 +139,7 @@ def named(
 def _place(
     written: str, spelled: Mapping[str, Mapping[str, str]], original: Iterable[Original]
 ) -> tuple[str, tuple[str, ...], Original | None] | None:
-    """Network, layers, and which layer of the original code; None where the name is none's."""
+    """Network, layers, and the layer of the original code; None if the name is unknown."""
     for part, names in spelled.items():
         pattern = PREFIXES["denoiser" if part in DENOISERS else part]
         begun = re.match(pattern, written)

@@ -19,11 +19,11 @@ class Original(NamedTuple):
     """A layer of a transformer's original code.
 
     Attributes:
-        name: a pattern of its name, with underscores in place of dots.
-        layers: of diffusers that it is, one behind the other; ``{0}`` is the number of the block.
-        turned: whether the halves of its output, if it is twice as wide as the input, are in the
-            other order. The last block of Stable Diffusion 3 has such a layer where others have one
-            that is not turned.
+        name: a pattern of its name, with underscores instead of dots.
+        layers: layers of diffusers that it consists of, in order; ``{0}`` is the block's number.
+        turned: whether the halves of its output are swapped, if its output is twice as wide as its
+            input. The last block of Stable Diffusion 3 has such a layer where others have one that
+            is not swapped.
     """
 
     name: str
@@ -31,11 +31,11 @@ class Original(NamedTuple):
     turned: bool = False
 
     def turns(self, layer: str, shape: tuple[int, ...]) -> bool:
-        """Whether the halves of a layer's output are in the other order.
+        """Whether the halves of a layer's output are swapped.
 
         Args:
-            layer: of diffusers.
-            shape: of its weight.
+            layer: name of the layer in diffusers.
+            shape: shape of its weight.
         """
         return self.turned and shape[:1] == (2 * shape[-1],) and self._is(layer)
 
@@ -184,4 +184,4 @@ ORIGINAL: Final[Mapping[str, tuple[Original, ...]]] = {
     "SD3Transformer2DModel": _stable_diffusion_3(),
     "ZImageTransformer2DModel": _Z_IMAGE,
 }
-"""Layers of the original code by the class of diffusers, as its checkpoint converters map them."""
+"""Layers of the original code by the diffusers class, as its checkpoint converters map them."""

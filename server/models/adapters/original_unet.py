@@ -1,7 +1,8 @@
 """Names of a U-Net's layers in the original code of Stable Diffusion.
 
-That code numbers its blocks through, one for each ResNet and each change of resolution. ComfyUI and
-OneTrainer write them as they are, and kohya's scripts with underscores in place of dots.
+The original code numbers its blocks consecutively, one for each ResNet and each change of
+resolution. ComfyUI and OneTrainer write these names unchanged, kohya's scripts with underscores
+instead of dots.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def original_names(layers: Iterable[str]) -> dict[str, str]:
     """The original name of each layer that the original code has, by diffusers' name.
 
     Args:
-        layers: all of a U-Net, by diffusers' names.
+        layers: names of all layers of a U-Net in diffusers.
     """
     names = list(layers)
     blocks = {name: match for name in names if (match := BLOCK.fullmatch(name))}
@@ -62,7 +63,7 @@ def original_names(layers: Iterable[str]) -> dict[str, str]:
     for name, match in blocks.items():
         side, level = of = match["side"], int(match["level"])
         down = side == "down"
-        # Behind the ResNets of a level on the way down, a block of its own halves the resolution.
+        # After the ResNets of each level of the encoder, a separate block halves the resolution.
         first = down + sum(counts.get((side, i), 0) + down for i in range(level))
         begun = f"{'input' if down else 'output'}_blocks."
         if match["kind"]:
@@ -77,6 +78,6 @@ def original_names(layers: Iterable[str]) -> dict[str, str]:
 
 
 def _within(match: re.Match[str]) -> str:
-    """A layer's name within its block."""
+    """Name of a layer within its block."""
     rest = match["rest"]
     return RESNET.get(rest, rest) if match["kind"] == "resnets" else rest

@@ -1,9 +1,9 @@
-"""Which layers of a model a LoRA file changes, decided from the file's header alone.
+"""Determines which layers of a model a LoRA file changes, from the file's header only.
 
 Layers that a file names as the model does are found by name, all others by diffusers' own
-converters. Both are given tensors without memory in place of the file's, so that a file is
-understood and checked before its weights are read. Whatever cannot be placed is refused by name: to
-leave a tensor out would draw another picture than the file's author saw.
+converters. Both are given tensors on the meta device instead of the file's, so that a file is
+checked before its weights are read. Tensors that match no layer are refused by name: ignoring them
+would generate a different image from the one that the file's author saw.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ UNSUPPORTED = {
     "lora_controlnet": "is a control LoRA",
     "lllite_": "is a ControlNet LLLite",
 }
-"""What files are, or do, that have tensors with such parts in their names."""
+"""Kinds of unsupported files, by a part of their tensors' names."""
 
 CONFIG = "lora_adapter_metadata"
 """Entry of a file's metadata in which diffusers keeps peft's configs, as JSON."""
@@ -79,12 +79,12 @@ NAMES_SHOWN = 3
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Header:
-    """What a file says before its weights are read.
+    """The contents of a file's header, and its scalars.
 
     Attributes:
-        shapes: of its tensors, by name.
-        alphas: the values of those tensors that are single numbers.
-        metadata: texts by name.
+        shapes: shapes of its tensors, by name.
+        alphas: values of the tensors that are single numbers, by name.
+        metadata: text entries by name.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
@@ -115,11 +115,11 @@ class Target:
 
     @classmethod
     def of(cls, model: str, networks: Mapping[str, nn.Module]) -> Target:
-        """The target that some networks of a model are.
+        """Describe some networks of a model.
 
         Args:
-            model: its name.
-            networks: by their names in a model folder.
+            model: name of the model.
+            networks: networks by their names in a model folder.
         """
         layers = {
             part: {
@@ -144,12 +144,12 @@ class Target:
         )
 
     def layer(self, part: str, name: str, device: torch.device) -> Layer:
-        """A layer that adapters may change, to be read beside ticks.
+        """A layer that adapters may change, in a form that can be read while ticks run.
 
         Args:
             part: name of its network in a model folder.
-            name: in that network.
-            device: where it is; a copy is brought there if the layer comes and goes.
+            name: name of the layer in that network.
+            device: device of the network; if the layer is streamed, a copy is moved there.
         """
         return at_rest(self.networks[part], name, device)
 
@@ -367,7 +367,7 @@ def _is_whole(target: Target, part: str, layer: str, up: StandIn) -> bool:
 
 
 def _as_in(known: Mapping[str, Any], name: str) -> str:
-    """A text encoder's name with or without ``text_model.``, as this model has it."""
+    """A text encoder's layer name with or without ``text_model.``, as in this model."""
     bare = name.removeprefix("text_model.")
     layer = bare.partition(".lora_")[0]
     return f"text_model.{bare}" if f"text_model.{layer}" in known else bare
@@ -424,9 +424,9 @@ def _check(
 
 
 def _scale(header: Header, part: str, layer: str, down: StandIn, rank: int) -> float:
-    """Alpha / rank: of kohya's files by tensor, of peft's by config, otherwise 1.
+    """Alpha / rank: from a tensor in kohya's files, from the config in peft's, otherwise 1.
 
-    A converter that made new factors has put it into them.
+    A converter that created new factors has already multiplied it into them.
     """
     [source, *_] = down.sources
     if (alpha := header.alphas.get(alpha_of(source))) is not None:
@@ -437,7 +437,7 @@ def _scale(header: Header, part: str, layer: str, down: StandIn, rank: int) -> f
         raise AdapterMismatch(f"has an alpha_pattern in {CONFIG} that is no JSON object")
     alpha = config.get("lora_alpha", rank)
     for pattern, own in patterns.items():
-        # Peft takes patterns as regular expressions; in files they are names, or ends of names.
+        # peft treats patterns as regular expressions; in files they are names, or ends of names.
         whole = pattern.removeprefix("^")
         if layer == whole or (whole == pattern and layer.endswith(f".{pattern}")):
             alpha = own
@@ -453,7 +453,7 @@ def _scale(header: Header, part: str, layer: str, down: StandIn, rank: int) -> f
 
 
 def _config(header: Header, part: str) -> dict[str, Any]:
-    """Peft's config of a network; empty where the file has none."""
+    """The config that peft saved for a network; empty where the file has none."""
     try:
         entries = json.loads(header.metadata.get(CONFIG) or "{}")
     except (ValueError, RecursionError):

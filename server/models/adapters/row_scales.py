@@ -1,7 +1,7 @@
-"""Factors on what a layer's own weight makes of some rows of a forward.
+"""Factors on the part of a layer's output that its own weight contributes, for some rows.
 
-They stay in float32 whatever the layer's type: many are nearer to 1 than the next number of
-bfloat16 is, and rounded to it they would be 1.
+They stay in float32 whatever the layer's dtype: many are closer to 1 than bfloat16 can resolve, and
+would round to 1.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ __all__ = ["InputScales", "OutputScales"]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class OutputScales:
-    """Factors on the outputs of a layer without its bias, and changes of that.
+    """Factors on the outputs of a layer without its bias, and changes of the bias.
 
     Attributes:
-        rows: of the forward.
+        rows: rows of the forward pass.
         factor: ``[rows, 1, out]``, float32.
-        shift: what leaves the bias as it is, or makes it what it is to be, ``[rows, 1, out]``,
+        shift: offset that keeps the bias unscaled and includes its change, ``[rows, 1, out]``,
             float32; None for nothing.
     """
 
@@ -38,13 +38,13 @@ class OutputScales:
     def of(
         cls, rows: AdaptedRows, factor: Tensor, layer: Layer, biases: Tensor | None = None
     ) -> OutputScales:
-        """Those of a layer.
+        """Compute factors and offsets for a layer.
 
         Args:
-            rows: of the forward.
+            rows: rows of the forward pass.
             factor: ``[rows, out]``, float32.
-            layer: that is scaled.
-            biases: what is added to its bias, ``[rows, out]``, float32; None for nothing.
+            layer: the layer.
+            biases: changes of its bias, ``[rows, out]``, float32; None for nothing.
         """
         shift = biases
         if layer.bias is not None:
@@ -58,7 +58,7 @@ class OutputScales:
         return self.factor.nbytes + (0 if self.shift is None else self.shift.nbytes)
 
     def scale(self, tokens: Tensor) -> None:
-        """Scale what the layer has put out.
+        """Scale the output of the layer.
 
         Args:
             tokens: ``[all rows, tokens, out]``; changed in place.
@@ -75,7 +75,7 @@ class InputScales:
     """Factors on the inputs of a layer.
 
     Attributes:
-        rows: of the forward.
+        rows: rows of the forward pass.
         factor: ``[rows, in]``, float32.
     """
 
@@ -88,18 +88,18 @@ class InputScales:
         return self.factor.nbytes
 
     def scaled(self, layer: Layer, x: Tensor) -> Tensor:
-        """A copy of the layer's input in which those rows are scaled.
+        """Copy the layer's input, with those rows scaled.
 
         Args:
-            layer: that is scaled.
-            x: its input, of all rows.
+            layer: the layer.
+            x: its input, for all rows.
         """
         where, factor, ones = self.rows.where, self.factor, (1,) * (x.ndim - 2)
         if isinstance(layer, torch.nn.Conv2d):
             factor = factor.view(*factor.shape, *ones)
         else:
             factor = factor.view(len(factor), *ones, -1)
-        # In the layout that it has without factors, by which products round their sums.
+        # The clone keeps the memory layout, on which the rounding of products depends.
         made = x.clone()
         scaled = self.rows.of(made).mul_(factor)
         if isinstance(where, torch.Tensor):

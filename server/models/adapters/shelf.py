@@ -1,4 +1,4 @@
-"""The adapters that a model may be given: found in folders by name, loaded when they are wanted."""
+"""The adapters available to a model: found in folders by name, loaded on demand."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ class AdapterShelf(WeightShelf[AdapterFile, Adapter, Target]):
     """The adapters that fit one model, files ``NAME.safetensors``; see :class:`WeightShelf`.
 
     Args:
-        folders: that hold the files.
+        folders: folders that hold the files.
         target: the model.
-        memory: where loaded adapters are kept.
-        device: where the model is.
-        dtype: of its weights.
+        memory: keeps loaded adapters.
+        device: device of the model.
+        dtype: dtype of its weights.
     """
 
     what = "adapter"

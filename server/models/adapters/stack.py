@@ -24,7 +24,7 @@ __all__ = ["AdaptedRows", "Changes", "Layer", "Stack", "longest_run", "stacked"]
 Layer: TypeAlias = "nn.Linear | nn.Conv2d"
 
 Changes: TypeAlias = "list[tuple[LowRank, float]]"
-"""All that changes a layer of one row, with its weights."""
+"""All changes of a layer in one row, with their weights."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -53,13 +53,13 @@ class AdaptedRows:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Stack:
-    """The factors of some rows' changes of a layer; all changes of a row are one product.
+    """The stacked factors of a layer's changes; all changes of a row are one product.
 
     Attributes:
-        rows: of the forward.
-        down: ``[entries, rank, in]``. Of a convolution that reaches further than its own cell, as
-            ``convolution.turned`` makes it, or a kernel ``[rank, in, height, width]`` an entry.
-        up: ``[entries, out, rank]``, the weights multiplied in.
+        rows: rows of the forward pass.
+        down: ``[entries, rank, in]``. For a convolution that reaches beyond a single cell, in the
+            form of ``convolution.turned``, or a kernel ``[rank, in, height, width]`` per entry.
+        up: ``[entries, out, rank]``, multiplied by the weights.
     """
 
     rows: AdaptedRows
@@ -67,11 +67,11 @@ class Stack:
     up: Tensor
 
     def add(self, layer: Layer, x: Tensor, tokens: Tensor) -> None:
-        """Add the changes to what the layer has put out.
+        """Add the changes to the layer's output.
 
         Args:
-            layer: that is changed.
-            x: its input, of all rows.
+            layer: the layer.
+            x: its input, for all rows.
             tokens: its output in memory order, ``[all rows, tokens, out]``; changed in place.
         """
         where, down, up = self.rows.where, self._down(layer, self.rows.of(x)), self.up.mT
@@ -85,7 +85,7 @@ class Stack:
         tokens.index_copy_(0, where[:count], made[:count])
 
     def _down(self, layer: Layer, x: Tensor) -> Tensor:
-        """What the first factors make of the input of those rows, ``[entries, tokens, rank]``."""
+        """Apply the first factors to the input of these rows, ``[entries, tokens, rank]``."""
         if not isinstance(self.down, torch.Tensor):
             made = self._convolved(layer, x, self.down)
         elif reaches(layer):
@@ -96,7 +96,7 @@ class Stack:
         return made.permute(0, 2, 3, 1).reshape(len(self.up), -1, self.up.shape[-1])
 
     def _convolved(self, layer: Any, x: Tensor, kernels: list[Tensor]) -> Tensor:
-        # Run by run: a grouped convolution costs up to five times as much on a CPU.
+        # Run by run: on a CPU, a grouped convolution takes up to five times as long.
         conv: Any = F.conv2d
         reach = layer.stride, layer.padding, layer.dilation
         runs = zip(x.split(self.rows.run), kernels, strict=True)
@@ -114,12 +114,12 @@ def stacked(
     """Stack the factors of a layer's changes.
 
     Args:
-        layer: that is changed.
-        rows: of the forward.
-        changes: of each entry.
-        weights: of each entry, ``[entries, 1, rank]``: each change's, as often as its rank, and 0
-            up to the largest rank of all entries.
-        by_products: whether convolutions are to be products of matrices, where they can be.
+        layer: the layer.
+        rows: rows of the forward pass.
+        changes: changes of each entry.
+        weights: weights of each entry, ``[entries, 1, rank]``: the weight of each change, repeated
+            by its rank, padded with 0 to the largest rank of all entries.
+        by_products: whether to compute convolutions as matrix products where possible.
     """
     rank = weights.shape[-1]
     down = [_filled([change.down for change, _ in own], 0, rank) for own in changes]
@@ -128,7 +128,7 @@ def stacked(
     if not reaches(layer):
         return Stack(rows, torch.stack(down).flatten(2), up)
     if by_products and multiplies(layer):
-        # Of rows of one entry, neighbouring cells are not neighbours in memory.
+        # In an entry with several rows, neighboring cells are not adjacent in memory.
         single = replace(rows, run=1)
         kernels = turned(torch.stack(down)).repeat_interleave(rows.run, 0)
         return Stack(single, kernels, up.repeat_interleave(rows.run, 0))
@@ -136,14 +136,14 @@ def stacked(
 
 
 def reaches(layer: Layer) -> TypeGuard[nn.Conv2d]:
-    """Whether a layer's output at a cell depends on other cells than that."""
+    """Whether a layer's output at a cell depends on other cells as well."""
     return isinstance(layer, nn.Conv2d) and not (
         layer.kernel_size == layer.stride == (1, 1) and layer.padding == (0, 0)
     )
 
 
 def _filled(factors: list[Tensor], axis: int, rank: int) -> Tensor:
-    """Factors one behind the other along their ranks, and zeros behind them."""
+    """Concatenate factors along their ranks, padded with zeros."""
     whole = factors[0] if len(factors) == 1 else torch.cat(factors, axis)
     missing = rank - whole.shape[axis]
     if not missing:
@@ -152,7 +152,7 @@ def _filled(factors: list[Tensor], axis: int, rank: int) -> Tensor:
 
 
 def longest_run(changes: Sequence[object]) -> int:
-    """The largest number of rows for which all that follow each other have the same changes."""
+    """The largest run length that divides the lengths of all runs of equal changes."""
     run, begun = 0, 0
     for row in range(1, len(changes) + 1):
         if row == len(changes) or changes[row] != changes[begun]:

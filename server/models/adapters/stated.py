@@ -1,4 +1,4 @@
-"""What an adapter's file says of how a model with it is sampled."""
+"""Sampling settings that an adapter's file states for models that use it."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ if TYPE_CHECKING:
 __all__ = ["ALLOWED", "stated_defaults"]
 
 CONVENTION: Final = "weft.convention"
-"""Entry of a safetensors file's metadata that names a convention."""
+"""Entry of a safetensors file's metadata with the name of a convention."""
 
 STEPS: Final = "weft.steps"
-"""The number of steps that the adapter is for, where each number has weights of its own."""
+"""Number of steps that the adapter is for, where each number has its own weights."""
 
 ALLOWED: Final = tuple(
     name
     for name, one in CONVENTIONS.items()
     if not (one.flow or one.policy.embeds or one.one_step_prediction or one.rule.combines)
 )
-"""Conventions of distilled models that change nothing about how the base model's output is read."""
+"""Conventions of distilled models that do not change how the base model's output is interpreted."""
 
 
 def stated_defaults(name: str, metadata: Mapping[str, str]) -> ModelDefaults | None:
-    """The settings that an adapter was distilled for; None where its file names none.
+    """The settings that an adapter was distilled for; None where its file states none.
 
     Args:
-        name: of the adapter.
-        metadata: of its file.
+        name: name of the adapter.
+        metadata: metadata of its file.
 
     Raises:
-        AdapterMismatch: a convention or a number of steps that there is not; the sentence goes on
-            after the adapter's name.
+        AdapterMismatch: an unknown convention or number of steps; the message continues a sentence
+            that begins with the adapter's name.
     """
     said, steps = metadata.get(CONVENTION), metadata.get(STEPS)
     if said is None:
