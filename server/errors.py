@@ -7,7 +7,7 @@
     |   |- HeadersTooLarge           431  the headers are too large
     |   |- NotAcceptable             406  no media type in the Accept header is supported
     |   |- UnsupportedMediaType      415  the body is not declared as JSON
-    |   |- DidNotFit                 422  work of this size lately did not fit into memory
+    |   |- DidNotFit                 422  work of this size recently did not fit into memory
     |   |- ReusedKey                 422  an idempotency key was used before with another body
     |   |- TooLarge                  413  the body or an image in it is too large
     |   `- RequestTimeout            408  the request did not arrive in time
@@ -107,7 +107,7 @@ class InvalidRequest(WeftError):
 
 
 class DidNotFit(InvalidRequest):
-    """Work as large as the request's lately did not fit into the device's memory.
+    """Work as large as the request's recently did not fit into the device's memory.
 
     Args:
         retry_after_s: seconds until it is tried again, since other images may have had the memory.
@@ -393,25 +393,25 @@ class CannotListen(WeftError):
 
 
 class AdapterMismatch(WeftError):
-    """An adapter that cannot be used with a model; the message says why."""
+    """An adapter cannot be used with a model; the message says why."""
 
     code = "adapter_mismatch"
 
 
 class ControlMismatch(WeftError):
-    """A ControlNet that cannot be used with a model; the message says why."""
+    """A ControlNet cannot be used with a model; the message says why."""
 
     code = "control_mismatch"
 
 
 class EmbeddingMismatch(WeftError):
-    """An embedding that cannot be used with a model; the message says why."""
+    """An embedding cannot be used with a model; the message says why."""
 
     code = "embedding_mismatch"
 
 
 class ImagePromptMismatch(WeftError):
-    """An IP-Adapter that cannot be used with a model; the message says why."""
+    """An IP-Adapter cannot be used with a model; the message says why."""
 
     code = "image_prompt_mismatch"
 

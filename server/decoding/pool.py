@@ -390,7 +390,7 @@ class _Waited:
 
 
 def _processor_s(process: int) -> float:
-    """Processor seconds used by a process, or seconds of the clock if the system does not tell."""
+    """Processor seconds used by a process, or clock seconds if the system does not report any."""
     try:
         told = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
     except OSError:

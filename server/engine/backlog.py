@@ -19,7 +19,7 @@ __all__ = ["Amounts", "Backlog", "Bounds", "Holding"]
 
 LATITUDE = 4.0
 """Multiple of the free capacity that a client of weight 1 may hold. A client that is alone may hold
-4/5 of everything, so that whoever comes next finds room; n clients may hold 4 n / (4 n + 1)
+4/5 of everything, so that the next one finds room; n clients may hold 4 n / (4 n + 1)
 together, in equal parts.
 
 These are the dynamic thresholds of Choudhury and Hahne (1998) for queues that share a memory."""
@@ -119,7 +119,7 @@ class Backlog:
             runs: number of times that each image is drawn.
 
         Raises:
-            InvalidRequest: the client may never have so many.
+            InvalidRequest: the client may never have this many.
             Overloaded: there is no room now.
         """
         limited = images / runs

@@ -249,7 +249,7 @@ def measured(time_of: Callable[[int], float], most: int) -> dict[int, float]:
     in most rounds. There are more rounds until enough samples of each size count.
 
     Args:
-        time_of: function that runs a forward pass of so many rows, and returns its seconds.
+        time_of: function that runs a forward pass of a number of rows, and returns its seconds.
         most: maximum number of rows, at least 1.
 
     Raises:

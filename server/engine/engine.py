@@ -68,7 +68,8 @@ embedded model the bits of a row depend on its position, at multiples of 4 they 
 ADMITTED_A_TICK = 16
 
 ADMITTED_BESIDE_LIVE = 2
-"""The same for ordinary images while live frames are expected, which wait for their encoding."""
+"""Maximum number of ordinary images admitted per tick while live frames are expected, which wait
+while these are encoded."""
 
 
 class Engine:
@@ -330,7 +331,7 @@ class Engine:
             raise self._refusal("The server takes no work now; it is starting or stopping.")
 
     def _refusal(self, otherwise: str) -> NotReady:
-        """The error that says why no work is done any more."""
+        """The error that says why work is no longer done."""
         if isinstance(self.failure, DeviceLost):
             return DeviceLost(self.failure.reason)
         if self.failure is not None:
@@ -386,7 +387,7 @@ class Engine:
         return bool(self._arrived or self._active) and monotonic() < self._stop_at
 
     def _wait(self, most_s: float | None) -> bool:
-        """Wait for something to do, at most so many seconds; return whether there is any."""
+        """Wait for something to do, at most ``most_s`` seconds; return whether there is any."""
         with self._wake:
             return self._wake.wait_for(
                 lambda: (

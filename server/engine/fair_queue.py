@@ -131,7 +131,7 @@ class Turns:
 
     @property
     def contended(self) -> bool:
-        """Whether several flows have had work lately, so that a long tick makes others wait."""
+        """Whether several flows have had work recently, so that a long tick makes others wait."""
         return len(self._seen) > 1
 
     def clients(self) -> Mapping[Client, float]:

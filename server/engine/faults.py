@@ -60,7 +60,7 @@ def attempt(work: Callable[[], Result], device: torch.device) -> Result | Except
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether less work at once, or the same work later, may succeed."""
+    """Whether an error is a lack of memory, so that less work, or the same later, may succeed."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and _says(error, OUT_OF_MEMORY)

@@ -25,7 +25,7 @@ NUMBER_BYTES = 4
 
 
 class Footprint(NamedTuple):
-    """What some images need.
+    """Needs of some images.
 
     Attributes:
         rows: evaluations, by model and shape; ControlNets count by their cost.

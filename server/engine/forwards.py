@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["Forwards"]
 
 LONGEST_PIECE_S = 1.0
-"""Maximum seconds of a forward pass run in advance, since whoever comes waits for its end."""
+"""Maximum seconds of a forward pass run in advance, since newcomers wait for its end."""
 
 
 class Forwards:

@@ -421,7 +421,7 @@ class Graphs:
         self._wanted.pop(shape, None)
 
     def _give_back(self) -> None:
-        """Return memory that no recording uses any more."""
+        """Return memory that no recording uses now."""
         if not self._recorded and self._under_way is None:
             self._recorder.begin_anew()
         free_memory(self._model.device)

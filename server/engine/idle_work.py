@@ -144,7 +144,7 @@ class IdleWork:
         """Prepare in quiet moments until there is other work.
 
         Args:
-            wait: function that waits for other work, at most so many seconds, and returns whether
+            wait: function that waits for other work, at most some seconds, and returns whether
                 there is any.
             live: function that returns whether frames of live streams are expected; the pauses
                 between them are shorter than a piece.

@@ -44,7 +44,7 @@ class Shares:
     had: Mapping[int, float] = field(default_factory=dict[int, float])
 
     def after(self, *, live_s: float, ordinary_s: float) -> Shares:
-        """The shares after work beside the ticks, such as encoding and decoding.
+        """The shares after work outside of ticks, such as encoding and decoding.
 
         Args:
             live_s: seconds spent on live images while ordinary ones waited.

@@ -46,7 +46,7 @@ class Reception:
             the same limit on their number.
         wake: condition that is held during any change here, and notified of arrivals.
         arrived: images that the engine has not admitted yet.
-        overflows: sizes that lately did not fit into memory.
+        overflows: sizes that recently did not fit into memory.
         costs: tick costs, from which the seconds of waiting images are estimated.
         measurements: counters of pending and of refused images.
         pace: function that returns the share of the device that ordinary images have.
@@ -96,7 +96,7 @@ class Reception:
 
         Raises:
             Overloaded: there is no room for all of them.
-            InvalidRequest: the client may never have so many.
+            InvalidRequest: the client may never have this many.
             NotReady: the engine is not warm yet, or has stopped or failed.
         """
         with self._wake:
@@ -125,14 +125,14 @@ class Reception:
             Overloaded: there is no room for all of them.
             NotReady: the engine is not warm yet, or has stopped or failed.
             InvalidRequest: an image or a group needs more rows at once than a forward pass has, or
-                the client may never have so many images.
+                the client may never have this many images.
         """
         live = all(task.priority is Priority.LIVE for task in tasks)
         with self.reserve(len(tasks), live=live, client=client) as room:
             return room.submit(tasks, listener)
 
     def check_memory(self, tasks: Listed[ImageTask]) -> None:
-        """Refuse images like those that lately did not fit on the device, before any work is done.
+        """Refuse images like those that recently did not fit on the device, before any work.
 
         Args:
             tasks: tasks of a request; their pictures need no content yet. Safe from any thread.
@@ -184,7 +184,7 @@ class Reception:
         self._told_bytes[key] = max(self._told_bytes[key], told - pictures)
 
     def _told(self, model: str, pictures: int) -> int:
-        """Bytes of a text of a model with so many pictures, or with fewer if that is known."""
+        """Bytes of a text of a model with this many pictures, or with fewer if that is known."""
         return max(self._told_bytes[model, fewer] for fewer in range(pictures + 1))
 
     def _reserve_live(self, client: Client, images: int) -> Holding:

@@ -27,7 +27,7 @@ STEPS = 20
 
 
 class Rehearsal:
-    """Inputs of rows of a picture size half way through a run.
+    """Inputs of rows of a picture size halfway through a run.
 
     Args:
         model: loaded model.

@@ -26,7 +26,7 @@ class Reservation:
         images: number of images that there is room for.
         claim: function that claims the room that tasks need beyond their number.
         take_in: function that queues tasks in the reserved room.
-        give_back: function that returns room for so many images.
+        give_back: function that returns the room for a number of images.
     """
 
     def __init__(

@@ -87,7 +87,7 @@ class LaneCosts:
 
     Attributes:
         most: maximum number of rows in a tick.
-        seconds: function that returns the expected seconds of a tick of so many rows.
+        seconds: function from a number of rows to the expected seconds of a tick.
         longest_s: maximum seconds of a tick, where fewer rows can shorten it.
         area: number of cells of a latent; in a forward pass of several sizes each row costs as much
             as one of the largest.
@@ -103,7 +103,7 @@ class LaneCosts:
     mixing: float = 1.0
 
     def mixes_with(self, other: LaneCosts) -> bool:
-        """Whether images of both lanes can share a forward."""
+        """Whether images of both lanes can share a forward pass."""
         return self.mixes is not None and self.mixes == other.mixes
 
     @property
@@ -126,7 +126,7 @@ def rows_of_tick(
     Args:
         load: work that waits.
         most: maximum number of rows in a tick.
-        seconds: function that returns the expected seconds of a tick of so many rows.
+        seconds: function from a number of rows to the expected seconds of a tick.
         longest_s: maximum seconds of a tick, where fewer rows can shorten it.
         tick: number of the tick; at every 16th another size is tried if the queue is long.
     """

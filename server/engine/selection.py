@@ -68,7 +68,7 @@ class Selection:
 
     @property
     def expects_live(self) -> bool:
-        """Whether there was a frame of a live stream lately; safe from any thread."""
+        """Whether there was a frame of a live stream recently; safe from any thread."""
         return monotonic() - self._live_at < LIVE_PAUSE_S
 
     @property
@@ -114,7 +114,7 @@ class Selection:
     def charge_aside(
         self, parts: Mapping[Sequence, float], seconds: float, active: Listed[Sequence]
     ) -> None:
-        """Charge work beside the ticks to the clients of some images, and to live ones.
+        """Charge work outside of ticks to the clients of some images, and to live ones.
 
         Args:
             parts: part of each image in the work.
@@ -126,7 +126,7 @@ class Selection:
         self.charge(parts, seconds)
 
     def share_out(self, active: Listed[Sequence], seconds: float, *, live_s: float) -> None:
-        """Count work beside the ticks towards the shares of live and ordinary images.
+        """Count work outside of ticks towards the shares of live and ordinary images.
 
         Args:
             active: all images that are admitted.

@@ -111,7 +111,7 @@ class Stages:
     def _make_room(self, chosen: list[Sequence]) -> bool:
         """Free memory; return whether the images that did not fit may fit now by themselves."""
         filled_up = False
-        # Without a forward pass, the failure tells nothing about how many rows fit.
+        # Without a forward pass, the failure says nothing about how many rows fit.
         if not chosen[0].recalls:
             lane, rows = largest(one.lane for one in chosen), sum(one.rows for one in chosen)
             mixed = any(one.lane is not lane for one in chosen)
@@ -121,7 +121,7 @@ class Stages:
         return self._give_back() or filled_up
 
     def _note_overflow(self, chosen: list[Sequence]) -> None:
-        """Remember images that did not fit by themselves, so that as large ones are refused."""
+        """Remember images that did not fit by themselves, so that images as large are refused."""
         task, free = chosen[0].task, unused_bytes(self._device)
         # Memory of ControlNets must not lead to refusing as many rows without them.
         rows = ceil(sum(one.work * one.lane.reads for one in chosen))

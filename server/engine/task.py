@@ -60,12 +60,12 @@ class ImageTask:
         plan: table of the sampler.
         rule: rule that combines predictions.
         policy: policy that decides where the other predictions come from.
-        terms: additions to the guidance beside the rule, in the order of
+        terms: guidance in addition to the rule, in the order of
             ``server.engine.terms.registry.TERMS``.
         text: options for encoding all of its texts.
         adapters: adapters of all its rows, whatever their text.
         controls: ControlNets that act on all its rows.
-        image_prompts: pictures that its rows attend to beside their texts.
+        image_prompts: pictures that its rows attend to besides their texts.
         references: pictures that its prompt refers to, ``[3, H, W]`` float32 in [-1, 1] of any
             sizes; for models whose facts have ``references``.
         cache: step cache, which decides at which stages the network is not evaluated; None
@@ -81,7 +81,7 @@ class ImageTask:
         mask: mask ``[H, W]`` float32, 1 to repaint, 0 to keep.
         kept: picture that supplies the result outside of the mask, if ``image`` was changed; None
             for ``image``.
-        repainted_from: what the run starts from inside of the mask.
+        repainted_from: content of the masked area at the start of the run.
         from_noise: whether x starts as noise alone, although there is a picture.
         undecoded: whether the result is the clean latents, without decoding.
         previews: whether to attach a small picture to each progress report.

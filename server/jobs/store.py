@@ -158,7 +158,7 @@ def begin(
     owners: Collection[str],
     but: Collection[str] = (),
 ) -> Job | None:
-    """Begin the next job: the oldest one of the owner with the fewest jobs in process.
+    """Begin the next job: the oldest one of the owner with the fewest running jobs.
 
     A job whose worker has not renewed it for `lease_s` is begun again.
 

@@ -332,7 +332,7 @@ class StreamSession:
         prepared: Prepared,
         model: HostedModel,
     ) -> Uploads | None:
-        """Decode the pictures beside the prompt; None if those of the current settings stay."""
+        """Decode the pictures besides the prompt; None if those of the current settings stay."""
         before, request = self._current, prepared.request
         if before is not None and before.model is model:
             was = before.prepared.request
@@ -355,7 +355,7 @@ class StreamSession:
             settings: settings as sent.
             prepared: prepared request for one frame.
             lease: lease of the model.
-            uploads: pictures beside the prompt; None if the earlier ones stay.
+            uploads: pictures besides the prompt; None if the earlier ones stay.
         """
         in_flight, model = self._most_in_flight(settings, prepared), lease.model
         adapters = load_adapters(prepared.request.adapters, model)

@@ -1,4 +1,4 @@
-"""Work that did not fit into the device's memory even alone, so that as large work is refused."""
+"""Work that did not fit into the device's memory even alone; work as large is refused."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 __all__ = ["BELIEVED_S", "Overflows"]
 
 BELIEVED_S: Final = 60.0
-"""Seconds for which as large work is refused. Then it is tried again, since others' images may have
+"""Seconds for which work as large is refused. Then it is tried again, since others' images may have
 taken the memory."""
 
 
@@ -44,7 +44,7 @@ class _Overflow:
 
 
 class Overflows:
-    """The smallest work of each model that lately did not fit into memory by itself.
+    """The smallest work of each model that recently did not fit into memory by itself.
 
     Forward passes and the autoencoder are recorded separately, since neither says anything about
     the other.
@@ -76,7 +76,7 @@ class Overflows:
             of_models[model] = new
 
     def knows(self, model: str) -> bool:
-        """Whether any work of a model did not fit lately."""
+        """Whether any work of a model did not fit recently."""
         known = self._of_forwards.get(model), self._of_autoencoders.get(model)
         return any(self._believed(one) for one in known)
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ChangedRows(Term):
-    """The same change in all rows of an image, at every stage.
+    """Applies the same change to all rows of an image, at every stage.
 
     Attributes:
         edit: change for each row.

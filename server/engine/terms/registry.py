@@ -27,7 +27,7 @@ TERMS: tuple[type[Term], ...] = (
     KeptLengths,
     ResampledParticles,
 )
-"""One class per class of settings beside a rule; a new term is added here."""
+"""One class per class of settings other than a rule; a new term is added here."""
 
 
 def terms_of(settings: Iterable[object], run: Run) -> tuple[Term, ...]:

@@ -1,4 +1,4 @@
-"""The contract of a term: guidance of an image beside its rule, along one plan."""
+"""The contract of a term: guidance of an image in addition to its rule, along one plan."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Run:
         model: model that will serve the request.
         schedule: noise schedule of the model, at the request's size and steps.
         plan: plan of its sampler.
-        rule: rule that the terms stand beside.
+        rule: guidance rule that the terms add to.
         prompt: prompt of the request, or a blend.
         negative_prompt: negative prompt of the request; None is the model's unconditional input.
         reference: picture supplied by the request to guide away from, ``[3, H, W]`` float32 in [-1,
@@ -77,7 +77,7 @@ class Resampled(NamedTuple):
 
 
 class Term(Protocol):
-    """An addition to the guidance of an image beside its rule.
+    """Guidance of an image in addition to its rule.
 
     A term is laid out along the plan of its image, is shared by all images of a request, and is
     immutable; what it keeps of one image is that image's state. In a tick all terms of one class

@@ -119,7 +119,7 @@ class ImagePromptCache:
         tokens: Mapping[bytes, Tensor | Exception],
         size: tuple[int, int],
     ) -> Shown | Exception:
-        """What rows of latents of a given size attend to for one image prompt."""
+        """Tokens that rows of latents of a given size attend to for one image prompt."""
         nothing = tokens[NOTHING]
         pictures: list[Tensor] = []
         for digest in use.digests:
@@ -145,7 +145,7 @@ class ImagePromptCache:
 
 
 def shown_to(sequence: Sequence) -> tuple[Shown, ...]:
-    """What rows of an image attend to for each of its image prompts, which must be encoded.
+    """Tokens that rows of an image attend to for each of its image prompts, once encoded.
 
     Raises:
         Exception: the error that encoding one of them ended in.
