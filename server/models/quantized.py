@@ -65,7 +65,7 @@ def quantize(
 def _by_torchao(kind: str) -> Callable[[nn.Linear], None]:
     torchao: Any = import_module("torchao.quantization")
     made = torchao.Int8WeightOnlyConfig if kind == "int8" else torchao.Float8WeightOnlyConfig
-    # Whoever compiles configures the compiler.
+    # Inductor is configured by the code that compiles blocks.
     config = made(set_inductor_config=False)
     return lambda layer: torchao.quantize_(layer, config)
 
