@@ -29,8 +29,7 @@ OF_SERVERS: Final = ("response_format", "stream", "priority")
 """Fields that concern a server's response, which have no meaning for a command."""
 
 _NOT_JSON: Final = ValueError, RecursionError
-"""Errors that Python raises for text that is not JSON, has huge numbers, or is nested too
-deeply."""
+"""Errors of Python for text that is not JSON, has huge numbers, or is nested too deeply."""
 
 _SHOWN: Final = 200
 

@@ -16,8 +16,7 @@ if TYPE_CHECKING:
 __all__ = ["MOST_ROWS", "CostModel", "TickCost", "measured"]
 
 MOST_ROWS = 128
-"""Maximum rows in a forward pass if nothing else bounds them: on an H100 more gain less than 2
-%."""
+"""Maximum rows of a pass if nothing else bounds them: on an H100 more gain less than 2 %."""
 
 NODES = (1, 2, 4, 8, 16, 32, 64, MOST_ROWS)
 """Numbers of rows whose seconds are stored; others are interpolated or extrapolated."""

@@ -401,8 +401,7 @@ class Engine:
         self._admit()
         chosen = self._selection.next_tick(self._active)
         if chosen:
-            # Sizes share a forward pass if that costs less, so each is charged its part of the
-            # tick.
+            # Sizes share a pass if that costs less, so each is charged its part of the tick.
             parts = {sequence: sequence.work * sequence.lane.area for sequence in chosen}
             began = perf_counter()
             self._weave(chosen)

@@ -58,8 +58,7 @@ the cost of the recording has been lost by then, and at most a quarter is added 
 """
 
 FEW = 5
-"""Number of passes of a shape and form after which it is recorded in a quiet moment, unless
-plain."""
+"""Number of passes of a shape and form until it is recorded in a quiet moment, unless plain."""
 
 PIECE_FORWARDS = 3
 """Number of forward passes in the longest piece of a recording: one that is watched operation by

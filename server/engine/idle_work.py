@@ -30,8 +30,7 @@ QUIET_S = 1.0
 """Seconds without work after which the engine prepares for later work."""
 
 PIECE_REST = 4
-"""Minimum pause between two pieces of preparation between ticks, in multiples of the first one's
-duration."""
+"""Minimum pause after a piece of preparation between ticks, in multiples of its duration."""
 
 
 class IdleWork:

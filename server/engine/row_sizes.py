@@ -18,9 +18,8 @@ if TYPE_CHECKING:
 __all__ = ["FIRST_FORWARD_S", "ROW_SIZES", "FixedRows", "RowSizes"]
 
 ROW_SIZES = (1, 2, 3, 4, 6, 8, 10, 12, *range(16, 33, 4), *range(40, 65, 8), *range(80, 129, 16))
-"""Numbers of rows that forward passes run at. Up to 12 rows a GPU waits for kernel launches, so
-that another row costs nothing; beyond that, padding adds a quarter at most, and a tenth on
-average."""
+"""Numbers of rows that passes run at. Up to 12 rows a GPU waits for kernel launches, so another row
+costs nothing; beyond that, padding adds a quarter at most, and a tenth on average."""
 
 FIRST_FORWARD_S = 0.5
 """Seconds that the first forward pass of a size takes longer than the next one."""

@@ -149,8 +149,7 @@ class Stages:
             # ControlNets is not part of others.
             observe = widest.cost.observe_mixed if mixed else widest.cost.observe
             moved = observe(size, stage.seconds * rows / work)
-            # Smaller sizes, which mostly join others' ticks, follow the machine's speed by larger
-            # ones.
+            # Smaller sizes, which mostly join others' ticks, follow the machine by larger ones.
             for lane in self._lanes:
                 if lane.mixes_with(widest) and lane.area < widest.area:
                     lane.cost.shift(moved)

@@ -15,12 +15,10 @@ if TYPE_CHECKING:
 __all__ = ["unrepeatable"]
 
 BY_VALUES = "index"
-"""Part of the names of operations that select entries, by integers, or by bools whose count decides
-the size."""
+"""Part of the names of operations that select by integers, or by bools whose count sets a size."""
 
 COPIES = ("copy", "aten.to.")
-"""Parts of the names of copying operations; inference mode does not decompose the second into the
-first."""
+"""Parts of the names of copies; inference mode does not decompose the second into the first."""
 
 
 def unrepeatable(forward: Callable[[], object], device: torch.device) -> str | None:

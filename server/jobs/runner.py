@@ -217,8 +217,7 @@ class Runner:
         except Cancelled:
             await self._end(job, "canceled")
         except OutOfMemory as error:
-            # Others may have had the memory. Work of this size is refused for a while now, and so
-            # waits.
+            # Others may have had the memory. Work of this size is refused now, and so waits.
             await self._wait_or_fail(job, 0.0, error)
         except WeftError as error:
             await self._fail(job, error.code, error.message, error.field)

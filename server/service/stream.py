@@ -433,8 +433,7 @@ class StreamSession:
             there_is = settings.seed_step > 0 or self._owed > 0
         else:
             there_is = self._waiting is not None
-        # The frame before must have started; otherwise both would pass through the stages side by
-        # side.
+        # The frame before must have started, or both would pass the stages side by side.
         started = all(frame.started or frame.done for frame in self._under_way)
         return (
             there_is

@@ -35,8 +35,9 @@ ACTS: Final = MaskForm("acts")
 class Uploads(NamedTuple):
     """Images that were sent with a request, at the size of its run, or of the second one.
 
-    Image prompts have the size that their encoders read, and their regions the size of the run.
-    `kept` is the image as it was sent, if the part to repaint is filled in `image`.
+    Image prompts and reference images have the sizes at which the model reads them, and regions the
+    size of the run. `kept` is the image as it was sent, if the part to repaint is filled in
+    `image`.
     """
 
     image: NDArray[np.uint8] | None
@@ -110,8 +111,7 @@ async def _by_reference(
     check_references(len(request.reference_images), facts)
     first = await decoded_references(request, model, decoding, ReferencePictures(), most=1)
     height, width, _ = first.read[0].shape
-    # Sides that are too long for the model or the operator are refused later, with the field's
-    # name.
+    # Sides too long for the model or the operator are refused later, with the field's name.
     wanted = PictureTarget(request.width, request.height, multiple=facts.size_multiple)
     return Early(references=first, reference_size=wanted.size_of(width, height, UNBOUNDED))
 

@@ -63,8 +63,7 @@ class Lane:
         self.row_cap = RowCap(most_rows)
         self._forwards = forwards
         self._indices = lru_cache(INDICES_KEPT)(partial(_sent, model.device))
-        # Keyed by identity: a compiled plan holds its plan, so the identity is not reused
-        # meanwhile.
+        # Keyed by identity: a compiled plan holds its plan, so the identity is not reused.
         self._compiled: WeakValueDictionary[tuple[int, int], CompiledPlan] = WeakValueDictionary()
 
     @property

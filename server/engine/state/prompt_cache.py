@@ -27,8 +27,7 @@ Adapters are identified by revision and weight, since references would keep them
 """
 
 PROMPTS_KEPT_BYTES = 256 * 2**20
-"""Bound for one model: 64 encodings of 512 tokens by a T5 XXL in half precision, or 2,000 by a
-CLIP."""
+"""Bound for one model: 64 encodings of 512 tokens by T5 XXL in half precision, or 2,000 by CLIP."""
 
 ENCODED_AT_ONCE = 16
 

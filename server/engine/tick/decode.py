@@ -214,8 +214,7 @@ class Decoder:
                     # autoencoder.
                     pictures[i] = torch.lerp(kept.to(pictures), pictures[i], mask.to(pictures))
             finite = pictures.flatten(1).sum(1).isfinite()
-            # Outside the stopwatch: once the copy has arrived, the stopwatch's events have
-            # completed.
+            # Outside the stopwatch, whose events have completed once the copy has arrived.
             copy = HostCopy(to_uint8(pictures), finite)
         return Decoding(some, copy, watch)
 

@@ -38,8 +38,7 @@ Prompts: TypeAlias = "tuple[str | None, ...]"
 """All texts that must be encoded for an image; None is the model's unconditional input."""
 
 Likeness: TypeAlias = "tuple[str, int, int, tuple[Weighted, ...], TextOptions]"
-"""Model, width, height, adapters and options: images for which all are equal share encoder
-calls."""
+"""Model, width, height, adapters and options: images with equal ones share encoder calls."""
 
 
 class Start(NamedTuple):

@@ -25,8 +25,7 @@ ENCODED_AT_ONCE = 4
 
 
 PIXELS_A_TICK = 1024 * 1024
-"""Maximum number of pixels of ordinary images' pictures encoded before a tick; one picture may
-have more."""
+"""Maximum pixels of ordinary images' pictures encoded before a tick; one picture may have more."""
 
 LEAST_PIXELS = 64 * 64
 """Number of pixels whose encoding costs about as much as that of a prompt."""
