@@ -90,7 +90,7 @@ class GuidancePlan:
         constants: numbers of the policy, ``[stages, n]``.
         predictions: text and edits of each prediction, by number.
         pictured: whether the row of each prediction gets the image prompts. Rows of the rule's
-            branches without the prompt do not; they get no other picture instead.
+            branches that do not have the prompt get the tokens of no picture instead.
         texts: all texts that the network may be given.
         edited: prompts that change along the run.
         told_scale: guidance scale less 1 as given to the network; None if it takes none.

@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 DECODED_AT_ONCE = 4
-"""Maximum number of pictures in one decoder call of a GPU between ticks; the fixed number in
-deterministic mode."""
+"""Maximum number of pictures in one decoder call of a GPU while ticks run; the fixed number of
+pictures in deterministic mode."""
 
 PIXELS_AT_ONCE = 4 * 512 * 512
 """Maximum number of pixels in such a call, and of the ordinary pictures that a CPU decodes between
