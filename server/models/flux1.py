@@ -183,7 +183,7 @@ def positions(height: int, width: int, device: torch.device, *, first: int = 0) 
 def load_flux1(
     folder: Path, name: str, revisions: Revisions, device: torch.device, dtype: torch.dtype
 ) -> TransformerModel:
-    """Load the parts of a diffusers folder, from safetensors files only.
+    """Load the parts of a diffusers folder, from safetensors or GGUF files only.
 
     Raises:
         ModelMismatch: a part that this family cannot run.

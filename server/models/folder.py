@@ -205,7 +205,7 @@ def revisions_of(folder: Path, tell: Callable[[int, int], None] | None = None) -
         tell: called with the number of bytes read so far, and with that of all weights.
 
     Raises:
-        ModelMismatch: there are no safetensors weights.
+        ModelMismatch: there are no safetensors or GGUF files.
     """
     files = weights_in(folder)
     if not files:

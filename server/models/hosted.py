@@ -171,7 +171,7 @@ class HostedModel(ABC):
 
     @abstractmethod
     def schedule(self, width: int, height: int, steps: int) -> NoiseSchedule:
-        """The noise schedule of a run; the same object for all runs if it does not depend on them.
+        """The noise schedule of a run; always the same object where it does not depend on the run.
 
         Args:
             width: image width in pixels.

@@ -30,7 +30,7 @@ FIXED: Mapping[str, Any] = {"clip_sample": False, "thresholding": False, "timest
 def load_latent_consistency(
     folder: Path, name: str, revisions: Revisions, device: torch.device, dtype: torch.dtype
 ) -> UNetModel:
-    """Load the parts of a diffusers folder, from safetensors files only.
+    """Load the parts of a diffusers folder, from safetensors or GGUF files only.
 
     Raises:
         ModelMismatch: a part that this family cannot run, a U-Net that takes no guidance scale, or

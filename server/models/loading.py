@@ -99,7 +99,7 @@ def load_model(
     vae: Path | None = None,
     tell: Callable[[int, int], None] | None = None,
 ) -> HostedModel:
-    """Load a diffusers-format folder: weights only from safetensors files, no code from the folder.
+    """Load a diffusers-format folder: weights only from safetensors or GGUF files, and no code.
 
     Args:
         folder: folder that contains ``model_index.json``.

@@ -120,7 +120,7 @@ class PixArtDenoiser:
 def load_pixart(
     folder: Path, name: str, revisions: Revisions, device: torch.device, dtype: torch.dtype
 ) -> TransformerModel:
-    """Load the parts of a diffusers folder, from safetensors files only.
+    """Load the parts of a diffusers folder, from safetensors or GGUF files only.
 
     Raises:
         ModelMismatch: a part that this family cannot run.

@@ -170,7 +170,7 @@ class SanaDenoiser:
 def load_sana(
     folder: Path, name: str, revisions: Revisions, device: torch.device, dtype: torch.dtype
 ) -> TransformerModel:
-    """Load the parts of a diffusers folder, from safetensors files only.
+    """Load the parts of a diffusers folder, from safetensors or GGUF files only.
 
     Raises:
         ModelMismatch: a part that this family cannot run, or a scheduler that is not for flow
@@ -212,7 +212,7 @@ def load_sana(
 def load_sana_sprint(
     folder: Path, name: str, revisions: Revisions, device: torch.device, dtype: torch.dtype
 ) -> TransformerModel:
-    """Load the parts of a diffusers folder, from safetensors files only.
+    """Load the parts of a diffusers folder, from safetensors or GGUF files only.
 
     Raises:
         ModelMismatch: a part that this family cannot run.

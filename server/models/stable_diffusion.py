@@ -97,7 +97,7 @@ def load_stable_diffusion(
     dtype: torch.dtype,
     defaults: ModelDefaults | None = None,
 ) -> UNetModel:
-    """Load the parts of a diffusers folder, from safetensors files only.
+    """Load the parts of a diffusers folder, from safetensors or GGUF files only.
 
     Args:
         folder: model folder.

@@ -140,7 +140,7 @@ class SD3Denoiser:
 def load_stable_diffusion_3(
     folder: Path, name: str, revisions: Revisions, device: torch.device, dtype: torch.dtype
 ) -> TransformerModel:
-    """Load the parts of a diffusers folder, from safetensors files only.
+    """Load the parts of a diffusers folder, from safetensors or GGUF files only.
 
     Raises:
         ModelMismatch: a part that this family cannot run.

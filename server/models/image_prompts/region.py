@@ -15,12 +15,11 @@ __all__ = ["region_bytes", "region_of"]
 
 
 def region_of(mask: Tensor, height: int, width: int) -> dict[int, Tensor]:
-    """Factors on the attention output of each query, ``[queries, 1]``, by a layer's queries.
+    """Factors on each query's attention output, ``[queries, 1]``, by a layer's number of queries.
 
-    A layer is identified by its number of queries. The method is that of diffusers'
-    ``IPAdapterMaskProcessor.downsample``, which guesses a layer's resolution from its number of
-    queries and the aspect ratio of the mask. Here each resolution is half the previous one, rounded
-    up, as in the network.
+    The method is that of diffusers' ``IPAdapterMaskProcessor.downsample``, which guesses a layer's
+    resolution from its number of queries and the aspect ratio of the mask. Here each resolution is
+    half the previous one, rounded up, as in the network.
 
     Args:
         mask: ``[H, W]`` float32, 1 where the image prompt acts and 0 elsewhere.
