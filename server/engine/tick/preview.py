@@ -28,8 +28,7 @@ ENLARGED = 4
 
 EDGE = 2
 """Cells along each side that take their inner neighbours' colours. An autoencoder pads pictures
-with
-zeros, so its latents at the edge do not stand for the same colours as elsewhere."""
+with zeros, so its latents at the edge do not stand for the same colours as elsewhere."""
 
 
 def fit_preview(model: HostedModel) -> Tensor:
