@@ -1,1 +1,1 @@
-"""HTTP: one thin router a file."""
+"""The HTTP layer: one thin router per file."""

@@ -1,4 +1,4 @@
-"""Builds the FastAPI application."""
+"""Construction of the FastAPI application."""
 
 from __future__ import annotations
 
@@ -46,10 +46,12 @@ __all__ = ["create_app"]
 log = logging.getLogger("weft")
 
 ENGINE_STOP_S: Final = 1.5
-"""For a tick under way when the server stops; its images have been given up by then."""
+"""Seconds for a running tick to end when the server stops; its images have been abandoned by
+then."""
 
 LAST_WORDS_S: Final = 5.0
-"""From the engine's failure to the process's end, so that clients and probes hear of it."""
+"""Seconds from the engine's failure to the end of the process, in which clients and probes can
+learn of it."""
 
 
 def create_app(
@@ -58,13 +60,14 @@ def create_app(
     on_failure: Callable[[], None] | None = None,
     while_loading: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
 ) -> FastAPI:
-    """The application with an engine of its own, which loads while `/livez` already answers.
+    """Create the application and its engine, which loads while `/livez` already answers.
 
     Args:
-        settings: everything that may be set.
-        on_failure: called when the server can never serve: the models cannot be loaded, or the
-            engine or its device failed, some seconds after which `/livez` says so.
-        while_loading: makes the context in which the models are loaded.
+        settings: settings of the operator.
+        on_failure: function that is called when the server can never serve: if the models cannot be
+            loaded, or some seconds after the engine or its device failed, in which `/livez` reports
+            the failure.
+        while_loading: function that makes the context in which the models are loaded.
     """
     app = FastAPI(
         title="Weft",
@@ -108,7 +111,8 @@ def create_app(
         catalog.router,
         health.router,
     ):
-        # Not of the application as a whole: there the limit answers before the gate, in plain text.
+        # Not set for the whole application, where the limit would be enforced before the gate and
+        # answered in plain text.
         app.include_router(router, max_body_size=settings.limits.body_bytes)
     app.include_router(stream.router)
     app.include_router(documents.router)
@@ -117,17 +121,17 @@ def create_app(
 
 
 def _jobs(settings: Settings, service: Service) -> Any:
-    """Durable jobs; None without."""
+    """Durable jobs; None if they are off."""
     if not settings.jobs.on:
         return None
-    # What it needs is not installed everywhere.
+    # Its dependencies are optional.
     from server.jobs.jobs import Jobs
 
     return Jobs(settings, service, lambda job: predicted(job).model_dump_json().encode())
 
 
 async def _opened(app: FastAPI, settings: Settings) -> bool:
-    """Open the places that the operator named; False if that failed, which ends the server."""
+    """Open the stores that the operator configured; False if that failed, which ends the server."""
     service: Service = app.state.service
     try:
         if app.state.jobs is not None:
@@ -159,8 +163,8 @@ def _middleware(settings: Settings) -> list[Middleware]:
         CORSMiddleware,
         allow_origins=settings.allowed_origins,
         allow_methods=["GET", "POST", "DELETE"],
-        # The operator trusts these pages, and clients have headers of their own: OpenAI's SDK sends
-        # a dozen.
+        # The operator trusts these pages, and clients send headers of their own, OpenAI's SDK a
+        # dozen.
         allow_headers=["*"],
         expose_headers=["x-request-id", "x-seed", "retry-after"],
     )
@@ -179,15 +183,15 @@ def _lifespan(
         loop = asyncio.get_running_loop()
 
         def failed(after_s: float) -> None:
-            # A closed loop means that the server is ending anyway.
+            # If the loop is closed, the server is ending anyway.
             with contextlib.suppress(RuntimeError):
                 loop.call_soon_threadsafe(service.drain)
                 loop.call_soon_threadsafe(service.abandon)
                 if on_failure is not None:
                     loop.call_soon_threadsafe(loop.call_later, after_s, on_failure)
 
-        # Not in the loop's own threads, which a process that ends waits for: nothing interrupts
-        # the loading of a large model.
+        # Not in the loop's executor, whose threads the process joins when it ends: nothing
+        # interrupts the loading of a large model.
         opening = service, settings, failed, while_loading
         loading = Thread(target=_open, args=opening, daemon=True)
         if await _opened(app, settings):
@@ -216,7 +220,7 @@ def _open(
     failed: Callable[[float], None],
     while_loading: Callable[[], AbstractContextManager[None]],
 ) -> None:
-    """Load the models and let requests in; `failed` is called if that can never be."""
+    """Load the models and open the service to requests; call `failed` if they cannot be loaded."""
     try:
         with while_loading():
             hosted = host(settings, lambda: failed(LAST_WORDS_S))
@@ -232,7 +236,7 @@ def _open(
 
 
 def _complete_schema(app: FastAPI, settings: Settings) -> None:
-    """Let OpenAPI state the operator's limits beside the fields they hold for, and the keys."""
+    """Add the operator's limits, at the fields they apply to, and the API keys to the schema."""
     generic = app.openapi
 
     def openapi() -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Reads the body of a request: bounded in time and memory, and without stopping the loop."""
+"""Reading of request bodies, bounded in time and memory and without blocking the event loop."""
 
 from __future__ import annotations
 
@@ -45,23 +45,24 @@ __all__ = [
 ]
 
 SMALL_BYTES: Final = 64 * 2**10
-"""Bodies up to this size are read whatever else is going on; each connection may hold one."""
+"""Bodies up to this size are always read and not counted; each connection may hold one."""
 
 PARSED_AT_ONCE: Final = 2**20
-"""Parsing a body of up to this size takes less time than handing it to a thread; with 32 MB of
-base64 the parser holds Python's lock for 5 ms."""
+"""Bytes up to which parsing a body takes less time than handing it to a thread; with 32 MB of
+base64 the parser holds the GIL for 5 ms."""
 
 RETRY_AFTER_S: Final = 2.0
 
 TIDY_AFTER_S: Final = 2.0
-"""Returning memory takes some milliseconds of a thread, so it is not done after every upload."""
+"""Delay before memory is returned to the system, which takes a thread some milliseconds and is
+therefore not done after every upload."""
 
 
 class Bodies:
-    """The bytes of large bodies that are in memory, over all requests.
+    """Count of the bytes of large bodies in memory, over all requests.
 
     Args:
-        most: bytes; a body that would exceed them is refused.
+        most: maximum number of bytes; a body that would exceed it is refused.
     """
 
     def __init__(self, most: int) -> None:
@@ -70,7 +71,7 @@ class Bodies:
         self._tidying: asyncio.TimerHandle | None = None
 
     def take(self, count: int) -> None:
-        """Raises Overloaded if there is no room for so many bytes more."""
+        """Reserve `count` more bytes; raise Overloaded if there is no room for them."""
         if self.held + count > self._most:
             raise Overloaded(
                 RETRY_AFTER_S,
@@ -80,7 +81,7 @@ class Bodies:
         self.held += count
 
     def give_back(self, count: int) -> None:
-        """Count so many bytes less; when all are gone, their memory goes back to the system."""
+        """Release `count` bytes; once none are held, memory is returned to the system."""
         self.held -= count
         if count and not self.held and self._tidying is None:
             loop = asyncio.get_running_loop()
@@ -93,20 +94,20 @@ class Bodies:
 
 
 class Share:
-    """What one body holds of the bytes; leaving its `with` block gives back the rest."""
+    """The bytes that one body has reserved; leaving its `with` block releases the rest."""
 
     def __init__(self, bodies: Bodies) -> None:
         self._bodies = bodies
         self._held = 0
 
     def grow_to(self, count: int) -> None:
-        """Hold so many bytes in all; raises Overloaded if there is no room for them."""
+        """Reserve `count` bytes in total; raise Overloaded if there is no room for them."""
         if count > max(self._held, SMALL_BYTES):
             self._bodies.take(count - self._held)
             self._held = count
 
     def hold(self, count: int) -> None:
-        """Hold so many bytes more, until the answer: of what was made from the body.
+        """Reserve `count` more bytes until the response, for data that was made from the body.
 
         Raises:
             Overloaded: there is no room for them.
@@ -115,13 +116,13 @@ class Share:
         self._held += count
 
     def give_back(self, count: int) -> None:
-        """Hold so many bytes less."""
+        """Release `count` bytes."""
         count = min(count, self._held)
         self._held -= count
         self._bodies.give_back(count)
 
     def upload(self, data: str | bytes) -> Upload:
-        """A picture of the body, whose bytes are given back when it is decoded."""
+        """Return an upload for a picture of the body; its bytes are released when it is decoded."""
         return Upload(data, partial(self.give_back, len(data)))
 
     def __enter__(self) -> Self:
@@ -132,16 +133,16 @@ class Share:
 
 
 class JsonRoute(APIRoute):
-    """A route whose JSON body is read here instead of by FastAPI, which bounds nothing but size.
+    """A route whose JSON body is read here instead of by FastAPI, which limits only its size.
 
     Attributes:
-        counted: whether a body that is refused counts among the service's outcomes.
+        counted: whether a refused body counts among the service's outcomes.
     """
 
     counted: ClassVar[bool] = True
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """The handler, which reads the body and then does as FastAPI's."""
+        """Return a handler that reads the body and then calls FastAPI's handler."""
         handle = super().get_route_handler()
         if self.body_field is None:
             return handle
@@ -166,15 +167,15 @@ class JsonRoute(APIRoute):
         return read_and_handle
 
     async def read(self, request: Request, uploads: frozenset[str], share: Share) -> Any:
-        """The parsed body, in which pictures are uploads; None without a body.
+        """Read and parse the body, with its pictures as uploads; None without a body.
 
         Args:
-            request: whose body it is.
-            uploads: fields that hold pictures, as :func:`uploads_of` names them.
-            share: holds the bytes of the body.
+            request: request whose body is read.
+            uploads: fields that hold pictures, as :func:`uploads_of` returns them.
+            share: share that reserves the bytes of the body.
 
         Raises:
-            WeftError: it is no such body, or too large, or too slow.
+            WeftError: the body is not valid JSON, too large, or too slow.
         """
         _check_media_type(request)
         body = await received(request, share, text=True)
@@ -192,22 +193,22 @@ class JsonRoute(APIRoute):
     def take_uploads(
         self, parsed: Any, uploads: frozenset[str], share: Share, path: tuple[str, ...] = ()
     ) -> None:
-        """Check the shape of a parsed body, and make uploads of its pictures.
+        """Check the shape of a parsed body and replace its pictures by uploads.
 
         Args:
-            parsed: the body, or the part of it that has pictures; changed in place.
-            uploads: fields that hold them.
-            share: holds their bytes.
-            path: of the part within the body.
+            parsed: body, or the part of it that has pictures; changed in place.
+            uploads: fields that hold pictures.
+            share: share that has reserved their bytes.
+            path: path of the part within the body.
 
         Raises:
-            InvalidRequest: something is larger than in any request.
+            InvalidRequest: an object, a list, a name or a text is larger than any request needs.
         """
         check_shape(parsed, uploads, path)
         make_uploads(parsed, uploads, share)
 
     def narrowed(self, parsed: Any) -> Any:
-        """The part of a parsed body that is looked at; all of it, unless a route says otherwise."""
+        """Return the part of a parsed body that is used: all of it, unless a route overrides it."""
         return parsed
 
     def _count(self, request: Request, outcome: str) -> None:
@@ -217,14 +218,14 @@ class JsonRoute(APIRoute):
 
 
 class _WithBody(Request):
-    """A request whose body was read and parsed."""
+    """A request whose body has already been read and parsed."""
 
     def __init__(self, request: Request, parsed: Any) -> None:
         super().__init__(request.scope, request.receive)
         self._parsed = parsed
 
     async def body(self) -> bytes:
-        """Something, if there was a body."""
+        """Non-empty if there was a body."""
         return b"" if self._parsed is None else b"{}"
 
     async def json(self) -> Any:
@@ -232,18 +233,18 @@ class _WithBody(Request):
 
 
 async def received(request: Request, share: Share, *, text: bool) -> bytearray:
-    """The bytes of a body.
+    """Receive the bytes of a body.
 
     Args:
-        request: whose body it is.
-        share: holds the bytes.
-        text: whether it is JSON, of which only so much may be anything but pictures.
+        request: request whose body is received.
+        share: share that reserves the bytes.
+        text: whether the body is JSON, in which the amount of anything but pictures is limited.
 
     Raises:
-        TooLarge: there are too many bytes, or too many beside the pictures.
-        RequestTimeout: they do not arrive in time.
+        TooLarge: the body has too many bytes, or too many besides its pictures.
+        RequestTimeout: the body does not arrive in time.
         NotReady: the server does not accept requests now.
-        Overloaded: there is no room for them, or the queue is full.
+        Overloaded: there is no room for the bytes, or the queue is full.
     """
     settings: Settings = request.app.state.settings
     most = settings.limits.body_bytes
@@ -270,10 +271,10 @@ async def received(request: Request, share: Share, *, text: bool) -> bytearray:
 
 
 def _check_room(request: Request, size: int, most: int) -> None:
-    """Refuse a large body that could not be served, before it is read.
+    """Refuse a large body that could not be served before it is read.
 
     Raises:
-        TooLarge: it is larger than a body may be.
+        TooLarge: it exceeds the maximum size of a body.
         NotReady: the server does not accept requests now.
         Overloaded: the queue is full.
     """
@@ -285,10 +286,10 @@ def _check_room(request: Request, size: int, most: int) -> None:
 
 
 def check_text(meter: TextMeter) -> None:
-    """Refuse JSON that takes long to parse.
+    """Refuse JSON that would take long to parse.
 
     Raises:
-        TooLarge: it has more beside its pictures than a request needs.
+        TooLarge: it has more text besides its pictures than a request needs.
     """
     if meter.too_costly:
         raise TooLarge(
@@ -299,12 +300,12 @@ def check_text(meter: TextMeter) -> None:
 
 
 def media_type(request: Request) -> str:
-    """The media type that a body is declared as, in lower case and without parameters."""
+    """Return the declared media type of a body, in lower case and without parameters."""
     return request.headers.get("content-type", "").partition(";")[0].strip().lower()
 
 
 def _check_media_type(request: Request) -> None:
-    """Refuse a body not declared as JSON, since any web page can send other types unasked."""
+    """Refuse a body not declared as JSON: any web page can send other types without a preflight."""
     if media_type(request) != "application/json":
         declared = request.headers.get("content-type", "")
         raise UnsupportedMediaType(
@@ -313,9 +314,9 @@ def _check_media_type(request: Request) -> None:
 
 
 def uploads_of(model: Any) -> frozenset[str]:
-    """Fields of a body that hold pictures: dotted paths, in which entries of a list are not named.
+    """Return the fields of a body that hold pictures, as dotted paths without indexes of lists.
 
-    Those of objects are found in lists of one class.
+    Of nested objects, only lists of a single class are searched.
     """
     if not (isinstance(model, type) and issubclass(model, BaseModel)):
         return frozenset()
@@ -330,12 +331,12 @@ def uploads_of(model: Any) -> frozenset[str]:
 
 
 def make_uploads(value: Any, uploads: frozenset[str], share: Share) -> None:
-    """Make uploads of the pictures of a body, in place.
+    """Replace the pictures of a body by uploads, in place.
 
     Args:
-        value: the body, or a part of it.
-        uploads: fields that hold pictures, as :func:`uploads_of` names them.
-        share: holds their bytes.
+        value: body, or a part of it.
+        uploads: fields that hold pictures, as :func:`uploads_of` returns them.
+        share: share that has reserved their bytes.
     """
     if isinstance(value, list):
         for entry in value:

@@ -1,7 +1,8 @@
-"""One client's connection: bounded in what it may send, how slowly, and how slowly it may read.
+"""A client's connection, with limits on the size of headers and on slow sending and reading.
 
-uvicorn gives a request no limit on the size or time of its headers, gives a client that does not
-read for ever, and answers what it cannot parse in plain text. docs/operating.md compares servers.
+uvicorn limits neither the size nor the duration of a request's headers, waits forever for a client
+that does not read, and answers what it cannot parse in plain text. docs/operating.md compares
+servers.
 """
 
 from __future__ import annotations
@@ -30,19 +31,20 @@ from server.settings import Settings
 __all__ = ["Connection", "connections"]
 
 HEAD_BYTES: Final = 32 * 2**10
-"""Of a request line and its headers; browsers and proxies stay below 16 KiB."""
+"""Maximum bytes of a request line and its headers; browsers and proxies stay below 16 KiB."""
 
 HEAD_FIELDS: Final = 128
 
 LINGER_S: Final = 10.0
-"""How long a client may go on sending what was refused before it was read, and then hear why."""
+"""Seconds in which a client may finish sending a request that was answered early, and read the
+answer."""
 
 RETRY_AFTER_S: Final = 2.0
 
 
 @dataclass(frozen=True, slots=True)
 class Patience:
-    """Limits of a connection: seconds for headers and for reading on, and connections at once."""
+    """Limits: seconds for headers and for a client that stops reading, and maximum connections."""
 
     headers_s: float
     write_s: float
@@ -50,20 +52,20 @@ class Patience:
 
 
 def connections(settings: Settings) -> type[asyncio.Protocol]:
-    """The protocol that a uvicorn server gives each connection."""
+    """Return the protocol class that a uvicorn server uses for each connection."""
     patience = Patience(settings.headers_s, settings.write_s, settings.max_connections)
-    # uvicorn does no more than call it.
+    # uvicorn only calls it.
     return cast("type[asyncio.Protocol]", partial(Connection, patience=patience))
 
 
 class Connection(HttpToolsProtocol):
-    """Ends a connection whose client is too slow; one without a whole request makes way.
+    """A connection that ends if its client is too slow, or makes room while it has no full request.
 
     Args:
-        config: of uvicorn.
-        server_state: of uvicorn, with all connections.
-        app_state: of uvicorn.
-        patience: the limits.
+        config: uvicorn's configuration.
+        server_state: uvicorn's state, which holds all connections.
+        app_state: uvicorn's state of the application.
+        patience: limits.
     """
 
     def __init__(
@@ -87,9 +89,9 @@ class Connection(HttpToolsProtocol):
         self._timers: dict[str, asyncio.TimerHandle] = {}
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Wait for a request, in the place of another connection that does if there are many."""
+        """Wait for a request; with too many connections, drop another one that waits."""
         super().connection_made(transport)
-        # Whatever is not written at once is watched.
+        # Anything that is not written at once is watched.
         transport.set_write_buffer_limits(high=0)
         self._wait_for_request()
         most = self._patience.connections
@@ -104,12 +106,12 @@ class Connection(HttpToolsProtocol):
             transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Forget the timers."""
+        """Stop the timers."""
         self._stop_timers()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Take in what the client sent, unless it was refused already."""
+        """Receive data, unless the connection was refused already."""
         if self._refused:
             return
         if not self._in_body and "head" not in self._timers:
@@ -117,25 +119,25 @@ class Connection(HttpToolsProtocol):
         self._read_ended_one = False
         super().data_received(data)
         if self._in_head:
-            # Where headers begin in a read that ends another request is not known, but what was
-            # parsed of them is.
+            # In a read that also ends another request, it is not known where the headers begin, but
+            # their parsed bytes are.
             self._unfinished_bytes += self._head_bytes if self._read_ended_one else len(data)
             if self._unfinished_bytes > HEAD_BYTES:
                 self._refuse(HeadersTooLarge(HEAD_BYTES, HEAD_FIELDS))
 
     def on_message_begin(self) -> None:
-        """Begin to count the headers."""
+        """Start to count the headers."""
         super().on_message_begin()
         self._in_head = True
         self._unfinished_bytes = self._head_bytes = 0
 
     def on_url(self, url: bytes) -> None:
-        """Count a part of the request line."""
+        """Count a part of the request's URL."""
         super().on_url(url)
         self._head_bytes += len(url)
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """Count a header, or one that follows the body."""
+        """Count a header or a trailer."""
         if self._refused:
             return
         super().on_header(name, value)
@@ -144,10 +146,10 @@ class Connection(HttpToolsProtocol):
             self.transport.abort()
 
     def on_headers_complete(self) -> None:
-        """Serve the request, if its headers are within the limits and nothing was refused."""
+        """Serve the request if its headers are within the limits and nothing was refused."""
         self._in_head = False
         if self._refused:
-            # One read may hold more requests after the one that was refused.
+            # A single read may contain more requests after the refused one.
             return
         self._stop("head")
         if self._head_is_large():
@@ -157,12 +159,12 @@ class Connection(HttpToolsProtocol):
         super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
-        """Take in a part of the body."""
+        """Receive a part of the body."""
         if not self._refused:
             super().on_body(body)
 
     def on_message_complete(self) -> None:
-        """The request is whole: from now on the connection keeps its place."""
+        """The request is complete: from now on the connection is not dropped to make room."""
         if self._refused:
             return
         self._in_body = False
@@ -171,15 +173,15 @@ class Connection(HttpToolsProtocol):
         if self._responding():
             self.waiting_since = None
         else:
-            # It was answered before it was whole.
+            # It was answered before it was complete.
             self._wait_for_request()
         super().on_message_complete()
 
     def on_response_complete(self) -> None:
-        """Wait for the next request, or for the rest of one that was answered before its end."""
+        """Wait for the next request, or for the rest of one that was answered early."""
         super().on_response_complete()
         if self._responding():
-            # uvicorn has begun with a request that was sent ahead; it is the last one here.
+            # uvicorn has started a pipelined request; `cycle` is the last one that was parsed.
             if self._in_body:
                 self.waiting_since = self.loop.time()
             return
@@ -188,7 +190,7 @@ class Connection(HttpToolsProtocol):
             self._start("linger", LINGER_S, self.transport.abort)
 
     def handle_websocket_upgrade(self) -> None:
-        """Leave the connection to the protocol of sockets, which has limits of its own."""
+        """Hand the connection over to the WebSocket protocol, which has limits of its own."""
         if self._refused:
             return
         self._stop_timers()
@@ -196,7 +198,7 @@ class Connection(HttpToolsProtocol):
         super().handle_websocket_upgrade()
 
     def pause_writing(self) -> None:
-        """Begin to watch whether the client reads."""
+        """Start to watch whether the client reads."""
         super().pause_writing()
         self._watch_reader(left=self.transport.get_write_buffer_size())
 
@@ -206,7 +208,7 @@ class Connection(HttpToolsProtocol):
         super().resume_writing()
 
     def send_400_response(self, msg: str) -> None:
-        """Answer what is not HTTP in the form of all errors."""
+        """Answer what is not HTTP in the same format as all errors."""
         self._refuse(MalformedRequest())
 
     def _wait_for_request(self) -> None:
@@ -240,7 +242,7 @@ class Connection(HttpToolsProtocol):
             return False
         oldest = min(waiting)[2]
         oldest.waiting_since = None
-        # Its transport calls back later; its place is free now.
+        # Its transport reports the loss later, but its slot is free now.
         self.connections.discard(oldest)
         oldest.transport.abort()
         return True
@@ -256,7 +258,7 @@ class Connection(HttpToolsProtocol):
         self._start("write", self._patience.write_s, look)
 
     def _refuse(self, error: WeftError) -> None:
-        """Answer with an error, and close once the client has had time to read it."""
+        """Answer with an error, and close the connection after the client had time to read it."""
         if self._refused:
             return
         if self._responding():

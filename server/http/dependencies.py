@@ -1,4 +1,4 @@
-"""Dependencies that several routes share; coroutines, since FastAPI runs others in threads."""
+"""Dependencies shared by several routes; coroutines, as FastAPI runs plain functions in threads."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ async def _service(request: Request) -> Service:
 
 
 def client_of(request: Request) -> Client:
-    """Whose share of the device a request has: its key's; without keys everybody's."""
+    """Return the client whose share of the device a request uses: its key's, or one for all."""
     key: ApiKey | None = getattr(request.state, "api_key", None)
     return ANYONE if key is None else key.client
 
 
 def owner_of(request: Request) -> str:
-    """Whose what a request makes is: SHA-256 of its key in hexadecimal digits; empty without."""
+    """Return the owner of what a request makes: hexadecimal SHA-256 of its key, empty without."""
     key: ApiKey | None = getattr(request.state, "api_key", None)
     return "" if key is None else key.digest.hex()
 

@@ -1,4 +1,4 @@
-"""`/` and `/docs`: pages from the package, which take nothing from elsewhere."""
+"""`/` and `/docs`: pages of the package, which load nothing from other sites."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ PAGE_POLICY: Final = (
     "default-src 'self'; img-src 'self' data: blob:{images}; connect-src 'self'{images}; "
     + FRAMED_BY_NOBODY
 )
-"""With the origin of images at URLs, where they have another one than the page."""
+"""Content security policy of the page; `{images}` is the origin of images at URLs, if it differs
+from the page's."""
 
 DOCS_POLICY: Final = (
     "default-src 'self'; img-src 'self' data:; style-src 'self' 'unsafe-inline'; "
@@ -39,7 +40,7 @@ DOCUMENTS: Final = {
     "/docs/swagger-ui.css": ("docs/swagger-ui.css", DOCS_POLICY),
     "/docs/swagger-ui-bundle.js": ("docs/swagger-ui-bundle.js", DOCS_POLICY),
 }
-"""The file of each path below `WEB`, and what its page may load."""
+"""For each path, its file below `WEB` and its content security policy."""
 
 PATHS: Final = frozenset(DOCUMENTS)
 
@@ -52,20 +53,21 @@ def _serve(path: str, name: str, policy: str) -> None:
         base_url = request.app.state.settings.results.base_url
         images = "" if base_url is None else f" {_origin_of(base_url)}"
         allowed = policy.replace("{images}", images)
-        # A browser that kept a page by its age would keep an old policy, and old scripts, with it.
+        # A browser that cached the page for some time would keep its old policy and scripts too.
         headers = {
             "content-security-policy": allowed,
             "cache-control": "no-cache",
             "etag": _etag_of(WEB / name, allowed),
         }
         if request.headers.get("if-none-match") == headers["etag"]:
-            # Not starlette's answer, which leaves out the policy: browsers take over any header.
+            # Not starlette's response, which lacks the policy: browsers update their cached headers
+            # from any that a 304 has.
             return Response(status_code=304, headers=headers)
         return FileResponse(WEB / name, headers=headers)
 
 
 def _etag_of(file: Path, policy: str) -> str:
-    """Another one with another policy, which the browser keeps with the file."""
+    """Return an ETag that also depends on the policy, which the browser caches with the file."""
     stamp = *stamp_of(file), policy
     return f'"{sha256(repr(stamp).encode()).hexdigest()[:32]}"'
 

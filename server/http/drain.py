@@ -1,4 +1,4 @@
-"""How the server stops without dropping anybody: refuse, finish, say goodbye, leave."""
+"""Graceful shutdown: refuse new requests, finish running ones, answer the rest, and exit."""
 
 from __future__ import annotations
 
@@ -23,23 +23,24 @@ __all__ = ["CLOSE_S", "FAREWELL_S", "DrainingServer", "Farewell"]
 log = logging.getLogger("weft")
 
 FAREWELL_S: Final = 3.0
-"""Kept of the grace time to end what is unfinished by then: answers, connections, the engine."""
+"""Part of the grace period that is reserved to end unfinished responses, connections and the
+engine."""
 
 CLOSE_S: Final = 1
-"""Of these, the most seconds for connections to take their last answer."""
+"""Maximum seconds of `FAREWELL_S` for connections to receive their last response."""
 
 
 class DrainingServer(uvicorn.Server):
-    """A server that a signal turns into a lame duck, and a second one ends at once.
+    """A uvicorn server that drains at the first signal and ends at once at the second.
 
-    From the signal on the listener stays open, `/readyz` says 503 and new requests are refused,
-    while those under way go on, for as long as there are any and for `drain_s` seconds at most.
-    What is unfinished then ends with an error that says so.
+    After the signal the listener stays open, `/readyz` answers 503 and new requests are refused.
+    Running requests continue until they end, for at most `drain_s` seconds. Those that are
+    unfinished then end with an error that says so.
 
     Args:
-        config: of uvicorn.
-        service: whose requests are drained.
-        settings: `drain_s` and `lame_duck_s`.
+        config: uvicorn's configuration.
+        service: service whose requests are drained.
+        settings: settings with `drain_s` and `lame_duck_s`.
     """
 
     def __init__(self, config: uvicorn.Config, service: Service, settings: Settings) -> None:
@@ -50,18 +51,18 @@ class DrainingServer(uvicorn.Server):
         self._ends_at = 0.0
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Begin to drain; at the second signal, end."""
+        """Start to drain at the first signal; end at the second."""
         now = monotonic()
         if self._leaves_at is not None:
             self._ends_at = now
             return
-        # Whoever presses Ctrl-C is not a load balancer that has yet to hear of it.
+        # After Ctrl-C no load balancer has to notice that the server is leaving.
         patience = self._settings.lame_duck_s if sig == signal.SIGTERM else 0.0
         self._ends_at = now + max(0.0, self._settings.drain_s - FAREWELL_S)
         self._leaves_at = min(now + patience, self._ends_at)
 
     async def on_tick(self, counter: int) -> bool:
-        """Whether to stop listening now; called ten times a second."""
+        """Return whether to stop listening now; called ten times a second."""
         if self._leaves_at is not None and not self.should_exit:
             self.should_exit = self._drained(self._leaves_at)
         return await super().on_tick(counter)
@@ -84,13 +85,13 @@ class DrainingServer(uvicorn.Server):
 
 
 class Farewell:
-    """Tells a request that is cut off because the server stops, instead of a bare error.
+    """Middleware that answers requests which are cut off by the shutdown with a proper error.
 
-    It is for those that nothing else can end, such as one whose body has not arrived.
+    It is for requests that nothing else can end, such as one whose body has not arrived.
 
     Args:
-        app: what serves the request.
-        answer: turns an error into a response.
+        app: application that serves the request.
+        answer: function that turns an error into a response.
     """
 
     def __init__(self, app: ASGIApp, answer: Callable[[WeftError, str], Response]) -> None:
@@ -112,7 +113,7 @@ class Farewell:
         try:
             await self._app(scope, receive, watched)
         except asyncio.CancelledError:
-            # uvicorn cancels what is still running when its time is up, and at no other time.
+            # uvicorn cancels requests only when the time for the shutdown is over.
             if not started:
                 error = NotReady("The server stopped before it had the whole request.")
                 await self._answer(error, scope["path"])(scope, receive, send)

@@ -1,4 +1,4 @@
-"""Turns errors into HTTP responses, in the format that OpenAI's clients read too."""
+"""HTTP responses for errors, in the format that OpenAI's clients read too."""
 
 from __future__ import annotations
 
@@ -26,14 +26,15 @@ __all__ = ["AUTOMATIC1111", "CHALLENGE", "ErrorBody", "answer", "body_of", "inst
 
 
 OPENAI_IMAGES: Final = "/v1/images/"
-"""Below this path an invalid value has the status that OpenAI's API gives it, 400."""
+"""Below this path an invalid value has the status 400, as in OpenAI's API."""
 
 AUTOMATIC1111: Final = ("/sdapi/", "/internal/", "/controlnet/")
-"""Below these paths errors have the form that AUTOMATIC1111 gives them."""
+"""Below these paths errors have AUTOMATIC1111's format."""
 
 
 CHALLENGE: Final = 'Basic realm="weft"'
-"""To their clients, which send a key as a password; the realm is required (RFC 7617)."""
+"""Authentication challenge for AUTOMATIC1111's clients, which send a key as a password; the realm
+is required (RFC 7617)."""
 
 
 class ErrorDetail(BaseModel):
@@ -54,7 +55,7 @@ class ErrorBody(BaseModel):
 
 
 def body_of(error: Exception) -> dict[str, Any]:
-    """The JSON body for an error; an unexpected one reveals nothing."""
+    """Return the JSON body for an error; an unexpected error reveals no details."""
     if not isinstance(error, WeftError):
         error = WeftError("An unexpected error occurred; the server's log has the details.")
     detail = ErrorDetail(
@@ -67,7 +68,7 @@ def body_of(error: Exception) -> dict[str, Any]:
 
 
 def answer(error: Exception, path: str = "") -> JSONResponse:
-    """The HTTP response for an error, in the form that clients of a path expect."""
+    """Return the HTTP response for an error, in the format that clients of a path expect."""
     headers: dict[str, str] = {}
     if isinstance(error, Overloaded | NotReady):
         headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
@@ -109,7 +110,7 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(Exception)
     async def _unforeseen(request: Request, error: Exception) -> JSONResponse:
-        # This answer is made outside of all other middleware.
+        # This response is made outside of all other middleware.
         response = answer(error, request.url.path)
         response.headers["x-request-id"] = request.state.request_id
         make_safe(response.headers)

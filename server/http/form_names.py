@@ -1,4 +1,4 @@
-"""The names of a form's fields, as paths in the JSON that they stand for."""
+"""Names of form fields, converted to paths in the equivalent JSON."""
 
 from __future__ import annotations
 
@@ -16,21 +16,22 @@ MOST_DEPTH: Final = 8
 _NAME: Final = re.compile(r"([^\[\]]+)((?:\[[^\[\]]*\])*)")
 _SUBSCRIPT: Final = re.compile(r"\[([^\[\]]*)\]")
 _NEXT: Final = ""
-"""What stands in the brackets of `a[]`."""
+"""Content of the brackets in `a[]`."""
 
 
 def paths_of(names: Sequence[str]) -> list[list[str]]:
-    """The path of each field, in which entries of lists have numbers from 0.
+    """Return the path of each field, in which entries of lists are numbered from 0.
 
     `a[b]` is a field of an object, and `a[]` the next entry of a list. OpenAI's clients write a
-    list of objects as `a[][b]`, all of one name together, so the first `a[][b]` and the first
-    `a[][c]` belong to the same entry. Entries that are objects come behind those that are not.
+    list of objects as `a[][b]` and send all fields of one name together, so the first `a[][b]` and
+    the first `a[][c]` belong to the same entry. Entries that are objects come after those that are
+    not.
 
     Args:
-        names: of all fields, in the form's order.
+        names: names of all fields, in the form's order.
 
     Raises:
-        InvalidRequest: a name has too many levels, or it is not clear to which entry it belongs.
+        InvalidRequest: a name has too many levels, or it is ambiguous to which entry it belongs.
     """
     paths = [_path(name) for name in names]
     times = Counter(map(tuple, paths))
@@ -71,6 +72,6 @@ def _in(path: tuple[str, ...], start: tuple[str, ...]) -> bool:
 
 
 def _numbered(path: list[str], place: int) -> str:
-    """The name of a field, as it is written for the first entry."""
+    """Return the name of a field with an explicit number, as for the first entry."""
     first, *below = [*path[:place], "0", *path[place + 1 :]]
     return first + "".join(f"[{one}]" for one in below)

@@ -1,4 +1,4 @@
-"""Reads multipart forms as if they were JSON: files are uploads, texts are values."""
+"""Reading of multipart forms as if they were JSON: files are uploads, texts are values."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ from server.requests.checks.shape import check_shape
 __all__ = ["FormPart", "FormRoute", "fields_of", "parts_of"]
 
 MOST_PARTS: Final = 128
-"""More than any request has; each field of an object is a part of its own."""
+"""Maximum number of parts, more than any request has; each field of an object is a part."""
 
 MOST_UNMEASURED: Final = 8192
-"""Bytes of a text up to which it is parsed as JSON without looking how much of it is pictures."""
+"""Bytes up to which a text is parsed as JSON without measuring how much of it is pictures."""
 
 MOST_HEAD_BYTES: Final = 1024
-"""Of one part's headers."""
+"""Maximum bytes of one part's headers."""
 
 TEXTS: Final = frozenset({"prompt", "negative_prompt", "model", "user", "size"})
-"""Fields whose values are texts even where they look like numbers."""
+"""Fields whose values are texts even if they look like numbers."""
 
 
 class FormPart(NamedTuple):
@@ -48,11 +48,11 @@ class FormPart(NamedTuple):
 
 
 class FormRoute(JsonRoute):
-    """A route that takes `multipart/form-data` as well as JSON."""
+    """A route that accepts `multipart/form-data` as well as JSON."""
 
     @override
     async def read(self, request: Request, uploads: frozenset[str], share: Share) -> Any:
-        """The body as :class:`JsonRoute` would have it, whichever of the two it is."""
+        """Read the body, JSON or form, into the format of :meth:`JsonRoute.read`."""
         if media_type(request) != "multipart/form-data":
             return await super().read(request, uploads, share)
         _, options = parse_options_header(request.headers["content-type"])
@@ -61,7 +61,7 @@ class FormRoute(JsonRoute):
         check_shape(parsed, uploads)
         make_uploads(parsed, uploads, share)
         _check_files(parsed)
-        # FastAPI looks at the type before it asks for the parsed body.
+        # FastAPI checks the media type before it asks for the parsed body.
         request.scope["headers"] = [
             (key, b"application/json" if key == b"content-type" else value)
             for key, value in request.scope["headers"]
@@ -74,17 +74,18 @@ def _parsed(body: bytes, boundary: bytes) -> dict[str, Any]:
 
 
 def parts_of(body: bytes, boundary: bytes) -> list[FormPart]:
-    """The parts of a form.
+    """Split a form into its parts.
 
-    The boundary occurs in no part, so the body is split at it: no content makes this slow.
+    The boundary occurs in no part, so the body is simply split at it, and no content makes this
+    slow.
 
     Args:
-        body: all of it.
-        boundary: as the content-type has it.
+        body: whole body.
+        boundary: boundary from the content-type.
 
     Raises:
-        MalformedBody: it is no such form.
-        InvalidRequest: it has more than `MOST_PARTS` parts.
+        MalformedBody: the body is not a valid form.
+        InvalidRequest: the form has more than `MOST_PARTS` parts.
     """
     if not boundary:
         raise MalformedBody(None, "The form has no boundary in its content-type.")
@@ -97,16 +98,16 @@ def parts_of(body: bytes, boundary: bytes) -> list[FormPart]:
 
 
 def fields_of(parts: Sequence[FormPart]) -> dict[str, Any]:
-    """The fields of a form, at the paths that :func:`server.http.form_names.paths_of` reads.
+    """Return the fields of a form, nested by the paths of :func:`server.http.form_names.paths_of`.
 
-    Texts that are numbers, true, false, null, objects or lists in JSON become these.
+    Texts that are JSON numbers, true, false, null, objects or lists become these values.
 
     Args:
-        parts: of the form, in its order.
+        parts: parts of the form, in its order.
 
     Raises:
         InvalidRequest: a name is used for two different things, or a text is not UTF-8.
-        TooLarge: what is JSON has more beside its pictures than a request needs.
+        TooLarge: the JSON in it has more text besides its pictures than a request needs.
     """
     fields: dict[str, Any] = {}
     meter = TextMeter()
@@ -119,7 +120,7 @@ def fields_of(parts: Sequence[FormPart]) -> dict[str, Any]:
 def _put(fields: dict[str, Any], path: list[str], value: Any) -> None:
     name, *below = path
     if not below:
-        # A name that comes twice is a list, as httpx sends one.
+        # A repeated name is a list, which is how httpx sends lists.
         fields[name] = value if name not in fields else [*_listed(fields[name]), value]
         return
     inner = fields.setdefault(name, {})
@@ -140,7 +141,7 @@ def _value(path: list[str], content: bytes, meter: TextMeter) -> Any:
     if path[-1] in TEXTS:
         return text
     if len(content) > MOST_UNMEASURED:
-        # A picture in base64 is no JSON.
+        # A picture in base64 is not JSON.
         if not text.lstrip().startswith(("{", "[")):
             return text
         meter.feed(content)
@@ -152,7 +153,7 @@ def _value(path: list[str], content: bytes, meter: TextMeter) -> Any:
 
 
 def _with_lists(value: Any) -> Any:
-    """The value, in which objects whose fields are numbered from 0 are lists."""
+    """Return the value with objects whose fields are numbered from 0 turned into lists."""
     if isinstance(value, list):
         return [_with_lists(entry) for entry in value]
     if not isinstance(value, dict):
@@ -163,7 +164,7 @@ def _with_lists(value: Any) -> Any:
 
 
 def _check_files(value: Any, path: tuple[str, ...] = ()) -> None:
-    """Refuse files in fields that hold no pictures, whose files are uploads by now."""
+    """Refuse files in fields that hold no pictures; files in other fields are uploads by now."""
     if isinstance(value, bytes):
         field = ".".join(path)
         raise InvalidRequest(field, f"{field} is a file; it must be text.")

@@ -1,6 +1,6 @@
-"""The gate: decides who may use the server, before anything else looks at a request.
+"""The gate: middleware that decides who may use the server, before a request is processed.
 
-It is plain ASGI middleware, so that a client's disconnect still reaches the route.
+It is plain ASGI middleware, so that the route still learns of a client's disconnect.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ from server.settings import Settings
 __all__ = ["PROBES", "PUBLIC", "RESULTS", "Gate", "RequestId", "needs_key"]
 
 PROBES: Final = frozenset({"/livez", "/readyz"})
-"""Called by orchestrators, which use an address as the host and have no key."""
+"""Paths called by orchestrators, which send an IP address as the host and have no key."""
 
 PUBLIC: Final = PROBES | documents.PATHS | {"/openapi.json"}
-"""Paths that never need a key; if keys are set, all others do, but those below `RESULTS`."""
+"""Paths that never need a key; if keys are set, all others except those below `RESULTS` do."""
 
 RESULTS: Final = "/v1/results/"
-"""Below this path are images by names that nobody can guess, which need no key."""
+"""Below this path are images with names that nobody can guess, which need no key."""
 
 WITH_BODY: Final = frozenset({"POST", "PUT", "PATCH"})
 
 BODILESS_BYTES: Final = 1024
-"""Bytes that a request of another method may announce; nobody reads them."""
+"""Maximum content-length of requests with other methods, whose body is not read."""
 
 KEY_SUBPROTOCOL: Final = "weft.key."
-"""Begins a subprotocol that carries an API key in base64url, without padding."""
+"""Prefix of a WebSocket subprotocol that carries an API key in base64url without padding."""
 
 _VALID_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::(\d{1,5}))?")
@@ -48,7 +48,7 @@ _HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::(\d{1,5}))?")
 class RequestId:
     """Gives every request an identifier and every response the header `x-request-id`.
 
-    A valid identifier sent by the client is kept. It is also the generation's identifier, so a
+    A valid identifier sent by the client is kept. It is also the identifier of the generation, so a
     client can cancel before it has read a byte of the response.
     """
 
@@ -73,12 +73,12 @@ class RequestId:
 
 
 class Gate:
-    """Refuses unknown hosts and origins, missing keys and bodies whose stated size is too large.
+    """Refuses unknown hosts and origins, missing keys and bodies whose content-length is too large.
 
     Args:
-        app: the application behind the gate.
-        settings: hosts, origins, keys and limits.
-        answer: turns a refusal into a response.
+        app: application behind the gate.
+        settings: settings with the hosts, origins, keys and limits.
+        answer: function that turns a refusal into a response.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class Gate:
         try:
             self._admit(scope, Headers(scope=scope))
         except WeftError as refusal:
-            # To a socket too: the servers that we run under refuse it with an HTTP response.
+            # For WebSockets too: uvicorn refuses these with an HTTP response.
             await self._answer(refusal, scope["path"])(scope, receive, send)
             return
         await self._app(scope, receive, send)
@@ -144,7 +144,7 @@ class Gate:
             )
 
     def _same_site(self, origin: str, host: tuple[str, str]) -> bool:
-        """Whether a page came from this server: the same port under one of its allowed names."""
+        """Return whether a page came from this server: same port, and one of its allowed names."""
         name, port = host
         try:
             page = urlsplit(origin.lower())
@@ -157,7 +157,7 @@ class Gate:
 
     def _key(self, values: Sequence[str]) -> ApiKey:
         scheme, _, key = values[0].partition(" ") if len(values) == 1 else ("", "", "")
-        # Every key is compared, so that the time taken says nothing about which one it is.
+        # Every key is compared, so that the time taken does not reveal which one matches.
         known = [one for one in self._keys if one.opens_for(key.strip())]
         if scheme.lower() != "bearer" or not known:
             raise Unauthorized("A valid API key is required; send 'Authorization: Bearer <key>'.")
@@ -165,12 +165,12 @@ class Gate:
 
 
 def needs_key(path: str) -> bool:
-    """Whether a path needs a key on a server with keys."""
+    """Return whether a path needs a key on a server with keys."""
     return path not in PUBLIC and not path.startswith(RESULTS)
 
 
 def _bearer_of_basic(authorization: str) -> str:
-    """The key that clients of AUTOMATIC1111 send as a password, of whatever user."""
+    """Return the key that clients of AUTOMATIC1111 send as a password, for any user name."""
     scheme, _, encoded = authorization.partition(" ")
     if scheme.lower() != "basic":
         return authorization
@@ -182,7 +182,7 @@ def _bearer_of_basic(authorization: str) -> str:
 
 
 def _key_in_subprotocol(offered: Sequence[str]) -> list[str]:
-    """What an Authorization header would say, from browsers, which can set none for a socket."""
+    """Return the key as an Authorization header: browsers cannot set that for a WebSocket."""
     for one in offered:
         if one.startswith(KEY_SUBPROTOCOL):
             encoded = one.removeprefix(KEY_SUBPROTOCOL)

@@ -1,4 +1,4 @@
-"""Headers that tell browsers to take an answer for nothing but what it is declared as."""
+"""Headers that keep browsers from treating a response as anything but its declared type."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 __all__ = ["SafeHeaders", "make_safe"]
 
 NOTHING: Final = "default-src 'none'; frame-ancestors 'none'"
-"""For answers that are no page: were one shown as a page, it would load and run nothing."""
+"""Content security policy of responses that are not pages: if shown as a page, they can load and
+run nothing."""
 
 STARTS: Final = ("http.response.start", "websocket.http.response.start")
 
 
 def make_safe(headers: MutableHeaders) -> None:
-    """Forbid guesses at the content's type, and whatever the answer does not allow itself."""
+    """Forbid content sniffing, and set the strictest policy unless the response has its own."""
     headers["x-content-type-options"] = "nosniff"
     headers.setdefault("content-security-policy", NOTHING)
 

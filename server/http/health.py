@@ -16,7 +16,7 @@ router = APIRouter(tags=["health"])
 @router.head("/livez", include_in_schema=False)
 @router.get("/livez")
 async def livez(service: ServiceDep) -> JSONResponse:
-    """Whether the process is worth keeping: 503 once it can never serve again."""
+    """Liveness of the process: 503 once it can never serve again."""
     if service.broken is not None:
         return JSONResponse({"status": "broken", "reason": service.broken}, 503)
     return JSONResponse({"status": "alive"})
@@ -25,7 +25,7 @@ async def livez(service: ServiceDep) -> JSONResponse:
 @router.head("/readyz", include_in_schema=False)
 @router.get("/readyz")
 async def readyz(service: ServiceDep) -> JSONResponse:
-    """Whether requests are taken: the models are loaded and warmed."""
+    """Readiness for requests: 200 if the models are loaded and warmed up."""
     service.ready_engine()
     return JSONResponse({"status": "ready"})
 

@@ -1,4 +1,4 @@
-"""Makes the images of a request that is answered as a whole, unless its client disconnects."""
+"""Generation for requests that are not streamed, cancelled if the client disconnects."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ Made = TypeVar("Made")
 async def make(
     request: Request, service: Service, body: GenerateRequest, identifier: str
 ) -> tuple[Generation, Pictures] | None:
-    """The images; None if the client disconnects first, which cancels the work.
+    """Generate images; return None if the client disconnects first, which cancels the work.
 
     Args:
-        request: whose connection is watched, and whose key says whose share of the device it has.
-        service: that makes the images.
-        body: what is asked for.
-        identifier: of the generation.
+        request: HTTP request, whose connection is watched and whose key determines the client.
+        service: service that makes the images.
+        body: request for the images.
+        identifier: identifier of the generation.
 
     Raises:
-        WeftError: as of :meth:`Service.admit` and :meth:`Service.pictures`.
+        WeftError: the errors of :meth:`Service.admit` and :meth:`Service.pictures`.
     """
     work = _made(service, body, identifier, client_of(request))
     return await unless_disconnected(request, work)
@@ -49,7 +49,7 @@ async def _made(
 
 
 async def unless_disconnected(request: Request, work: Coroutine[Any, Any, Made]) -> Made | None:
-    """What `work` returns; None if the client disconnects first, which cancels the work."""
+    """Return the result of `work`; None if the client disconnects first, which cancels the work."""
     working = asyncio.ensure_future(work)
     watching = asyncio.ensure_future(_disconnected(request))
     try:

@@ -1,4 +1,4 @@
-"""The counters in Prometheus' text format, collected at each scrape."""
+"""Metrics in Prometheus' text format, collected at each scrape."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ ROW_BUCKETS: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
 def exposition(service: Service, streams: Streams) -> Callable[[], bytes]:
-    """A function that renders the metrics of a server as text, from a registry of their own."""
+    """Return a function that renders the metrics of a server as text, from a separate registry."""
     registry = CollectorRegistry()
     registry.register(_Gathered(service, streams))
     return lambda: generate_latest(registry)
 
 
 class _Gathered(Collector):
-    """Turns the plain counters of service, streams and engine into metric families."""
+    """A collector that turns the counters of service, streams and engine into metric families."""
 
     def __init__(self, service: Service, streams: Streams) -> None:
         self._service = service
@@ -109,7 +109,7 @@ def _engine(counted: EngineMeasurements) -> Iterable[Metric]:
 
 
 def _tick_costs(engine: Engine) -> Metric:
-    """What the engine chooses the rows of a tick by."""
+    """The cost estimates by which the engine chooses the rows of a tick."""
     family = GaugeMetricFamily(
         "weft_tick_seconds_estimate",
         "Estimated seconds of one tick, by its rows and the size of the latents.",
@@ -122,7 +122,7 @@ def _tick_costs(engine: Engine) -> Metric:
 
 
 def _clients(engine: Engine) -> Iterable[Metric]:
-    """What each API key has waiting and has had, by the key's name; there are as many as keys."""
+    """Waiting work and used device time by the name of the API key; cardinality is that of keys."""
     waiting = engine.waiting()
     for name, documentation, values in (
         (

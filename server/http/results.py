@@ -1,4 +1,4 @@
-"""`/v1/results`: images that were answered as URLs."""
+"""`/v1/results`: images that responses contain as URLs."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ FORMATS: Final = {f".{name}": media for name, media in MEDIA_TYPES.items()}
 
 
 class Link(NamedTuple):
-    """Where an image can be fetched.
+    """URL of a stored image.
 
     Attributes:
-        url: of the image.
-        expires_at: Unix time from which on it is not there.
+        url: URL of the image.
+        expires_at: Unix time at which it expires.
     """
 
     url: str
@@ -37,16 +37,16 @@ class Link(NamedTuple):
 async def links_to(
     request: Request, pictures: Sequence[Picture], output_format: OutputFormat
 ) -> list[Link]:
-    """Store images, and say where each can be fetched.
+    """Store images and return the URL of each.
 
     Args:
-        request: whose client they are for.
-        pictures: the images.
-        output_format: of their files.
+        request: HTTP request of the client that the images are for.
+        pictures: images.
+        output_format: format of their files.
 
     Raises:
-        InvalidRequest: they are larger than everything that may be kept.
-        NotReady: they cannot be stored.
+        InvalidRequest: the images are larger than the limit for all stored images.
+        NotReady: the images cannot be stored.
     """
     files = [picture.data for picture in pictures]
     kept = await _results(request).keep(owner_of(request), output_format, files)
@@ -70,12 +70,12 @@ async def links_to(
     },
 )
 async def result(name: Annotated[str, Path(max_length=64)], request: Request) -> Response:
-    """An image that was answered as a URL, until it expires; needs no key."""
+    """Fetch an image that a response contained as a URL, until it expires; needs no key."""
     data, left_s = await _results(request).read(name)
     media = FORMATS[name[name.rindex(".") :]]
     headers = {
         "cache-control": f"private, max-age={int(left_s)}, immutable",
-        # To those origins that the gate lets in, of which the page may have another than images.
+        # For the origins that the gate lets in: the page's may differ from that of the images.
         "access-control-allow-origin": "*",
     }
     return Response(data, media_type=media, headers=headers)

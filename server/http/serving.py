@@ -1,4 +1,4 @@
-"""The process behind `weft serve`: takes its port, serves, and ends with a status."""
+"""The process behind `weft serve`: binds its port, serves, and ends with an exit status."""
 
 from __future__ import annotations
 
@@ -22,20 +22,21 @@ log = logging.getLogger("weft")
 
 NOT_HERE: Final = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
 LOCK_S: Final = 0.0002
-"""How long a thread may keep Python's lock when another wants it, by default 5 ms. The engine gives
-it up at each operation of torch, and busy connections would take it for that long each time."""
+"""Seconds that a thread may keep the GIL when another wants it; Python's default is 5 ms. The
+engine releases it at each operation of torch, and busy connections would then hold it for so long
+each time."""
 
 OTHER_FILES: Final = 512
-"""Files that the process may have open beside its connections: models, pipes, devices."""
+"""Open files that the process needs besides its connections: models, pipes, devices."""
 
 
 def listen(host: str, port: int) -> list[socket.socket]:
-    """Sockets that listen on every address of a name, before anything slow is done.
+    """Open sockets that listen on every address of a name, before anything slow is done.
 
-    Connections that arrive while the server starts wait until it answers.
+    Connections that arrive during start-up wait until the server answers.
 
     Raises:
-        CannotListen: the name is no address of this machine, or the port is taken.
+        CannotListen: the name has no address of this machine, or the port is taken.
     """
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
@@ -48,7 +49,7 @@ def listen(host: str, port: int) -> list[socket.socket]:
             listeners.append(_listener(family, kind, protocol, address))
         except OSError as error:
             if error.errno in NOT_HERE:
-                # "localhost" has an address of IPv6 also where IPv6 is switched off.
+                # "localhost" has an IPv6 address even if IPv6 is disabled.
                 absent = error
                 continue
             for opened in listeners:
@@ -86,11 +87,11 @@ def run(settings: Settings, listeners: list[socket.socket]) -> int:
     """Serve until a signal or a failure ends it.
 
     Returns:
-        Status of the process: 0 after a signal, 1 if the models could not be loaded, or the engine
-        or its device failed.
+        Exit status of the process: 0 after a signal, 1 if the models could not be loaded, or the
+        engine or its device failed.
     """
-    # As process 1 of a container, one without a handler would not even hear of it. An exception
-    # would bring down the import of torch, and the process with a core dump.
+    # As process 1 of a container, a process without a handler would not receive the signal at all.
+    # Raising an exception would break the import of torch and end the process with a core dump.
     signal.signal(signal.SIGTERM, lambda number, _: os._exit(128 + number))
 
     sys.setswitchinterval(LOCK_S)
@@ -127,9 +128,9 @@ def run(settings: Settings, listeners: list[socket.socket]) -> int:
 
 
 def end_process(status: int) -> NoReturn:
-    """End the process, and with it a thread that still loads a model or waits for a device.
+    """End the process, even if a thread still loads a model or waits for a device.
 
-    Python would run that thread on while it takes the interpreter down, and die of it.
+    Python would let that thread run while it finalizes the interpreter, and crash.
     """
     if threading.active_count() == 1:
         sys.exit(status)
@@ -140,7 +141,7 @@ def end_process(status: int) -> NoReturn:
 
 
 def _allow_open_files(wanted: int) -> None:
-    """Raise the limit on open files as far as the system lets a process do so itself."""
+    """Raise the soft limit on open files, up to the hard limit."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY and soft < wanted:
         most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)

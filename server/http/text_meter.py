@@ -1,4 +1,4 @@
-"""Counts, while JSON arrives, how much of it is not pictures."""
+"""Measurement of how much of a JSON body is not pictures, while it arrives."""
 
 from __future__ import annotations
 
@@ -8,25 +8,29 @@ from typing import Final
 __all__ = ["LONG_STRING", "QUOTES", "TEXT_BYTES", "TextMeter"]
 
 TEXT_BYTES: Final = 128 * 2**10
-"""Bytes of a body beside its pictures: two prompts of the longest kind, escaped, and some room."""
+"""Maximum bytes of a body besides its pictures: two prompts of maximum length, escaped, and some
+room."""
 
 QUOTES: Final = 8192
-"""Of a whole body. Strings are told apart one by one, which takes microseconds each."""
+"""Maximum number of quotes in a body. Strings are scanned one by one, which takes microseconds
+each."""
 
 LONG_STRING: Final = 16 * 2**10
-"""Bytes from which a string can only be a picture; no text of a request is so long."""
+"""Bytes above which a string can only be a picture; no text of a request is longer."""
 
 ESCAPE_EVERY: Final = 16
-"""Base64 has at most a backslash in so many bytes: before each slash, or at the ends of lines."""
+"""Minimum number of bytes per backslash in base64, which has them only before a slash or at the end
+of a line."""
 
 _INSIDE = re.compile(rb'[^"\\]*(?:\\.[^"\\]*)*', re.DOTALL)
 
 
 class TextMeter:
-    """Counts bytes outside of long strings of base64, however the JSON is cut into chunks.
+    """Counts the bytes outside of long base64 strings, however the JSON is split into chunks.
 
-    A body of megabytes is cheap to parse if it is a few long strings of base64, and takes seconds
-    if it is millions of fields or escapes. This tells one from the other before either is parsed.
+    A body of megabytes is cheap to parse if it consists of a few long base64 strings, and takes
+    seconds if it consists of millions of fields or escapes. The meter distinguishes the two before
+    the body is parsed.
     """
 
     def __init__(self) -> None:
@@ -44,7 +48,7 @@ class TextMeter:
         return self.text > TEXT_BYTES or self._quotes > QUOTES
 
     def feed(self, chunk: bytes) -> None:
-        """Count the next bytes of the body; once it is too costly, this no longer is exact."""
+        """Count the next bytes of the body; once it is too costly, the count is no longer exact."""
         self._quotes += chunk.count(b'"')
         if self.too_costly:
             self.text += len(chunk)
@@ -81,7 +85,7 @@ class TextMeter:
         return stop + 1
 
     def _end_of_string(self, chunk: bytes, start: int) -> int:
-        """Position of the closing quote, of a backslash that ends the chunk, or its length."""
+        """Return the position of the closing quote or a final backslash, or the chunk's length."""
         if self._after_backslash:
             start += 1
         quote = chunk.find(b'"', start)

@@ -1,1 +1,1 @@
-"""Images as AUTOMATIC1111's clients ask for them."""
+"""The API for AUTOMATIC1111's clients."""

@@ -1,4 +1,4 @@
-"""The bodies of AUTOMATIC1111's answers."""
+"""Response bodies in AUTOMATIC1111's format."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class GenerationAnswer(BaseModel):
 
 
 class State(BaseModel):
-    """How far a job is."""
+    """The state of a job."""
 
     skipped: bool = False
     interrupted: bool = False
@@ -55,20 +55,20 @@ class ProgressAnswer(BaseModel):
 
 
 LEAST: float = 0.01
-"""Of a job that has just begun: 0 would say that there is none."""
+"""Minimum progress of a job: 0 would mean that there is no job."""
 
 
 def idle() -> ProgressAnswer:
-    """The progress of no job."""
+    """Return the progress if there is no job."""
     return ProgressAnswer()
 
 
 def progress_of(jobs: Sequence[ClientJob], *, with_image: bool) -> ProgressAnswer:
-    """The progress of the oldest job.
+    """Return the progress of the oldest job.
 
     Args:
-        jobs: of one client, at least one, the oldest first.
-        with_image: whether a preview is wanted.
+        jobs: jobs of one client, at least one, the oldest first.
+        with_image: whether to include a preview.
     """
     job = jobs[0]
     preview = job.preview if with_image else None
@@ -92,7 +92,7 @@ def progress_of(jobs: Sequence[ClientJob], *, with_image: bool) -> ProgressAnswe
 
 
 def _of_the_queue(position: int | None) -> str | None:
-    """What clients show while a job waits."""
+    """Return the text that clients show while a job waits."""
     if not position:
         return None
     return f"Waiting: {position} {'request is' if position == 1 else 'requests are'} before this."
@@ -104,13 +104,13 @@ def answered(
     generation: Generation,
     pictures: Sequence[Picture],
 ) -> GenerationAnswer:
-    """The answer with images.
+    """Return the response with images.
 
     Args:
-        body: as sent.
-        wanted: the same as a request of our own.
-        generation: that made the images, or some of them.
-        pictures: the images.
+        body: request as sent.
+        wanted: request in Weft's own format.
+        generation: generation that made the images, or some of them.
+        pictures: images.
     """
     return GenerationAnswer(
         images=[base64.b64encode(picture.data).decode() for picture in pictures]
@@ -122,7 +122,7 @@ def answered(
 
 
 def parameters_of(body: Txt2Img) -> dict[str, Any]:
-    """The request as it was read, without images."""
+    """Return the request as it was read, without images."""
     images = {
         "init_images": True,
         "mask": True,

@@ -1,4 +1,4 @@
-"""Which model a client of AUTOMATIC1111 has chosen: there it is a setting, and not of a request."""
+"""The model that each of AUTOMATIC1111's clients has chosen, as a setting and not per request."""
 
 from __future__ import annotations
 
@@ -18,38 +18,38 @@ __all__ = ["Checkpoints", "CheckpointsDep", "chosen", "named"]
 MOST_OWNERS: Final = 1024
 
 FEWEST_DIGITS: Final = 8
-"""Of a hash that is to mean a model."""
+"""Minimum number of digits of a hash that names a model."""
 
 _SUFFIX: Final = re.compile(r"(\.(safetensors|ckpt|gguf))?( \[[0-9a-f]+\])?$", re.IGNORECASE)
-"""What AUTOMATIC1111 writes after a model's name in its title."""
+"""Suffix that AUTOMATIC1111 appends to a model's name in its title."""
 
 
 class Checkpoints:
-    """The models that clients have chosen, each for itself; those chosen longest ago are forgotten.
+    """The models that clients have chosen for their own requests; the oldest choices are forgotten.
 
-    There the setting is the server's, so that one client changes the pictures of another.
+    In AUTOMATIC1111 the setting is global, so that one client changes the images of another.
     """
 
     def __init__(self) -> None:
         self._names: OrderedDict[Owner, str] = OrderedDict()
 
     def choose(self, owner: Owner, name: str) -> None:
-        """Let a client's requests that name no model have this one."""
+        """Use a model for a client's requests that name none."""
         self._names[owner] = name
         self._names.move_to_end(owner)
         if len(self._names) > MOST_OWNERS:
             self._names.popitem(last=False)
 
     def of(self, owner: Owner) -> str | None:
-        """The model that a client has chosen; None for the default."""
+        """Return the model that a client has chosen; None for the default."""
         return self._names.get(owner)
 
 
 def named(text: str, models: Sequence[ModelState]) -> str:
-    """The name of the model that a text means: a name, a title, or the beginning of a hash.
+    """Return the name of the model that a text refers to by name, title, or beginning of the hash.
 
     Raises:
-        UnknownModel: none does.
+        UnknownModel: the text refers to no model.
     """
     wanted = text.strip().casefold()
     plain = _SUFFIX.sub("", wanted)
@@ -62,7 +62,7 @@ def named(text: str, models: Sequence[ModelState]) -> str:
 
 
 def chosen(name: str | None, models: Sequence[ModelState]) -> ModelState | None:
-    """A model, or the default one; None while models are loading."""
+    """Return a model by name, or the default one; None while models are loading."""
     found = [state for state in models if name in (None, state.name)]
     return found[0] if found else None
 

@@ -1,4 +1,4 @@
-"""`/controlnet`: what clients of AUTOMATIC1111's extension for ControlNets ask beside images."""
+"""`/controlnet`: routes of AUTOMATIC1111's ControlNet extension other than generation."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Detect(BaseModel):
 
 
 class Detected(BaseModel):
-    """The prepared pictures."""
+    """The preprocessed pictures."""
 
     images: list[str] = Field(description="PNG in base64.")
     info: str = "Success"
@@ -57,14 +57,14 @@ async def model_list(service: ServiceDep) -> dict[str, list[str]]:
 
 @router.get("/module_list")
 async def module_list() -> dict[str, Any]:
-    """The preprocessors that there are here, for `module` of a unit."""
+    """The supported preprocessors, for `module` of a unit."""
     detail = {"model_free": False, "sliders": []}
     return {"module_list": list(MODULES), "module_detail": dict.fromkeys(MODULES, detail)}
 
 
 @router.get("/control_types")
 async def control_types(service: ServiceDep) -> dict[str, Any]:
-    """All models and preprocessors as one kind: names say nothing of kinds here."""
+    """All models and preprocessors as one control type, since names do not tell the types."""
     every = {
         "module_list": list(MODULES),
         "model_list": ["None", *await to_thread(_names, service)],
@@ -76,13 +76,13 @@ async def control_types(service: ServiceDep) -> dict[str, Any]:
 
 @router.get("/settings")
 async def settings() -> dict[str, int]:
-    """How many units a request may have."""
+    """The maximum number of units in a request."""
     return {"control_net_unit_count": MOST}
 
 
 @router.post("/detect", responses=ERRORS)
 async def detect(body: Detect, request: Request, service: ServiceDep) -> Detected:
-    """Prepare pictures for ControlNets."""
+    """Preprocess pictures for ControlNets."""
     module = module_of(body.controlnet_module)
     if module not in ("none", "invert"):
         raise InvalidRequest(

@@ -1,4 +1,4 @@
-"""`/sdapi/v1/extra-single-image` and `extra-batch-images`: enlarged without a model."""
+"""`/sdapi/v1/extra-single-image` and `extra-batch-images`: upscaling without a model."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ router = APIRouter(prefix="/sdapi/v1", tags=["automatic1111"], route_class=Toler
 
 
 class Enlargement(BaseModel):
-    """How AUTOMATIC1111's clients ask for images to be enlarged; unknown fields are ignored.
+    """Settings for upscaling in AUTOMATIC1111's format; unknown fields are ignored.
 
-    What repairs faces, and a second upscaler, are refused when they would act.
+    Face restoration and a second upscaler are refused if their visibility is not 0.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
@@ -52,7 +52,7 @@ class Enlargement(BaseModel):
     extras_upscaler_2_visibility: float = 0
 
     def size_of(self, width: int, height: int) -> tuple[int, int]:
-        """Width and height of the result for an image of a size."""
+        """Return the width and height of the result for an image of a given size."""
         if self.upscaler_1 == "None":
             return width, height
         if self.resize_mode == 0:
@@ -72,7 +72,7 @@ class Single(Enlargement):
 
 
 class NamedImage(BaseModel):
-    """One image of several."""
+    """One of several images."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
@@ -89,14 +89,14 @@ class BatchRequest(Enlargement):
 
 
 class Enlarged(BaseModel):
-    """The image."""
+    """The enlarged image."""
 
     html_info: str = ""
     image: str = Field(description="PNG in base64.")
 
 
 class EnlargedImages(BaseModel):
-    """The images."""
+    """The enlarged images."""
 
     html_info: str = ""
     images: list[str] = Field(description="PNGs in base64, in the order in which they came.")
@@ -104,7 +104,7 @@ class EnlargedImages(BaseModel):
 
 @router.post("/extra-single-image", responses=ERRORS)
 async def extra_single_image(body: Single, request: Request, service: ServiceDep) -> Enlarged:
-    """Enlarge an image by Lanczos."""
+    """Enlarge an image with Lanczos resampling."""
     _check(body)
     return Enlarged(image=await _enlarged(body, "image", body.image, request, service))
 
@@ -113,7 +113,7 @@ async def extra_single_image(body: Single, request: Request, service: ServiceDep
 async def extra_batch_images(
     body: BatchRequest, request: Request, service: ServiceDep
 ) -> EnlargedImages:
-    """Enlarge images by Lanczos, one after the other."""
+    """Enlarge images with Lanczos resampling, one after the other."""
     _check(body)
     most = request.app.state.settings.limits.images
     if len(body.imageList) > most:
@@ -141,16 +141,16 @@ async def _enlarged(
             f"{asked} makes an image of {width} x {height}; at most {most} pixels are allowed.",
         )
     request.state.share.hold(picture.nbytes + 3 * width * height)
-    # A large one takes seconds, in threads that all other requests need.
+    # A large image takes seconds in a thread of the pool that all other requests need.
     async with request.app.state.enlarging:
         return await to_thread(_made, picture, width, height)
 
 
 def _check(body: Enlargement) -> None:
-    """Refuse what nothing here does.
+    """Refuse unsupported settings.
 
     Raises:
-        InvalidRequest: another upscaler, or what repairs faces.
+        InvalidRequest: the upscaler is unknown, or face restoration or a second upscaler is on.
     """
     if body.upscaler_1 not in UPSCALERS:
         raise InvalidRequest(

@@ -1,4 +1,4 @@
-"""`/sdapi/v1`: images as AUTOMATIC1111's clients ask for them, their progress and interruption."""
+"""`/sdapi/v1`: generation, progress and interruption in AUTOMATIC1111's format."""
 
 from __future__ import annotations
 
@@ -39,10 +39,11 @@ from server.service.service import Service
 __all__ = ["router"]
 
 LATENT_CELL: Final = 8
-"""Pixels of one, where it is not known yet of which pixels a model draws multiples."""
+"""Pixels of a latent cell, assumed while the size multiple of the model is unknown."""
 
 USUAL_SIZE: Final = 512, 512
-"""Of an image, where the model's own is not known yet: AUTOMATIC1111's default."""
+"""Width and height of an image, assumed while the model's default size is unknown: AUTOMATIC1111's
+default."""
 
 router = APIRouter(prefix="/sdapi/v1", tags=["automatic1111"], route_class=TolerantRoute)
 
@@ -57,7 +58,7 @@ async def txt2img(
     identifier: IdentifierDep,
 ) -> Any:
     """Generate images from a prompt."""
-    # It looks for adapters in folders.
+    # In a thread, as it looks for adapters in folders.
     chosen_one = checkpoints.of(owner_of(request))
     wanted = await asyncio.to_thread(_translated, body, service, chosen_one)
     job = ClientJob(owner_of(request), wanted.request.n, wanted.request.steps or 0)
@@ -90,7 +91,7 @@ async def img2img(
 async def progress(
     request: Request, jobs: JobsDep, *, skip_current_image: bool = False
 ) -> ProgressAnswer:
-    """The progress of the client's oldest request under way, with a preview."""
+    """The progress of the client's oldest running request, with a preview."""
     own = jobs.of(owner_of(request))
     if not own:
         return idle()
@@ -100,7 +101,7 @@ async def progress(
 @router.post("/interrupt")
 @router.post("/skip")
 async def interrupt(request: Request, jobs: JobsDep) -> dict[str, Any]:
-    """End the client's oldest request under way, which is answered with its images so far."""
+    """End the client's oldest running request, whose response has its images so far."""
     jobs.interrupt(owner_of(request))
     return {}
 
@@ -135,7 +136,7 @@ async def _made(
     client: Client,
     share: Share,
 ) -> tuple[Generation | None, tuple[Picture, ...]]:
-    """The generation and its images; after an interruption those that there are, or previews."""
+    """Generate images; after an interruption return the finished ones, and previews of others."""
     request, region = wanted.request, None
     if wanted.padding is not None:
         service.check_room(client)
@@ -177,7 +178,7 @@ async def _so_far(
     for index, result in generation.results.items():
         parts[index] = partial(np.asarray, result.pixels)
     pictures: list[Picture] = []
-    # One after the other: with a region each has the size of the picture that was sent.
+    # One after the other, since with a region each has the size of the picture that was sent.
     for index in sorted(parts):
         pixels = await asyncio.to_thread(parts[index])
         if region is not None:

@@ -1,7 +1,8 @@
-"""Requests of AUTOMATIC1111's clients that are under way, for their progress and interruption.
+"""Running requests of AUTOMATIC1111's clients, for progress and interruption.
 
-Its server runs one job at a time, and its clients ask how "the" job is doing. Here each client has
-its own: those of its key and address, of which the oldest is the one that is spoken of.
+AUTOMATIC1111's server runs one job at a time, and its clients ask for the progress of "the" job.
+Here each client, identified by its key and address, has its own jobs, and such routes refer to the
+oldest of these.
 """
 
 from __future__ import annotations
@@ -26,22 +27,22 @@ Owner: TypeAlias = "tuple[bytes, str]"
 
 
 def owner_of(request: Request) -> Owner:
-    """Whom a request comes from."""
+    """Return the client that sent a request."""
     key = request.scope["state"].get("api_key")
     return b"" if key is None else key.digest, "" if request.client is None else request.client.host
 
 
 @dataclass(slots=True, eq=False)
 class ClientJob:
-    """A request under way.
+    """A running request.
 
     Attributes:
-        owner: who sent it.
-        images: that it asks for.
-        steps: of each, as far as is known.
-        generation: that makes them, once it is admitted.
-        progress: the latest of each image that has begun.
-        interrupted: whether its client had enough of it.
+        owner: client that sent it.
+        images: number of images that it asks for.
+        steps: steps of each image, as far as is known.
+        generation: generation that makes the images, once it is admitted.
+        progress: latest progress of each image that has begun.
+        interrupted: whether its client interrupted it.
     """
 
     owner: Owner
@@ -53,23 +54,23 @@ class ClientJob:
 
     @property
     def seen(self) -> tuple[Progress, ...]:
-        """The progress of each image that has begun, as it is now; from any thread."""
+        """Current progress of each image that has begun; may be read from any thread."""
         return tuple(self.progress.values())
 
     @property
     def share(self) -> float:
-        """How much of the work is done, from 0 to 1."""
+        """Share of the work that is done, from 0 to 1."""
         done = sum(one.step / one.steps for one in self.seen if one.steps)
         return min(1.0, done / self.images)
 
     @property
     def queue_position(self) -> int | None:
-        """How many requests are before it that have not begun; None if it has begun itself."""
+        """Number of earlier requests that have not begun; None if it has begun itself."""
         return None if self.generation is None else self.generation.queue_position
 
     @property
     def left_s(self) -> float:
-        """Seconds until it ends, if it goes on as it began; 0 while nothing is known of that."""
+        """Estimated seconds until it ends, at the pace so far; 0 while unknown."""
         share, generation = self.share, self.generation
         if generation is None or generation.begun_at is None or not share:
             return 0.0
@@ -77,13 +78,13 @@ class ClientJob:
 
     @property
     def preview(self) -> np.ndarray | None:
-        """Of the first image that is not finished, uint8 `[h, w, 3]`; None before the first."""
+        """Preview of the first unfinished image, uint8 `[h, w, 3]`; None if there is none yet."""
         shown = [one for one in self.seen if one.preview is not None]
         unfinished = [one for one in shown if one.step < one.steps] or shown
         return min(unfinished, key=lambda one: one.index).preview if unfinished else None
 
     async def follow(self, generation: Generation) -> None:
-        """Take in the progress of a generation until all images are finished.
+        """Record the progress of a generation until all images are finished.
 
         Raises:
             WeftError: an image failed, or the job was interrupted.
@@ -96,20 +97,20 @@ class ClientJob:
 
 
 class ClientJobs:
-    """All of them, in the order in which they came.
+    """All running requests of AUTOMATIC1111's clients, in the order of arrival.
 
     Args:
-        service: that makes the images.
+        service: service that makes the images.
     """
 
     def __init__(self, service: Service) -> None:
         self._service = service
-        # Not by their identifiers: clients choose these, and may send one twice.
+        # Not keyed by identifier, which clients choose and may use twice.
         self._jobs: dict[ClientJob, str] = {}
 
     @contextmanager
     def added(self, identifier: str, job: ClientJob) -> Generator[None]:
-        """Know of a job for the time of the `with` block."""
+        """Register a job for the duration of the `with` block."""
         self._jobs[job] = identifier
         try:
             yield
@@ -117,15 +118,15 @@ class ClientJobs:
             del self._jobs[job]
 
     def of(self, owner: Owner) -> list[ClientJob]:
-        """The jobs of a client, the oldest first."""
+        """Return the jobs of a client, the oldest first."""
         return [job for job in self._jobs if job.owner == owner]
 
     def interrupt(self, owner: Owner) -> None:
-        """End the oldest job of a client, which is answered with what there is of it."""
+        """Interrupt the oldest running job of a client; its response has the images so far."""
         for job, identifier in self._jobs.items():
             if job.owner == owner and not job.interrupted:
                 job.interrupted = True
-                # It may have ended just now.
+                # The generation may have just ended.
                 with suppress(UnknownGeneration):
                     self._service.cancel(identifier)
                 return

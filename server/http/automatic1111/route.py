@@ -1,4 +1,4 @@
-"""Routes whose bodies may have whatever fields AUTOMATIC1111's clients send."""
+"""Routes that accept bodies with any fields that AUTOMATIC1111's clients send."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["ERRORS", "AutomaticError", "TolerantRoute"]
 
 
 class AutomaticError(BaseModel):
-    """The body of every error response here."""
+    """The body of every error response of these routes."""
 
     error: str
     detail: str
@@ -34,14 +34,14 @@ MANY_IMAGES: Final = "init_images after the first"
 
 
 class TolerantRoute(JsonRoute):
-    """A route that looks at the fields it knows, and lets clients send whatever else."""
+    """A route that reads the fields it knows and ignores all others."""
 
     @override
     def narrowed(self, parsed: Any) -> Any:
-        """The fields that the route knows; others may be large.
+        """Return the fields that the route knows; others may be large.
 
-        Of a list of images it is the first, of the script for ControlNets the units that are
-        switched on, and of other scripts the names of those that would act.
+        Of a list of images only the first is kept, of the ControlNet script the enabled units, and
+        of other scripts the names of those that would take effect.
         """
         if not isinstance(parsed, dict):
             return parsed
@@ -60,7 +60,7 @@ class TolerantRoute(JsonRoute):
 
 
 def _acting(scripts: Any) -> list[str]:
-    """The names of the scripts that are not switched off by their arguments."""
+    """Return the names of the scripts that are not disabled by their arguments."""
     if not isinstance(scripts, dict):
         return []
     acting: list[str] = []

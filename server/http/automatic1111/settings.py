@@ -1,4 +1,4 @@
-"""`/sdapi/v1`: what AUTOMATIC1111's clients ask a server before and beside images."""
+"""`/sdapi/v1`: lists, options and other routes that AUTOMATIC1111's clients call."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ EMPTY: Final[dict[str, Any]] = {
     "/sdapi/v1/prompt-styles": [],
     "/sdapi/v1/realesrgan-models": [],
 }
-"""What there is none of here, by the path that lists it."""
+"""Empty responses, by path, for things that this server does not have."""
 
 SCRIPTS: Final = {"txt2img": ["controlnet"], "img2img": ["controlnet"]}
-"""Of `alwayson_scripts`, by the route that takes them."""
+"""Supported scripts of `alwayson_scripts`, by route."""
 
 
 class Options(BaseModel):
-    """The settings that act here; a client may send all of its own, as it got them."""
+    """The supported settings; a client may send back all others unchanged."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
@@ -60,13 +60,13 @@ class PngInfo(BaseModel):
 
 
 class Interrogation(BaseModel):
-    """An image to be described, which is not looked at."""
+    """An image to be described; its fields are ignored."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
 
 class PngInfoAnswer(BaseModel):
-    """What an image says about how it was made."""
+    """The generation settings that an image file contains."""
 
     info: str = Field(description="Its text; empty if it has none.")
     items: dict[str, str] = Field(description="Its other texts by their names.")
@@ -117,7 +117,7 @@ async def sd_models(service: ServiceDep) -> list[dict[str, Any]]:
 
 @router.get("/sdapi/v1/samplers")
 async def samplers() -> list[dict[str, Any]]:
-    """Samplers: AUTOMATIC1111's and Forge's that have an equal here, and this server's own."""
+    """Samplers: AUTOMATIC1111's and Forge's that have an equivalent here, and this server's own."""
     return [
         {"name": label, "aliases": list(aliases), "options": {}}
         for label, aliases in sampler_labels().items()
@@ -141,14 +141,14 @@ async def schedulers() -> list[dict[str, Any]]:
 
 @router.get("/sdapi/v1/upscalers")
 async def upscalers() -> list[dict[str, Any]]:
-    """How an image is enlarged before it is drawn again, or by `extra-single-image`."""
+    """The upscalers for the high-resolution pass and `extra-single-image`."""
     named = {"model_name": None, "model_path": None, "model_url": None, "scale": 4.0}
     return [{"name": name, **named} for name in UPSCALERS]
 
 
 @router.get("/sdapi/v1/latent-upscale-modes")
 async def latent_upscale_modes() -> list[dict[str, Any]]:
-    """How the latents of an image are enlarged before it is drawn again."""
+    """The latent upscalers for the high-resolution pass."""
     return [{"name": name} for name in LATENT_UPSCALERS]
 
 
@@ -166,9 +166,9 @@ async def loras(service: ServiceDep) -> list[dict[str, Any]]:
 @router.get("/sdapi/v1/sd-modules")
 @router.get("/sdapi/v1/sd-vae")
 async def sd_vae(service: ServiceDep) -> list[dict[str, str]]:
-    """The autoencoders that models were given in place of their own; requests choose none.
+    """The autoencoders that replace models' own ones; requests cannot choose them.
 
-    Forge lists them as modules.
+    Forge calls these modules.
     """
     names = dict.fromkeys(one.vae for one in await to_thread(service.models) if one.vae)
     return [{"model_name": name, "filename": name} for name in names]
@@ -176,7 +176,7 @@ async def sd_vae(service: ServiceDep) -> list[dict[str, str]]:
 
 @router.get("/sdapi/v1/embeddings")
 async def embeddings(service: ServiceDep) -> dict[str, dict[str, Any]]:
-    """The embeddings that prompts to some model may name, and those that fit none."""
+    """The textual inversion embeddings that prompts may name, and those that fit no model."""
     entries = await to_thread(service.models)
     loaded = {one.name: one for entry in entries for one in entry.embeddings}
     unfit = {name: why for entry in entries for name, why in entry.unfit_embeddings.items()}
@@ -196,13 +196,13 @@ async def embeddings(service: ServiceDep) -> dict[str, dict[str, Any]]:
 
 @router.get("/sdapi/v1/scripts")
 async def scripts() -> dict[str, list[str]]:
-    """The scripts of `alwayson_scripts` that act."""
+    """The supported scripts of `alwayson_scripts`."""
     return SCRIPTS
 
 
 @router.get("/sdapi/v1/script-info")
 async def script_info() -> list[dict[str, Any]]:
-    """The same, each for itself. The extension's arguments are units, which have no sliders."""
+    """The same scripts, one entry each; the arguments of ControlNet are units, not sliders."""
     return [
         {"name": name, "is_alwayson": True, "is_img2img": kind == "img2img", "args": []}
         for kind, names in SCRIPTS.items()
@@ -212,7 +212,7 @@ async def script_info() -> list[dict[str, Any]]:
 
 @router.get("/sdapi/v1/memory")
 async def memory() -> dict[str, Any]:
-    """The memory of the machine and the most that this process had of it, in bytes."""
+    """The memory of the machine and the peak memory of this process, in bytes."""
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     unit = 1 if sys.platform == "darwin" else 1024
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
@@ -233,14 +233,14 @@ async def png_info(body: PngInfo, service: ServiceDep) -> PngInfoAnswer:
 
 @router.post("/sdapi/v1/interrogate", responses=ERRORS)
 async def interrogate(body: Interrogation) -> None:
-    """Refuse to describe an image: no model here does."""
+    """Refuse to describe an image: no model on this server can."""
     del body
     raise CaptionsOff
 
 
 @router.get("/sdapi/v1/interrogate", responses=ERRORS)
 async def whether_it_interrogates() -> None:
-    """Refuse likewise: a client asks so whether the route is there, which 405 would affirm."""
+    """Refuse as well: clients probe the route with GET, and 405 would mean that it exists."""
     raise CaptionsOff
 
 
@@ -249,7 +249,7 @@ async def whether_it_interrogates() -> None:
 @router.post("/sdapi/v1/refresh-loras")
 @router.post("/sdapi/v1/refresh-vae")
 async def refresh() -> dict[str, Any]:
-    """Do nothing: folders are looked at when they are asked for."""
+    """Do nothing: folders are read whenever they are listed."""
     return {}
 
 
@@ -260,7 +260,7 @@ def _revision(state: ModelState) -> str | None:
 def _serve(path: str, listed: Any) -> None:
     @router.get(path, name=path)
     async def nothing() -> Any:
-        """Empty: there is none here."""
+        """An empty response: this server has none."""
         return listed
 
 

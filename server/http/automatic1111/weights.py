@@ -1,7 +1,7 @@
-"""`/sdapi/v1`: the weights of the model that a client has chosen, unloaded and loaded again.
+"""`/sdapi/v1`: unloading and reloading of the model that a client has chosen.
 
-Clients free the memory of the device so, for a language model on the same machine. The model is the
-one that their requests get; others that use it keep it loaded.
+Clients do this to free device memory for a language model on the same machine. The model is the one
+that the client's requests use; it stays loaded while other clients use it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ router = APIRouter(prefix="/sdapi/v1", tags=["automatic1111"], route_class=Toler
 async def unload_checkpoint(
     request: Request, service: ServiceDep, checkpoints: CheckpointsDep
 ) -> dict[str, Any]:
-    """Unload the client's model if nothing uses it; its next request loads it again."""
+    """Unload the client's model if nothing uses it; the next request loads it again."""
     key: ApiKey | None = getattr(request.state, "api_key", None)
     if key is not None and not key.unloads:
         raise Forbidden(
@@ -45,7 +45,7 @@ async def unload_checkpoint(
 async def reload_checkpoint(
     request: Request, service: ServiceDep, checkpoints: CheckpointsDep
 ) -> dict[str, Any]:
-    """Load the client's model, and answer once it is loaded."""
+    """Load the client's model, and respond once it is loaded."""
     service.ready_engine()
     work = _loaded(service.ready_shelf(), checkpoints.of(owner_of(request)))
     await unless_disconnected(request, work)

@@ -1,1 +1,1 @@
-"""Live streams, over a socket and as events."""
+"""Live streams, over a WebSocket and as events."""

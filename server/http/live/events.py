@@ -1,4 +1,4 @@
-"""`POST /v1/stream`: images of a prompt as server-sent events, for clients without a socket."""
+"""`POST /v1/stream`: images of a prompt as server-sent events, for clients without WebSockets."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ __all__ = ["router"]
 
 
 class StreamRoute(JsonRoute):
-    """A route of streams, which have metrics of their own."""
+    """A route for streams, which have their own metrics."""
 
     counted = False
 
@@ -38,7 +38,7 @@ class StreamRoute(JsonRoute):
 router = APIRouter(tags=["stream"], route_class=StreamRoute)
 
 WITHOUT_EFFECT: Final = ("paused", "similarity_filter", "transition_frames")
-"""Fields that say something about input frames or later changes, of which there are none here."""
+"""Fields about input frames or later changes, which do not exist here."""
 
 _RESPONSES: Final[dict[int | str, dict[str, Any]]] = {
     200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}},
@@ -51,11 +51,11 @@ _RESPONSES: Final[dict[int | str, dict[str, Any]]] = {
 
 @router.post("/v1/stream", response_model=None, responses=_RESPONSES)
 async def stream_events(body: StreamSettings, request: Request) -> Response:
-    """Stream images of a prompt, each with another seed.
+    """Stream images of a prompt, each with a different seed.
 
     The events are `settings`, then `frame` for each image (a data URI in `image`), `stats` every
-    `stats_s` seconds, and `error`. The stream goes on until the client disconnects. Streams with
-    input frames or with settings that change need the socket at the same path.
+    `stats_s` seconds, and `error`. The stream continues until the client disconnects. Streams with
+    input frames or changing settings need the WebSocket at the same path.
     """
     fields = _of_text(body)
     streams: Streams = request.app.state.streams
@@ -73,12 +73,12 @@ async def stream_events(body: StreamSettings, request: Request) -> Response:
 
 
 class FrameEvents(EventSourceResponse):
-    """The events of a session, which ends when the connection does.
+    """The event stream of a session, which ends when the connection does.
 
     Args:
-        streams: that the session belongs to.
-        session: with its settings.
-        said: the answer to its settings.
+        streams: streams that the session belongs to.
+        session: session, whose settings have been accepted.
+        said: answer to its settings.
     """
 
     def __init__(self, streams: Streams, session: StreamSession, said: Mapping[str, Any]) -> None:
@@ -130,10 +130,10 @@ class FrameEvents(EventSourceResponse):
 
 
 def _of_text(body: StreamSettings) -> dict[str, Any]:
-    """The settings of a stream of images of a prompt that differ in their seeds.
+    """Return the settings of a stream of images of one prompt with different seeds.
 
     Raises:
-        InvalidRequest: they ask for something that needs a socket.
+        InvalidRequest: a setting needs a WebSocket, or makes all images the same.
     """
     given = body.model_fields_set
     if "source" in given and body.source != "text":

@@ -1,4 +1,4 @@
-"""`WS /v1/stream`: a live stream over a socket; docs/streaming.md describes the messages."""
+"""`WS /v1/stream`: a live stream over a WebSocket; docs/streaming.md describes the messages."""
 
 from __future__ import annotations
 
@@ -30,17 +30,18 @@ SUBPROTOCOL: Final = "weft.stream"
 FIRST_SETTINGS_S: Final = 30.0
 CLOSE_S: Final = 1.0
 MOST_SETTINGS_CHARACTERS: Final = 256 * 1024
-"""Of a JSON message: eight prompts of the longest kind, with every byte escaped."""
+"""Maximum length of a JSON message without pictures: eight prompts of maximum length, with every
+byte escaped."""
 
 POLICY_VIOLATION: Final = 1008
 INTERNAL_ERROR: Final = 1011
 SERVICE_RESTART: Final = 1012
 MOST_REASON_BYTES: Final = 120
-"""A close frame has room for 123."""
+"""Maximum bytes of the reason in a close frame, which has room for 123."""
 
 
 class Stalled(Exception):
-    """The client does not read what is sent to it."""
+    """The client does not read the messages that are sent to it."""
 
 
 GONE: Final = (Stalled, WebSocketDisconnect)
@@ -48,7 +49,7 @@ GONE: Final = (Stalled, WebSocketDisconnect)
 
 @router.websocket("/v1/stream")
 async def stream(websocket: WebSocket) -> None:
-    """Frames in, images out."""
+    """Receive frames and send images."""
     streams: Streams = websocket.app.state.streams
     try:
         session = streams.open(websocket.scope.get("state", {}).get("api_key"))
@@ -64,12 +65,12 @@ async def stream(websocket: WebSocket) -> None:
 
 
 class Conversation:
-    """What is said over one socket.
+    """The exchange of messages over one WebSocket.
 
     Args:
-        websocket: accepted.
-        session: that it is about.
-        streams: that the session belongs to.
+        websocket: accepted WebSocket.
+        session: session that receives the frames and settings.
+        streams: streams that the session belongs to.
     """
 
     def __init__(self, websocket: WebSocket, session: StreamSession, streams: Streams) -> None:
@@ -83,7 +84,7 @@ class Conversation:
         self._opened = self._active = monotonic()
 
     async def hold(self) -> None:
-        """Read, write and report until the client leaves or something ends the session."""
+        """Read, write and report until the client disconnects or something ends the session."""
         work = self._read(), self._write(), self._report(), self._streams.until_stopping()
         parts = [asyncio.create_task(one) for one in work]
         try:
@@ -111,10 +112,10 @@ class Conversation:
                 await self._send(failure(failed))
 
     async def _receive(self) -> Message:
-        """The next message of the client.
+        """Return the next message of the client.
 
         Raises:
-            RequestTimeout: there is none in time.
+            RequestTimeout: no message arrives in time.
         """
         while (left := self._silent_until() - monotonic()) > 0:
             with contextlib.suppress(TimeoutError):
@@ -141,11 +142,11 @@ class Conversation:
         self._changed.set()
 
     async def _fields_of(self, text: str) -> dict[str, Any]:
-        """The settings of a message, which may be as long as a frame if pictures make it so.
+        """Return the settings in a message, which with pictures may be as long as a frame.
 
         Raises:
-            TooLarge: it is longer.
-            InvalidRequest: it has no settings.
+            TooLarge: the message is longer.
+            InvalidRequest: the message does not contain settings.
         """
         if len(text) <= MOST_SETTINGS_CHARACTERS:
             return message_fields(text)
@@ -186,11 +187,11 @@ class Conversation:
                 await asyncio.wait_for(self._changed.wait(), left)
 
     async def _send(self, said: Mapping[str, Any], image: bytes | None = None) -> None:
-        """Send a message, and the image that belongs to it.
+        """Send a message and the image that belongs to it.
 
         Raises:
             Stalled: the client does not read.
-            WebSocketDisconnect: it is gone.
+            WebSocketDisconnect: the client is gone.
         """
         async with self._writing:
             if self._websocket.application_state is not WebSocketState.CONNECTED:
@@ -220,7 +221,7 @@ class Conversation:
 
 
 def header(output: OutputFrame) -> dict[str, Any]:
-    """What is said of an output frame."""
+    """Return the message that precedes the image of an output frame."""
     return {
         "frame": output.number,
         "source": output.source,
@@ -237,6 +238,6 @@ def header(output: OutputFrame) -> dict[str, Any]:
 
 
 def failure(failed: FailedFrame) -> dict[str, Any]:
-    """What is said of a frame that has no output."""
+    """Return the message for a frame without an output."""
     places = {"frame": failed.number, "source": failed.source}
     return body_of(failed.error) | {k: v for k, v in places.items() if v is not None}

@@ -1,4 +1,4 @@
-"""Sockets of live streams as uvicorn serves them: no stale frames, and no end that lasts."""
+"""The uvicorn WebSocket protocol of live streams: avoids stale frames and lingering connections."""
 
 from __future__ import annotations
 
@@ -19,25 +19,26 @@ from server.settings import StreamLimits
 __all__ = ["websocket_options"]
 
 UNSENT_BYTES: Final = 16 * 1024
-"""That the kernel keeps beyond what is on its way. By itself it would keep up to 4 MB of frames
-for a client that reads slowly, which would see them seconds late."""
+"""Unsent bytes that the kernel may buffer. By default it would buffer up to 4 MB of frames for a
+client that reads slowly, which would see them seconds late."""
 
 LINGER_S: Final = 5.0
-"""From the end of a stream to the end of its connection, whether or not the client reads."""
+"""Maximum seconds from the end of a stream to the end of its connection."""
 
 LEAST_MESSAGE_BYTES: Final = 2**20
-"""Room for any settings."""
+"""Minimum of the maximum message size, which leaves room for any settings."""
 
 
 MOST_FRAGMENTS: Final = 4096
-"""Of one message: empty ones add nothing to its size, but each is an object here."""
+"""Maximum number of fragments in a message: empty ones do not count in its size, but each is an
+object in memory."""
 
 
 class StreamProtocol(WebSocketsSansIOProtocol):
-    """A socket that keeps few bytes for its client, and is gone soon after its stream ends.
+    """A WebSocket that buffers few bytes for its client and closes soon after its stream ends.
 
     While a client does not read, only its last ping waits for an answer (RFC 6455, section 5.5.3,
-    allows it). Reading goes on meanwhile: otherwise input frames would become stale.
+    allows it). The server goes on reading meanwhile: otherwise input frames would become stale.
     """
 
     def __init__(
@@ -53,7 +54,7 @@ class StreamProtocol(WebSocketsSansIOProtocol):
     @override
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
-        # Of its own, asyncio would keep 64 KB more: nothing waits here but the rest of one message.
+        # By default asyncio would buffer 64 KB more; so, only the rest of one message waits here.
         self.transport.set_write_buffer_limits(high=0)
         connection = transport.get_extra_info("socket")
         internet = connection.family in (socket.AF_INET, socket.AF_INET6)
@@ -90,20 +91,21 @@ class StreamProtocol(WebSocketsSansIOProtocol):
     @override
     def on_task_complete(self, task: asyncio.Task[None]) -> None:
         super().on_task_complete(task)
-        # Closing waits until the client has read everything, which it may never do.
+        # A normal close waits until the client has read everything, which it may never do.
         self.loop.call_later(LINGER_S, self.transport.abort)
 
 
 def websocket_options(limits: StreamLimits) -> Mapping[str, Any]:
-    """Options of `uvicorn.Config` for streams.
+    """Return the options of `uvicorn.Config` for streams.
 
     Args:
-        limits: the operator's.
+        limits: limits of streams, set by the operator.
     """
     return {
         "ws": StreamProtocol,
-        # A frame that is a little too large gets a sentence; only one far beyond ends the stream.
+        # A frame slightly above the limit gets an error message; only one far above ends the
+        # stream.
         "ws_max_size": max(LEAST_MESSAGE_BYTES, 2 * limits.frame_bytes),
-        # Image files do not get smaller, and deflating them costs milliseconds.
+        # Compressing image files takes milliseconds and does not make them smaller.
         "ws_per_message_deflate": False,
     }

@@ -1,1 +1,1 @@
-"""Weft's own requests for images, as JSON, as files and as events."""
+"""Weft's own API for images, as JSON, as files and as events."""

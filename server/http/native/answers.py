@@ -1,4 +1,4 @@
-"""The bodies of the responses and events of a generation."""
+"""Bodies of the responses and events of a generation."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class Timings(BaseModel):
 
 
 class GenerateResponse(BaseModel):
-    """The images of a request, and how they were made."""
+    """The images of a request and how they were made."""
 
     id: str = Field(description="Identifier of the generation, also in the header `x-request-id`.")
     created: int = Field(description="Unix time at which the request arrived.")
@@ -116,7 +116,7 @@ class QueuedEvent(BaseModel):
 
 
 class PositionEvent(BaseModel):
-    """Another position in the queue, told at most once a second until the request begins."""
+    """A changed position in the queue, sent at most once a second until the request begins."""
 
     queue_position: int = Field(description="As in the event `queued`.")
 
@@ -140,12 +140,12 @@ class CancelResponse(BaseModel):
 def completed(
     generation: Generation, pictures: Pictures, links: Sequence[Link] | None = None
 ) -> GenerateResponse:
-    """The response with the images of a generation.
+    """Return the response with the images of a generation.
 
     Args:
-        generation: that made them.
-        pictures: the images.
-        links: where each can be fetched, if that was asked for.
+        generation: generation that made the images.
+        pictures: images.
+        links: URL of each image, if URLs were requested.
     """
     return GenerateResponse(
         id=generation.id,
@@ -182,7 +182,7 @@ def _images(pictures: Sequence[Picture], links: Sequence[Link] | None) -> list[I
 
 
 def queued(generation: Generation) -> QueuedEvent:
-    """The first event of a generation's stream."""
+    """Return the first event of a generation's stream."""
     return QueuedEvent(
         id=generation.id,
         created=int(generation.created),
@@ -196,7 +196,7 @@ def queued(generation: Generation) -> QueuedEvent:
 
 
 def progressed(progress: Progress) -> ProgressEvent:
-    """The event for the progress of one image; encodes its preview."""
+    """Return the event for the progress of one image, with its preview encoded."""
     preview = None
     if progress.preview is not None:
         data = base64.b64encode(encode(progress.preview, "jpeg")).decode()

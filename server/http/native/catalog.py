@@ -1,4 +1,4 @@
-"""`/v1/catalog`: everything that a request may choose from."""
+"""`/v1/catalog`: everything that requests can choose from."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The stream of server-sent events of a generation."""
+"""Server-sent events of a generation."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from server.service.service import Service
 __all__ = ["GenerationStream", "Linking"]
 
 Linking: TypeAlias = "Callable[[Generation, Pictures], Awaitable[list[Link] | None]]"
-"""Where the images of a generation can be fetched; None if they are answered themselves."""
+"""Function that gives the images of a generation URLs; returns None if the events contain them."""
 
 PING_S: Final = 15.0
 """Seconds of silence after which a stream sends a keep-alive comment."""
 
 LOOK_S: Final = 1.0
-"""Between looks at the position of a request that waits."""
+"""Seconds between checks of a waiting request's position in the queue."""
 
 
 async def _in_the_answer(generation: Generation, pictures: Pictures) -> None:
@@ -37,12 +37,12 @@ async def _in_the_answer(generation: Generation, pictures: Pictures) -> None:
 
 
 class GenerationStream(EventSourceResponse):
-    """Streams the events of one generation, which ends when the connection does.
+    """The event stream of one generation, which ends when the connection does.
 
     Args:
-        service: that makes the images.
-        generation: that was admitted.
-        linking: gives the images URLs, if that was asked for.
+        service: service that makes the images.
+        generation: admitted generation.
+        linking: function that gives the images URLs, if these were requested.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class GenerationStream(EventSourceResponse):
             yield format_sse_event(event="error", data_str=json.dumps(body_of(error)))
 
     async def _of_the_queue(self, told: int | None) -> AsyncIterator[bytes]:
-        """The generation's position in the queue whenever it changes, until it begins."""
+        """Yield an event at each change of the position in the queue, until it leaves the queue."""
         spoke = time.monotonic()
         while (position := self._generation.queue_position) is not None:
             if position != told:

@@ -83,7 +83,7 @@ async def generate(
 
 
 def _links(request: Request, body: GenerateRequest) -> Linking:
-    """How the images of a request get URLs, if it wants them."""
+    """Return the function that gives the images of a request URLs, if it asks for them."""
 
     async def linked(generation: Generation, pictures: Pictures) -> list[Link] | None:
         if body.response_format != "url":
@@ -99,7 +99,7 @@ async def cancel(
 ) -> CancelResponse:
     """Cancel a running generation; its request gets an error with the code `cancelled`.
 
-    A generation that has just completed is not cancelled: the response is then 404.
+    A generation that has just completed is not cancelled; the response is then 404.
     """
     service.cancel(identifier)
     return CancelResponse(id=identifier, cancelled=True)

@@ -1,4 +1,4 @@
-"""`/v1/models`: the models of the server, and which are loaded."""
+"""`/v1/models`: the models of the server and their state."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _UNKNOWN: Final[dict[int | str, dict[str, Any]]] = {404: {"model": ErrorBody}}
 
 
 class CompilationCard(BaseModel):
-    """How far the repeated blocks of a denoiser are compiled."""
+    """State of compilation of the repeated blocks of a denoiser."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -108,7 +108,7 @@ class ModelList(BaseModel):
 
 
 def card_of(state: ModelState) -> ModelCard:
-    """A model as it is listed."""
+    """Return the entry for a model in the list."""
     model = state.model
     return ModelCard(
         id=state.name,

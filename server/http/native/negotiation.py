@@ -1,4 +1,4 @@
-"""Chooses the form of the response from the Accept header and the body."""
+"""Content negotiation: chooses the form of the response from the Accept header and the body."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def negotiate(accept: str, body: GenerateRequest) -> tuple[Wanted, GenerateReque
     """Choose the form of the response, and set the request's format and stream to match.
 
     Args:
-        accept: the Accept header.
-        body: the request as sent.
+        accept: Accept header.
+        body: request as sent.
 
     Raises:
         NotAcceptable: no accepted media type is supported.
@@ -48,7 +48,7 @@ def _first_known(accept: str) -> tuple[Wanted, OutputFormat | None]:
 
 
 def _by_preference(accept: str) -> list[str]:
-    """The media types from the most preferred down, without those of weight 0."""
+    """Return the media types, the most preferred first, without those of weight 0."""
     weighted: list[tuple[float, str]] = []
     for part in accept.lower().split(","):
         media, *parameters = (piece.strip() for piece in part.split(";"))

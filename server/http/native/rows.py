@@ -1,4 +1,4 @@
-"""`GET /v1/rows`: what the engine weaves now, as server-sent events."""
+"""`GET /v1/rows`: the rows in the engine's forward passes, live, as server-sent events."""
 
 from __future__ import annotations
 
@@ -23,10 +23,11 @@ from server.service.service import Service
 __all__ = ["MOST_WATCHERS", "router"]
 
 MOST_WATCHERS: Final = 8
-"""Streams of rows that are open at once; more are refused."""
+"""Maximum number of streams of rows that are open at once; more are refused."""
 
 LONGEST_S: Final = 600.0
-"""After which a stream ends, so that a forgotten page does not watch for ever; it may ask again."""
+"""Seconds after which a stream ends, so that a forgotten page does not watch forever; clients may
+reconnect."""
 
 router = APIRouter(tags=["rows"])
 
@@ -38,12 +39,12 @@ _RESPONSES: Final[dict[int | str, dict[str, Any]]] = {
 
 @router.get("/v1/rows", response_model=None, responses=_RESPONSES)
 async def watch_rows(service: ServiceDep) -> EventSourceResponse:
-    """Watch what the engine weaves: a sample of its forward passes, at most five a second.
+    """Watch the rows in the engine's forward passes: a sample of at most five passes a second.
 
-    Each event `tick` has the number of the forward pass, its model, its seconds, how many images
-    waited, and for every image in it the number of its request, timestep, step, rule, policy and
-    what each of its rows predicts (`branches`). Nothing is said of any prompt. The stream ends
-    after ten minutes; while nobody watches, nothing is recorded.
+    Each event `tick` has the number of the forward pass, its model, its duration in seconds, the
+    number of waiting images, and for every image in it the number of its request, timestep, step,
+    rule, policy and what each of its rows predicts (`branches`). Prompts are not included. The
+    stream ends after ten minutes; while nobody watches, nothing is recorded.
     """
     watch = service.ready_engine().row_watch
     if watch.watchers >= MOST_WATCHERS:
@@ -54,11 +55,11 @@ async def watch_rows(service: ServiceDep) -> EventSourceResponse:
 
 
 class RowEvents(EventSourceResponse):
-    """The samples of a watch, for as long as the connection is open.
+    """The event stream of a row watch, which ends when the connection does.
 
     Args:
-        service: that ends the stream when it stops.
-        watch: whose samples are sent.
+        service: service, which ends the stream when it stops.
+        watch: watch whose samples are sent.
     """
 
     def __init__(self, service: Service, watch: RowWatch) -> None:
@@ -73,7 +74,7 @@ class RowEvents(EventSourceResponse):
             await super().__call__(scope, receive, send)
 
     async def _events(self) -> AsyncIterator[bytes]:
-        # At once, so that a client knows that the stream is open though no tick runs.
+        # Sent at once, so that a client knows that the stream is open even if no tick runs.
         yield KEEPALIVE_COMMENT
         seen, began = self._watch.latest, monotonic()
         spoke_at = began

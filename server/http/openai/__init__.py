@@ -1,1 +1,1 @@
-"""Images as OpenAI's clients ask for them."""
+"""The image API for OpenAI's clients."""

@@ -1,4 +1,4 @@
-"""The bodies of OpenAI's answers and stream events for images."""
+"""Response bodies and stream events for images in OpenAI's format."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ Kind = Literal["image_generation", "image_edit"]
 
 
 class InputTokens(BaseModel):
-    """Tokens of the input, of which none are counted."""
+    """Tokens of the input, which are not counted."""
 
     text_tokens: int = 0
     image_tokens: int = 0
 
 
 class Usage(BaseModel):
-    """What OpenAI charges for; nothing is charged here, and all of it is 0."""
+    """Usage that OpenAI charges for; here everything is 0."""
 
     input_tokens: int = 0
     input_tokens_details: InputTokens = InputTokens()
@@ -47,7 +47,7 @@ class ImageData(BaseModel):
 
 
 class ImagesAnswer(BaseModel):
-    """OpenAI's answer, and beside it what `POST /v1/generate` would say."""
+    """OpenAI's response, with the fields of `POST /v1/generate` added."""
 
     created: int = Field(description="Unix time at which the request arrived.")
     data: list[ImageData]
@@ -63,7 +63,7 @@ class ImagesAnswer(BaseModel):
 
 
 class Event(BaseModel):
-    """One event of a stream: a preview, or an image."""
+    """One event of a stream: a preview or an image."""
 
     type: str
     b64_json: str
@@ -84,12 +84,12 @@ def answered(
     links: Sequence[Link] | None,
     ignored: Sequence[str],
 ) -> ImagesAnswer:
-    """The answer with the images of a generation.
+    """Return the response with the images of a generation.
 
     Args:
-        generation: that made them.
-        pictures: the images.
-        links: where each can be fetched, if that was asked for.
+        generation: generation that made the images.
+        pictures: images.
+        links: URL of each image, if URLs were requested.
         ignored: sentences about fields without effect.
     """
     request = generation.request
@@ -107,13 +107,13 @@ def answered(
 
 
 def previewed(kind: Kind, generation: Generation, index: int, preview: np.ndarray) -> Event:
-    """The event for a preview, at the size and in the format of the image.
+    """Return the event for a preview, in the size and format of the image.
 
     Args:
-        kind: of the stream.
-        generation: that makes the image.
-        index: of the preview, from 0.
-        preview: uint8 `[h, w, 3]`.
+        kind: kind of the stream.
+        generation: generation that makes the image.
+        index: index of the preview, from 0.
+        preview: pixels, uint8 `[h, w, 3]`.
     """
     request = generation.request
     pixels = resized(preview, *request.drawn_size)
@@ -128,7 +128,7 @@ def previewed(kind: Kind, generation: Generation, index: int, preview: np.ndarra
 
 
 def finished(kind: Kind, generation: Generation, picture: Picture, ignored: Sequence[str]) -> Event:
-    """The event for an image."""
+    """Return the event for an image."""
     request = generation.request
     return Event(
         type=f"{kind}.completed",

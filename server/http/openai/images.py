@@ -1,4 +1,4 @@
-"""`/v1/images`: images as OpenAI's clients ask for them."""
+"""`/v1/images`: generation and editing in OpenAI's format."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ edits = APIRouter(tags=["openai"], route_class=FormRoute)
 async def generate(
     body: ImageGeneration, request: Request, service: ServiceDep, identifier: IdentifierDep
 ) -> Any:
-    """Generate images, as OpenAI's API of the same path does.
+    """Generate images, like OpenAI's route of the same path.
 
     With `stream` the events are `image_generation.partial_image`, as many as `partial_images` says,
     and `image_generation.completed` for each image.
@@ -69,9 +69,9 @@ async def generate(
 async def edit(
     body: ImageEdit, request: Request, service: ServiceDep, identifier: IdentifierDep
 ) -> Any:
-    """Change an image, as OpenAI's API of the same path does: transparent pixels are repainted.
+    """Edit an image, like OpenAI's route of the same path: transparent pixels are repainted.
 
-    The events of a stream begin with `image_edit` instead of `image_generation`.
+    The names of a stream's events begin with `image_edit` instead of `image_generation`.
     """
     wanted, ignored = await to_thread(request_of, body, service.hosts)
     # Before anything is decoded.
@@ -113,13 +113,13 @@ async def _answer(
 
 
 class ImagesStream(GenerationStream):
-    """Streams previews of the first image, and then all images.
+    """The event stream of one generation: previews of the first image, and then all images.
 
     Args:
-        kind: how the events' names begin.
-        service: that makes the images.
-        generation: that was admitted.
-        previews: how many there are at most.
+        kind: beginning of the events' names.
+        service: service that makes the images.
+        generation: admitted generation.
+        previews: maximum number of previews.
         ignored: sentences about fields without effect.
     """
 
@@ -159,7 +159,7 @@ class ImagesStream(GenerationStream):
             yield format_sse_event(event="error", data_str=json.dumps(data))
 
     def _due(self, progress: Progress, shown: int) -> bool:
-        """Whether this is the time of the next preview; they divide the steps evenly."""
+        """Return whether the next preview is due; previews divide the steps evenly."""
         if progress.index != 0 or shown == self._previews:
             return False
         share = (shown + 1) / (self._previews + 1)

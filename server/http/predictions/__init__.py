@@ -1,1 +1,1 @@
-"""Durable jobs."""
+"""The API for durable jobs."""

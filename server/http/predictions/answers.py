@@ -1,4 +1,4 @@
-"""The bodies that tell of durable jobs, in the form known from Replicate."""
+"""Response bodies for durable jobs, in the format of Replicate's predictions."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PATH = "/v1/predictions"
 
 
 class Urls(BaseModel):
-    """Paths on this server."""
+    """Paths of the job on this server."""
 
     get: str
     cancel: str
@@ -30,7 +30,7 @@ class Metrics(BaseModel):
 
 
 class PredictionError(BaseModel):
-    """Why it failed, as in the body of an error."""
+    """Why the job failed, as in the body of an error."""
 
     message: str
     code: str
@@ -70,7 +70,7 @@ class Prediction(BaseModel):
 
 
 class PredictionPage(BaseModel):
-    """Some of a key's jobs, the newest first."""
+    """One page of a key's jobs, the newest first."""
 
     results: list[Prediction]
     next: str | None = Field(description="Path of the page with older ones, if there are any.")
@@ -85,11 +85,11 @@ class Step(BaseModel):
 
 
 def predicted(job: Job, position: int | None = None) -> Prediction:
-    """What is told of a job.
+    """Return the response body for a job.
 
     Args:
-        job: that is told of.
-        position: how many are begun before it, while it waits.
+        job: job to describe.
+        position: number of jobs that begin before it, while it waits.
     """
     path = f"{PATH}/{job.id}"
     made = job.result or {}

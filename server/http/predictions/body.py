@@ -1,4 +1,4 @@
-"""The route that takes a durable job, whose pictures are one level deeper than elsewhere."""
+"""Reading of bodies for durable jobs, whose pictures are nested in `input`."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ UPLOADS: Final = uploads_of(GenerateRequest)
 
 
 class PredictionRoute(JsonRoute):
-    """A route that keeps what was sent as `input`, to be read again when the job is begun."""
+    """A route that keeps `input` as it was sent, to be validated again when the job begins."""
 
     counted = False
 
     @override
     async def read(self, request: Request, uploads: frozenset[str], share: Share) -> Any:
-        """The parsed body, as of :meth:`JsonRoute.read`."""
+        """Read the body like :meth:`JsonRoute.read`, and keep its `input`."""
         parsed = await super().read(request, uploads, share)
         if isinstance(parsed, dict) and isinstance(given := parsed.get("input"), dict):
-            # As text, since validation may change what it is given.
+            # As text, since validation may modify the parsed object.
             request.state.sent_input = json.dumps(without_uploads(given))
         return parsed
 
@@ -35,7 +35,7 @@ class PredictionRoute(JsonRoute):
     def take_uploads(
         self, parsed: Any, uploads: frozenset[str], share: Share, path: tuple[str, ...] = ()
     ) -> None:
-        """Take those of `input`."""
+        """Check the shape of the body, and replace the pictures of `input` by uploads."""
         if not isinstance(parsed, dict):
             super().take_uploads(parsed, frozenset(), share)
             return
@@ -44,5 +44,5 @@ class PredictionRoute(JsonRoute):
 
 
 def sent_input(request: Request) -> dict[str, Any]:
-    """The fields of `input` as they were sent, without its pictures."""
+    """Return the fields of `input` as they were sent, without its pictures."""
     return json.loads(request.state.sent_input)

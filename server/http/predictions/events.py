@@ -1,4 +1,4 @@
-"""The stream of server-sent events of a durable job, which goes on without its readers."""
+"""Server-sent events of a durable job, which continues without readers."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ HEADERS: Final = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 
 
 class PredictionStream(EventSourceResponse):
-    """Streams a job's status, at once and at each change, and its progress.
+    """The event stream of a job: its status, at once and at each change, and its progress.
 
     Args:
-        jobs: among which it is.
-        job: as it is now.
+        jobs: jobs of the server.
+        job: current state of the job.
     """
 
     def __init__(self, jobs: Jobs, job: Job) -> None:

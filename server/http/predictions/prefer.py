@@ -1,4 +1,4 @@
-"""The header `Prefer` (RFC 7240): whether a client waits for its job, and how long."""
+"""The header `Prefer` (RFC 7240): whether and how long a client waits for its job."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from server.errors import InvalidRequest
 __all__ = ["MOST_S", "waiting_s"]
 
 MOST_S: Final = 60
-"""Seconds of `wait` without a number, and the most that there may be."""
+"""Seconds of `wait` without a number, and its maximum."""
 
 _WAIT: Final = re.compile(r"wait(?:\s*=\s*\"?(\d{1,6})\"?)?", re.IGNORECASE)
 
 
 def waiting_s(prefer: str) -> float:
-    """Seconds for which the answer waits for the job's end; 0 to answer at once.
+    """Return the seconds that the response waits for the job's end; 0 to respond at once.
 
     Args:
-        prefer: the header, empty without one; preferences of other names are ignored.
+        prefer: value of the header, empty without one; other preferences are ignored.
 
     Raises:
-        InvalidRequest: `wait` has a value that is no number of seconds, or is beside
-            `respond-async`.
+        InvalidRequest: `wait` has a value that is not a number of seconds, is repeated, or is
+            combined with `respond-async`.
     """
     preferences = [part.partition(";")[0].strip() for part in prefer.split(",")]
     waits = [one for one in preferences if one.lower().startswith("wait")]

@@ -1,4 +1,4 @@
-"""`/v1/predictions`: images that are made even if the client leaves or the server restarts."""
+"""`/v1/predictions`: jobs that complete even if the client leaves or the server restarts."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from server.requests.upload import uploads_in
 if TYPE_CHECKING:
     from server.jobs.jobs import Jobs
 else:
-    # What it needs is not installed everywhere.
+    # Its dependencies are optional.
     Jobs = Any
 
 __all__ = ["router"]
@@ -71,11 +71,12 @@ async def create(
     prefer: Annotated[str, Header(max_length=200)] = "",
     idempotency_key: Annotated[str | None, Header(min_length=1, max_length=255)] = None,
 ) -> Any:
-    """Accept a job, which is on the disk when this is answered.
+    """Accept a job, which is stored on disk before the response is sent.
 
-    The status is 201 if it has ended, for which `Prefer: wait` (at most 60 s, or as many as
-    `wait=10` says) lets the answer wait, and 202 otherwise. The same `Idempotency-Key` with the
-    same body is the same job, however often and wherever it is sent.
+    With `Prefer: wait` the response waits for the end of the job, for 60 s or as many as `wait=10`
+    says, at most 60. The status is 201 if the job has ended and 202 otherwise. Requests with the
+    same `Idempotency-Key` and the same body refer to the same job, however often and to whichever
+    server they are sent.
     """
     wait_s = waiting_s(prefer)
     if body.input.stream:
@@ -108,7 +109,7 @@ async def listed(
     cursor: Annotated[str | None, Query(max_length=64)] = None,
     limit: Annotated[int, Query(ge=1, le=PAGE)] = PAGE,
 ) -> PredictionPage:
-    """The jobs of this key, the newest first, in pages."""
+    """List the jobs of this key in pages, the newest first."""
     try:
         found = await jobs.page(owner, cursor, limit + 1)
     except UnknownJob:
@@ -126,13 +127,13 @@ async def listed(
 @router.head(PATH + "/{identifier}", include_in_schema=False)
 @router.get(PATH + "/{identifier}", response_model=Prediction, responses=_ERRORS)
 async def get(identifier: Identifier, jobs: JobsDep, owner: OwnerDep) -> Any:
-    """A job of this key."""
+    """Get a job of this key."""
     return await _answer(jobs, await jobs.get(owner, identifier))
 
 
 @router.post(PATH + "/{identifier}/cancel", response_model=Prediction, responses=_ERRORS)
 async def cancel(identifier: Identifier, jobs: JobsDep, owner: OwnerDep) -> Any:
-    """Cancel a job of this key; one that has ended stays as it is."""
+    """Cancel a job of this key; a job that has ended is unchanged."""
     return await _answer(jobs, await jobs.cancel(owner, identifier))
 
 
@@ -141,9 +142,9 @@ async def cancel(identifier: Identifier, jobs: JobsDep, owner: OwnerDep) -> Any:
     responses=_ERRORS | {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}},
 )
 async def events(identifier: Identifier, jobs: JobsDep, owner: OwnerDep) -> Response:
-    """Server-sent events: `status` at once, at each change and at the end; `progress`.
+    """Stream a job's events: `status` at once, at each change and at the end; `progress`.
 
-    Who stops reading cancels nothing, and may read again.
+    Disconnecting does not cancel the job, and a client may reconnect.
     """
     from server.http.predictions.events import PredictionStream
 
@@ -170,7 +171,7 @@ async def output(
     jobs: JobsDep,
     owner: OwnerDep,
 ) -> Response:
-    """An image of a job that succeeded."""
+    """Get an image of a job that succeeded."""
     job = await jobs.get(owner, identifier)
     if job.result is None or index >= len(job.result["seeds"]):
         raise UnknownJob(f"{identifier}/output/{index}")
@@ -191,7 +192,7 @@ async def _answer(jobs: Jobs, job: Job, status: int = 200) -> Response:
 async def _accepted(
     jobs: Jobs, body: PredictionRequest, sent: dict[str, Any], owner: str, key: str | None
 ) -> Job:
-    """The stored job; the pictures of the body are let go of as soon as they are stored."""
+    """Store a job and return it; the body's pictures are released as soon as they are stored."""
     with ExitStack() as opened:
         uploads: dict[str, bytes] = {}
         for name, upload in uploads_in(body.input):
