@@ -7,7 +7,8 @@ ARG PYTHON_IMAGE=python:3.11-slim@sha256:be1575ed968de893bd54f4c56315ff7c4736ce5
 FROM ${PYTHON_IMAGE} AS builder
 ARG TORCH=cpu
 ENV VENV=/opt/weft \
-    PIP_NO_CACHE_DIR=1
+    PIP_NO_CACHE_DIR=1 \
+    UV_NO_CACHE=1
 WORKDIR /src
 COPY pyproject.toml constraints.txt ./
 COPY requirements requirements

@@ -12,7 +12,6 @@ FOLDER ?= docs/gpu
 CONTRACT_EXAMPLES ?= 300
 # Processes of `make test`. Each loads torch and holds a model: about 1 GB.
 WORKERS ?= 2
-UV_VERSION := 0.13.8
 
 BIN := $(VENV)/bin
 export VENV TORCH PYTHON
@@ -81,5 +80,5 @@ coverage: setup-dev ## run the test suite and list the lines it does not cover
 
 lock: setup-dev ## resolve the dependencies again (LOCK_ARGS=--upgrade for the newest versions)
 	@uv=$$(mktemp -d); trap 'rm -rf "$$uv"' EXIT; \
-	$(BIN)/python -m venv "$$uv"; "$$uv/bin/pip" install -qq uv==$(UV_VERSION); \
+	$(BIN)/python -m venv "$$uv"; "$$uv/bin/pip" install -qq --require-hashes -r requirements/uv.lock; \
 	PATH="$$uv/bin:$$PATH" $(BIN)/python scripts/lock.py $(LOCK_ARGS)

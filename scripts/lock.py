@@ -7,6 +7,7 @@
 - `requirements/dev.lock`: the same and the tools of `make test`, with hashes;
 - `requirements/torch.lock`: PyPI's build of torch and the CUDA packages it brings, with hashes.
 - `requirements/torch-cpu.lock`: the CPU builds for Linux, from PyTorch's own index, with hashes;
+- `requirements/uv.lock`: the program that installs all of these, with hashes;
 - `constraints.txt`: the version of everything above, for `pip install --constraint`.
 """
 
@@ -21,6 +22,7 @@ from urllib.request import urlopen
 ROOT = Path(__file__).resolve().parent.parent
 CONSTRAINTS = ROOT / "constraints.txt"
 CPU_LOCK = ROOT / "requirements/torch-cpu.lock"
+UV_LOCK = ROOT / "requirements/uv.lock"
 TORCH_AND_CUDA = re.compile(r"torch==|triton==|nvidia-|cuda-")
 CPU_INDEX = "https://download.pytorch.org/whl/cpu/torch/"
 CPU_WHEELS = (
@@ -29,6 +31,12 @@ CPU_WHEELS = (
 SERVED = ["jobs", "postgresql"]
 """Extras that every environment of `make setup` has."""
 HEADER = "# Written by `make lock` from pyproject.toml. Do not edit.\n"
+
+
+COMPILE = (
+    *("uv", "pip", "compile", "--quiet", "--universal", "--generate-hashes"),
+    *("--no-header", "--no-annotate", "--python-version", "3.11"),
+)
 
 
 def resolve(extras: list[str], upgrade: bool) -> list[str]:
@@ -40,9 +48,7 @@ def resolve(extras: list[str], upgrade: bool) -> list[str]:
         # The build tools are locked too, so that the project installs without fetching any.
         build = Path(folder, "build.in")
         build.write_text("\n".join(build_requirements["requires"]))
-        command = ["uv", "pip", "compile", "--quiet", "--universal", "--generate-hashes"]
-        command += ["--no-header", "--no-annotate", "--python-version", "3.11"]
-        command += ["--constraint", str(kept)]
+        command = [*COMPILE, "--constraint", str(kept)]
         for extra in extras:
             command += ["--extra", extra]
         command += ["pyproject.toml", str(build)]
@@ -65,6 +71,16 @@ def lock_cpu_builds() -> None:
     write(CPU_LOCK, [" \\\n".join(lines)])
 
 
+def lock_uv(upgrade: bool) -> None:
+    """Writes the requirement of uv, at the version that is locked already unless upgrading."""
+    (locked,) = re.findall(r"^uv==\S+", UV_LOCK.read_text(), flags=re.MULTILINE)
+    wanted = "uv" if upgrade else locked
+    resolved = subprocess.run(
+        [*COMPILE, "-"], input=wanted, check=True, stdout=subprocess.PIPE, text=True
+    )
+    write(UV_LOCK, [resolved.stdout.rstrip()])
+
+
 def write(path: Path, lines: list[str]) -> None:
     """Writes a requirements file."""
     path.parent.mkdir(exist_ok=True)
@@ -83,6 +99,7 @@ def main() -> None:
     runtime = resolve(SERVED, upgrade=False)
     write(ROOT / "requirements/torch.lock", [b for b in runtime if TORCH_AND_CUDA.match(b)])
     lock_cpu_builds()
+    lock_uv(upgrade)
     write(ROOT / "requirements/runtime.lock", [b for b in runtime if not TORCH_AND_CUDA.match(b)])
     write(ROOT / "requirements/dev.lock", [b for b in dev if not TORCH_AND_CUDA.match(b)])
 

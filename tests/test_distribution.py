@@ -47,7 +47,7 @@ def pins(path: str) -> dict[str, str]:
 LOCKS = [f"requirements/{name}.lock" for name in ("runtime", "dev", "torch", "torch-cpu")]
 
 
-@pytest.mark.parametrize("lock", LOCKS)
+@pytest.mark.parametrize("lock", [*LOCKS, "requirements/uv.lock"])
 def test_every_locked_package_is_pinned_and_hashed(lock: str) -> None:
     for block in blocks(lock):
         assert re.fullmatch(r"[a-z0-9.-]+==[^\s;]+( ;.*)?", block.split(" \\\n")[0])
