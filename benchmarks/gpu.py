@@ -387,7 +387,7 @@ def _write_index(folder: Path) -> None:
             lines.append(
                 f"| [{part.title}]({name}.md) | {record['date']} | `{record['command']}` |"
             )
-    (folder / "README.md").write_text("\n".join(lines) + "\n")
+    (folder / "index.md").write_text("\n".join(lines) + "\n")
 
 
 def _device() -> str:

@@ -31,7 +31,7 @@ def test_what_is_done_is_not_run_again_and_what_failed_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert run(tmp_path, monkeypatch, one=part("print('first')"), two=part("raise KeyError")) == 1
-    assert "failed" in (tmp_path / "README.md").read_text()
+    assert "failed" in (tmp_path / "index.md").read_text()
     assert not (tmp_path / "two.md").exists()
     assert "KeyError" in json.loads((tmp_path / "two.json").read_text())["stderr"]
 
@@ -39,7 +39,7 @@ def test_what_is_done_is_not_run_again_and_what_failed_is(
 
     assert "first" in (tmp_path / "one.md").read_text()
     assert "now" in (tmp_path / "two.md").read_text()
-    assert "failed" not in (tmp_path / "README.md").read_text()
+    assert "failed" not in (tmp_path / "index.md").read_text()
 
 
 def test_a_part_that_takes_too_long_is_ended(
@@ -53,7 +53,7 @@ def test_a_part_that_takes_too_long_is_ended(
     table = (tmp_path / "one.md").read_text()
     assert "It was cut off there" in table
     assert table.endswith("\n\nbegun\n")
-    assert "| [A title](one.md) | cut off |" in (tmp_path / "README.md").read_text()
+    assert "| [A title](one.md) | cut off |" in (tmp_path / "index.md").read_text()
 
 
 def test_what_a_part_says_of_its_progress_is_kept_and_shown_and_what_it_started_ends_with_it(
@@ -106,4 +106,4 @@ def test_a_part_that_only_runs_by_name_is_left_out_otherwise(
     named = replace(part("raise KeyError"), by_name=True)
     assert run(tmp_path, monkeypatch, one=part("print(1)"), two=named) == 0
     assert not (tmp_path / "two.json").exists()
-    assert "| A title | not measured |" in (tmp_path / "README.md").read_text()
+    assert "| A title | not measured |" in (tmp_path / "index.md").read_text()
