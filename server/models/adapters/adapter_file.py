@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from server.errors import AdapterMismatch
 from server.models.adapters.adapter import Adapter, LowRank
 from server.models.adapters.lycoris import layers_of_whole_operands
-from server.models.adapters.magnitude import OUTPUTS, measured, weight_of
-from server.models.adapters.naming import biases_of, magnitudes_of
+from server.models.adapters.magnitude import INPUTS, OUTPUTS, joined, measured, weight_of
+from server.models.adapters.naming import DOWN, UP
 from server.models.adapters.placing import LARGEST_ALPHA, Header, Placed, Target, place
 from server.models.adapters.stated import stated_defaults
 from server.models.folder import chunks_of, stamp_of, without_folder
@@ -123,29 +123,38 @@ class AdapterFile:
     @torch.no_grad()
     def _parts(self, device: torch.device, dtype: torch.dtype) -> dict[str, dict[str, LowRank]]:
         tensors = load_file(self.path, backend="pread")
-        found = *magnitudes_of(tensors).values(), *biases_of(tensors).values()
-        vectors = {name: tensors[name] for name, _ in found}
         state = self.target.converted(tensors, dtype)
         # What is not needed any more goes at once: only the file is in memory beside the adapter.
         del tensors
         parts: dict[str, dict[str, LowRank]] = {}
         for part, layers in self.parts.items():
             for layer, one in layers.items():
-                change = _loaded(
-                    state[part].pop(one.down), state[part].pop(one.up), one, device, dtype
-                )
+                own = {end: state[part].pop(f"{layer}.{end}") for end in one.endings}
+                change = _loaded(own[DOWN], own[UP], one, device, dtype)
                 if one.magnitude is not None:
                     weight = weight_of(self.target.layer(part, layer, device), dtype)
-                    placed = one.magnitude
-                    sized = measured(
-                        vectors[placed.name], placed.axis, change, weight, blended=placed.blended
-                    )
+                    sizes = own[one.magnitude.ending]
+                    how = one.magnitude.axis, change, weight
+                    sized = measured(sizes, *how, blended=one.magnitude.blended)
                     change = replace(change, magnitude=sized)
                 if one.bias is not None:
-                    bias = one.bias.scale * vectors[one.bias.name].to(device, torch.float32)
+                    bias = one.bias.scale * own[one.bias.ending].to(device, torch.float32)
                     change = replace(change, bias=bias)
                 parts.setdefault(part, {})[layer] = change
+            _join(parts[part], layers)
         return parts
+
+
+def _join(changes: dict[str, LowRank], layers: Mapping[str, Placed]) -> None:
+    """Give layers that are fused in the file the norms of the inputs of the fused weight."""
+    named: dict[str, list[str]] = {}
+    for layer, one in layers.items():
+        if one.magnitude is not None and one.magnitude.axis == INPUTS:
+            named.setdefault(one.magnitude.source, []).append(layer)
+    for own in named.values():
+        magnitudes = [changes[layer].magnitude for layer in own]
+        for layer, one in zip(own, joined(filter(None, magnitudes)), strict=True):
+            changes[layer] = replace(changes[layer], magnitude=one)
 
 
 def _header(path: Path) -> Header:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["as_low_rank", "is_operand", "layers_of_whole_operands"]
+__all__ = ["as_low_rank", "layers_of_whole_operands"]
 
 OPERAND = re.compile(
     r"(?P<layer>.+)\.(?P<name>hada_(w[12]_[ab]|t[12])|lokr_(w[12](_[ab])?|t2)|diff)"
@@ -74,11 +74,6 @@ def as_low_rank(
             whole = torch.einsum("oikl,in->onkl", core, down.float().flatten(1))
             made[layer + DOWN] = whole.to(dtype)
     return made
-
-
-def is_operand(name: str) -> bool:
-    """Whether a tensor of a file is one of which factors are made."""
-    return OPERAND.fullmatch(name) is not None
 
 
 def layers_of_whole_operands(names: Collection[str]) -> set[str]:

@@ -23,6 +23,8 @@ from torch import nn
 from server.models.gguf.layers import BlockConv2d, BlockLinear
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from server.models.adapters.adapter import LowRank
     from server.models.adapters.stack import Changes, Layer
 
@@ -35,6 +37,7 @@ __all__ = [
     "Magnitude",
     "WeightScales",
     "composed",
+    "joined",
     "measured",
     "weight_of",
 ]
@@ -129,6 +132,17 @@ def measured(
             norms.append(products.unflatten(2, (inputs, -1)).sum((1, 3)))
     found = torch.cat(norms, 1) if axis == OUTPUTS else torch.stack(norms).sum(0)
     return Magnitude(size.to(found.device, torch.float32).flatten(), found, axis, blended)
+
+
+def joined(parts: Iterable[Magnitude]) -> list[Magnitude]:
+    """Replace the norms of inputs by those of the fused layer that some layers were trained as.
+
+    Args:
+        parts: magnitudes of the inputs of each layer, with the norms of its own weight.
+    """
+    parts = [*parts]
+    norms = torch.stack([one.norms for one in parts]).sum(0)
+    return [replace(one, norms=norms) for one in parts]
 
 
 def composed(changes: Changes) -> tuple[WeightScales, Changes]:

@@ -17,30 +17,53 @@ from server.errors import AdapterMismatch
 from server.models.adapters.original_unet import original_names
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
 
     from torch import Tensor
 
     from server.models.adapters.original_layers import Original
 
-__all__ = ["alpha_of", "biases_of", "magnitudes_of", "named", "without_vectors", "written_layer"]
+__all__ = [
+    "DOWN",
+    "FACTOR_BIAS",
+    "MOVED_BIAS",
+    "SIZE",
+    "SIZE_BLENDED",
+    "UP",
+    "alpha_of",
+    "listed",
+    "named",
+    "without_vectors",
+]
 
-FACTOR: Final = re.compile(
-    r"(?P<layer>.+)\.(?:(?P<down>lora_A(\.default)?|lora[_.]down|lora_linear_layer\.down)"
-    r"|lora_B(\.default)?|lora[_.]up|lora_linear_layer\.up)\.weight"
-)
+DOWN: Final = "lora_A.weight"
+UP: Final = "lora_B.weight"
+SIZE: Final = "lora_magnitude_vector"
+"""Magnitudes of a DoRA as peft and ai-toolkit write them."""
+SIZE_BLENDED: Final = "dora_scale"
+"""Magnitudes of a DoRA as LyCORIS writes them, for which a request's weight has another meaning."""
+MOVED_BIAS: Final = "diff_b"
+"""The change of a bias as LyCORIS and ComfyUI write it."""
+FACTOR_BIAS: Final = "lora_B.bias"
+"""The change of a bias as peft writes it, which alpha / rank multiplies."""
+
+ENDINGS: Final[Mapping[str, str]] = {
+    DOWN: r"(?:lora_A(?:\.default)?|lora[_.]down|lora_linear_layer\.down)\.weight",
+    UP: r"(?:lora_B(?:\.default)?|lora[_.]up|lora_linear_layer\.up)\.weight",
+    SIZE: r"lora_magnitude_vector(?:\.default)?(?:\.weight)?|magnitude",
+    SIZE_BLENDED: r"dora_scale",
+    MOVED_BIAS: r"diff_b",
+    FACTOR_BIAS: r"lora_B(?:\.default)?\.bias",
+}
+"""Patterns of the endings of tensors' names, by the ending that is used here."""
+
+ENDED: Final = {
+    ending: re.compile(rf"(?P<layer>.+)\.(?:{written})") for ending, written in ENDINGS.items()
+}
 SOURCE: Final = re.compile(r"(?P<layer>.+?)\.(lora[_.]|hada_|lokr_|diff$)")
 """Name of a tensor up to the layer's, which its alpha has too."""
 
-MAGNITUDE: Final = re.compile(
-    r"(?P<layer>.+)\.(?:(?P<blended>dora_scale)"
-    r"|lora_magnitude_vector(\.default)?(\.weight)?|magnitude)"
-)
-"""The sizes of a DoRA by LyCORIS' name, and by those of peft and ai-toolkit, which mean another
-thing by a weight."""
-
-BIAS: Final = re.compile(r"(?P<layer>.+)\.(?:(?P<whole>diff_b)|lora_B(\.default)?\.bias)")
-"""The change of a bias: LyCORIS' and ComfyUI's, and that of peft, which its scale multiplies."""
+NAMES_SHOWN: Final = 3
 
 PREFIXES: Final = {
     "denoiser": r"(?:lora_unet_|lora_transformer_|lycoris_|(?:model\.)?diffusion_model\.|unet\."
@@ -55,41 +78,16 @@ DENOISERS: Final = ("unet", "transformer")
 
 def alpha_of(name: str) -> str:
     """The tensor with the alpha of a layer, by the name of another tensor of that layer."""
-    return f"{written_layer(name)}.alpha"
-
-
-def written_layer(name: str) -> str:
-    """How a file spells the layer that a tensor of it is of."""
     match = SOURCE.match(name)
-    return match["layer"] if match else name
-
-
-def magnitudes_of(names: Iterable[str]) -> dict[str, tuple[str, bool]]:
-    """The tensors that hold sizes of DoRA, and whether they are blended, by the written layer.
-
-    Args:
-        names: of all tensors of a file.
-    """
-    matches = filter(None, map(MAGNITUDE.fullmatch, names))
-    return {match["layer"]: (match[0], bool(match["blended"])) for match in matches}
-
-
-def biases_of(names: Iterable[str]) -> dict[str, tuple[str, bool]]:
-    """The tensors that change biases, and whether they do so as they are, by the written layer.
-
-    Args:
-        names: of all tensors of a file.
-    """
-    matches = filter(None, map(BIAS.fullmatch, names))
-    return {match["layer"]: (match[0], bool(match["whole"])) for match in matches}
+    return f"{match['layer'] if match else name}.alpha"
 
 
 def without_vectors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """All tensors of a file but sizes of DoRA and changes of biases, unknown to converters."""
+    """All tensors except magnitudes of DoRA and changes of biases, which converters do not know."""
     return {
         name: one
         for name, one in tensors.items()
-        if not MAGNITUDE.fullmatch(name) and not BIAS.fullmatch(name)
+        if (written := _written(name)) is None or written[1] in (DOWN, UP)
     }
 
 
@@ -98,16 +96,22 @@ def named(
     layers: Mapping[str, Mapping[str, tuple[int, ...]]],
     original: Iterable[Original] = (),
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
-    """The factors of layers that are known by name, under peft's names by network; and the others.
+    """Find the layers that tensors belong to.
+
+    Tensors of a fused layer of the original code are split as diffusers splits the layer.
 
     Args:
         tensors: of a file, or stand-ins for them.
         layers: shapes of the weights that a model has, by network and by name.
         original: layers of the original code of the model's transformer.
 
+    Returns:
+        The tensors of known layers by network and by ``layer.ending``, with a key of ``ENDINGS``;
+        and the other tensors by their names in the file.
+
     Raises:
-        AdapterMismatch: two tensors are the same factor of a layer; the sentence goes on after the
-            adapter's name.
+        AdapterMismatch: two tensors are the same one of a layer, or one cannot be split; the
+            message continues a sentence that begins with the adapter's name.
     """
     spelled = {part: {name.replace(".", "_"): name for name in own} for part, own in layers.items()}
     if "unet" in layers:
@@ -117,23 +121,40 @@ def named(
     others: dict[str, Tensor] = {}
     known = set[str]()
     for name, tensor in tensors.items():
-        match = FACTOR.fullmatch(name)
-        place = _place(match["layer"], spelled, original) if match else None
-        if match is None or place is None:
+        written = _written(name)
+        place = _place(written[0], spelled, original) if written else None
+        if written is None or place is None:
             others[name] = tensor
             continue
         part, own, known_as = place
         known.add(alpha_of(name))
-        factor = "A" if match["down"] else "B"
         shapes = [layers[part].get(layer, (0,)) for layer in own]
         turned = known_as is not None and known_as.turns(own[0], shapes[0])
-        pieces = [tensor] * len(own) if match["down"] else _divided(tensor, shapes, turned=turned)
+        pieces = [tensor] * len(own)
+        # Magnitudes of inputs have no entry for each output: all layers share them.
+        if written[1] != DOWN and tensor.ndim and len(tensor) > 1:
+            pieces = _divided(name, tensor, own, shapes, turned=turned)
         for layer, piece in zip(own, pieces, strict=True):
-            key = f"{layer}.lora_{factor}.weight"
+            key = f"{layer}.{written[1]}"
             if key in found.setdefault(part, {}):
                 raise AdapterMismatch(f"changes the layer {layer} of {part} twice")
             found[part][key] = piece
     return found, {name: one for name, one in others.items() if name not in known}
+
+
+def listed(names: Iterable[str]) -> str:
+    """The first few names of tensors, shortened, for an error message."""
+    known = sorted(names)
+    more = f" and {len(known) - NAMES_SHOWN} more" if len(known) > NAMES_SHOWN else ""
+    return ", ".join(" ".join(name.split())[:200] for name in known[:NAMES_SHOWN]) + more
+
+
+def _written(name: str) -> tuple[str, str] | None:
+    """The name of a tensor's layer in the file, and the key of ``ENDINGS`` for its ending."""
+    for ending, pattern in ENDED.items():
+        if match := pattern.fullmatch(name):
+            return match["layer"], ending
+    return None
 
 
 def _place(
@@ -159,11 +180,23 @@ def _place(
     return None
 
 
-def _divided(up: Tensor, shapes: list[tuple[int, ...]], *, turned: bool) -> Iterable[Tensor]:
-    """The second factor of each of the layers that a layer of the original code is."""
+def _divided(
+    name: str,
+    tensor: Tensor,
+    layers: tuple[str, ...],
+    shapes: Sequence[tuple[int, ...]],
+    *,
+    turned: bool,
+) -> Iterable[Tensor]:
+    """Split a tensor with an entry for each output among the layers that its layer is here."""
     if turned:
-        return [torch.cat(up.chunk(2)[::-1])]
+        return [torch.cat(tensor.chunk(2)[::-1])]
     outs = [shape[0] for shape in shapes]
-    if len(outs) == 1 or sum(outs) != len(up):
-        return [up] * len(outs)
-    return up.split(outs)
+    if len(outs) == 1 or not all(outs):
+        return [tensor] * len(outs)
+    if sum(outs) != len(tensor):
+        raise AdapterMismatch(
+            f"has {len(tensor)} outputs in {listed([name])}, whose layer is {', '.join(layers)} "
+            f"in this model, with {sum(outs)} outputs together"
+        )
+    return tensor.split(outs)

@@ -19,34 +19,32 @@ from torch import nn
 
 from server.errors import AdapterMismatch
 from server.models.adapters.conversion import CONVERTERS, StandIn, converted
-from server.models.adapters.lycoris import as_low_rank, is_operand
-from server.models.adapters.magnitude import INPUTS, OUTPUTS
+from server.models.adapters.lycoris import as_low_rank
 from server.models.adapters.naming import (
+    DOWN,
+    ENDINGS,
+    UP,
     alpha_of,
-    biases_of,
-    magnitudes_of,
+    listed,
     named,
     without_vectors,
-    written_layer,
 )
 from server.models.adapters.original_layers import ORIGINAL, Original
+from server.models.adapters.vectors import PlacedBias, PlacedMagnitude, bias_of, magnitude_of
 from server.models.gguf.layers import conv_shape
 from server.models.streamed import at_rest
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Iterator, Mapping
 
     from torch import Tensor
 
-    from server.models.adapters.magnitude import Axis
     from server.models.adapters.stack import Layer
 
 __all__ = [
     "LARGEST_ALPHA",
     "Header",
     "Placed",
-    "PlacedBias",
-    "PlacedMagnitude",
     "Target",
     "place",
 ]
@@ -69,12 +67,10 @@ UNSUPPORTED = {
 CONFIG = "lora_adapter_metadata"
 """Entry of a file's metadata in which diffusers keeps peft's configs, as JSON."""
 
-FACTOR = re.compile(r"(?P<layer>.+)\.lora_(?P<factor>[AB])\.weight")
+NAMED = re.compile(rf"(?P<layer>.+?)\.(?P<ending>{'|'.join(map(re.escape, ENDINGS))})")
 LARGEST_ALPHA = 1e6
 NOT_BY_ROWS = "resolution_embedder"
 """Part of PixArt-alpha's transformer that reads height and width as two entries of a row."""
-
-NAMES_SHOWN = 3
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -156,7 +152,9 @@ class Target:
     def converted(
         self, tensors: Mapping[str, Tensor], dtype: torch.dtype = torch.float32
     ) -> dict[str, dict[str, Tensor]]:
-        """The factors of a file under peft's names, by network and by name as the model has it.
+        """The tensors of a file by network, and by the layer's name in the model.
+
+        Names end in a key of ``naming.ENDINGS``; changes of weights are products of two factors.
 
         Args:
             tensors: of the file, or stand-ins for them.
@@ -165,14 +163,14 @@ class Target:
         Raises:
             AdapterMismatch: the names are of no known format.
         """
-        factors = as_low_rank(without_vectors(tensors), dtype)
-        found, others = named(factors, self.layers, self.original)
+        found, others = named(as_low_rank(tensors, dtype), self.layers, self.original)
+        others = without_vectors(others)
         if others or not found:
             for part, own in converted(others, self.converter, self.unet_config).items():
                 layers = self.layers.get(part, {})
                 renamed = {_as_in(layers, name): one for name, one in own.items()}
                 if twice := renamed.keys() & found.get(part, {}).keys():
-                    raise AdapterMismatch(f"changes {_listed(twice)} of {part} twice")
+                    raise AdapterMismatch(f"changes {listed(twice)} of {part} twice")
                 found.setdefault(part, {}).update(renamed)
         return {
             part: {name: _shaped(one, name, self.layers.get(part, {})) for name, one in own.items()}
@@ -181,48 +179,16 @@ class Target:
 
 
 @dataclass(frozen=True, slots=True)
-class PlacedMagnitude:
-    """The sizes that a DoRA gives to a layer.
-
-    Attributes:
-        name: of the tensor in the file.
-        axis: whether outputs or inputs have sizes.
-        blended: see ``magnitude.Magnitude``.
-    """
-
-    name: str
-    axis: Axis
-    blended: bool
-
-
-@dataclass(frozen=True, slots=True)
-class PlacedBias:
-    """The change of a layer's bias.
-
-    Attributes:
-        name: of the tensor in the file.
-        scale: factor on it.
-    """
-
-    name: str
-    scale: float
-
-
-@dataclass(frozen=True, slots=True)
 class Placed:
     """The change of one layer.
 
     Attributes:
-        down: name of the first factor in its network, under peft's names.
-        up: name of the second factor.
-        shapes: of both.
+        shapes: of both factors.
         scale: factor on their product, alpha / rank.
         magnitude: of a DoRA; None for any other adapter.
         bias: None where the layer's bias stays.
     """
 
-    down: str
-    up: str
     shapes: tuple[tuple[int, ...], tuple[int, ...]]
     scale: float
     magnitude: PlacedMagnitude | None
@@ -232,6 +198,12 @@ class Placed:
     def rank(self) -> int:
         """Inner size of the product."""
         return self.shapes[0][0]
+
+    @property
+    def endings(self) -> tuple[str, ...]:
+        """Endings of the names of the layer's tensors, keys of ``naming.ENDINGS``."""
+        vectors = (one.ending for one in (self.magnitude, self.bias) if one is not None)
+        return DOWN, UP, *vectors
 
 
 def _shape_of(layer: nn.Linear | nn.Conv2d) -> tuple[int, ...]:
@@ -255,115 +227,32 @@ def place(header: Header, target: Target) -> dict[str, dict[str, Placed]]:
     """
     for part, what in UNSUPPORTED.items():
         if names := [name for name in header.shapes if part in name]:
-            raise AdapterMismatch(f"{what} ({_listed(names)}), which is not supported")
+            raise AdapterMismatch(f"{what} ({listed(names)}), which is not supported")
     stand_ins: dict[str, Tensor] = {
         name: StandIn.of(name, shape) for name, shape in header.shapes.items()
     }
     stand_ins |= {name: torch.tensor(value) for name, value in header.alphas.items()}
-    vectors = _Vectors(header, target)
     placed: dict[str, dict[str, Placed]] = {}
     used: set[str] = set()
-    for part, layer, down, up in _pairs(target.converted(stand_ins)):
+    for part, layer, own in _by_layer(target.converted(stand_ins)):
+        down, up = own[DOWN], own[UP]
         shapes = tuple(down.shape), tuple(up.shape)
         _check(target, part, layer, shapes)
         scale = _scale(header, part, layer, down, shapes[0][0])
-        magnitude, bias = vectors.of(part, layer, up, scale)
+        where = f"the layer {layer} of {part}", target.layers[part][layer], target.model
+        magnitude, bias = magnitude_of(own, *where), bias_of(own, *where, scale=scale)
         if magnitude is None and _config(header, part).get("use_dora"):
             raise AdapterMismatch(
                 f"is a DoRA ({CONFIG} says so) without the lora_magnitude_vector of {layer[:120]}"
             )
-        names = f"{layer}.lora_A.weight", f"{layer}.lora_B.weight"
-        placed.setdefault(part, {})[layer] = Placed(*names, shapes, scale, magnitude, bias)
-        used |= down.sources | up.sources
-    used |= vectors.used
+        placed.setdefault(part, {})[layer] = Placed(shapes, scale, magnitude, bias)
+        used |= frozenset[str]().union(*(own[end].sources for end in placed[part][layer].endings))
     used |= {alpha_of(name) for name in used} & header.alphas.keys()
     if unused := [name for name in stand_ins if name not in used]:
-        raise AdapterMismatch(f"has tensors that are not understood: {_listed(unused)}")
+        raise AdapterMismatch(f"has tensors that are not understood: {listed(unused)}")
     if not placed:
         raise AdapterMismatch("has no tensors")
     return placed
-
-
-class _Vectors:
-    """The vectors of a file that belong to layers: sizes of DoRA, and changes of biases.
-
-    Args:
-        header: of the file.
-        target: the model.
-
-    Attributes:
-        used: names of those that a layer has taken.
-    """
-
-    def __init__(self, header: Header, target: Target) -> None:
-        self._shapes = header.shapes
-        self._target = target
-        self._magnitudes = magnitudes_of(header.shapes)
-        self._biases = biases_of(header.shapes)
-        self.used: set[str] = set()
-
-    def of(
-        self, part: str, layer: str, up: StandIn, scale: float
-    ) -> tuple[PlacedMagnitude | None, PlacedBias | None]:
-        """Those of a layer.
-
-        Args:
-            part: name of its network.
-            layer: in that network.
-            up: its second factor.
-            scale: factor on the product, which is one on what peft adds to a bias, too.
-
-        Raises:
-            AdapterMismatch: they do not fit the layer.
-        """
-        written = written_layer(next(iter(up.sources)))
-        magnitude = bias = None
-        if sized := self._magnitudes.get(written):
-            self._take("is a DoRA", sized[0], part, layer, up)
-            magnitude = self._magnitude(part, layer, *sized)
-        if moved := self._biases.get(written):
-            self._take("changes the bias", moved[0], part, layer, up)
-            bias = self._bias(part, layer, moved[0], 1.0 if moved[1] else scale)
-        return magnitude, bias
-
-    def _take(self, what: str, name: str, part: str, layer: str, up: StandIn) -> None:
-        if name in self.used or not _is_whole(self._target, part, layer, up):
-            raise AdapterMismatch(
-                f"{what} of a layer that model {self._target.model!r} has in pieces or in another "
-                f"order ({_listed([name])}), which is not supported"
-            )
-        self.used.add(name)
-
-    def _magnitude(self, part: str, layer: str, name: str, blended: bool) -> PlacedMagnitude:
-        size, (out, features, *kernel) = self._shapes[name], self._target.layers[part][layer]
-        ones = (1,) * len(kernel)
-        axes: dict[tuple[int, ...], Axis] = {(1, features, *ones): INPUTS, (out, 1, *ones): OUTPUTS}
-        if not blended:
-            axes = {(out,): OUTPUTS, (1, out, *ones): OUTPUTS}
-        if size not in axes:
-            raise AdapterMismatch(
-                f"has sizes of the shape {list(size)} ({_listed([name])}) for the layer {layer} of "
-                f"{part}, whose weight has the shape {[out, features, *kernel]} in model "
-                f"{self._target.model!r}"
-            )
-        return PlacedMagnitude(name, axes[size], blended)
-
-    def _bias(self, part: str, layer: str, name: str, scale: float) -> PlacedBias:
-        size, out = self._shapes[name], self._target.layers[part][layer][0]
-        if size != (out,):
-            raise AdapterMismatch(
-                f"has a change of a bias of the shape {list(size)} ({_listed([name])}) for the "
-                f"layer {layer} of {part}, which has {out} outputs in model {self._target.model!r}"
-            )
-        return PlacedBias(name, scale)
-
-
-def _is_whole(target: Target, part: str, layer: str, up: StandIn) -> bool:
-    """Whether a second factor has the outputs of its layer in the file's order."""
-    if up.kept:
-        return True
-    turned = any(one.turns(layer, target.layers[part][layer]) for one in target.original)
-    return not turned and any(map(is_operand, up.sources))
 
 
 def _as_in(known: Mapping[str, Any], name: str) -> str:
@@ -375,29 +264,32 @@ def _as_in(known: Mapping[str, Any], name: str) -> str:
 
 def _shaped(factor: Tensor, name: str, layers: Mapping[str, tuple[int, ...]]) -> Tensor:
     """A factor that is a matrix as one of a convolution, where its layer is one."""
-    match = FACTOR.fullmatch(name)
+    match = NAMED.fullmatch(name)
     weight = layers.get(match["layer"], ()) if match else ()
-    if match is None or len(weight) != 4 or factor.ndim != 2:
+    if match is None or match["ending"] not in (DOWN, UP) or len(weight) != 4 or factor.ndim != 2:
         return factor
-    own = weight[1:] if match["factor"] == "A" else (factor.shape[1], 1, 1)
+    own = weight[1:] if match["ending"] == DOWN else (factor.shape[1], 1, 1)
     return factor.reshape(-1, *own) if factor[0].numel() == prod(own) else factor
 
 
-def _pairs(
+def _by_layer(
     state: Mapping[str, Mapping[str, Tensor]],
-) -> Iterator[tuple[str, str, StandIn, StandIn]]:
-    """Network, layer, and its two factors."""
+) -> Iterator[tuple[str, str, dict[str, StandIn]]]:
+    """Network, layer, and its tensors by the endings of their names, both factors among them."""
     for part, tensors in state.items():
-        factors: dict[str, dict[str, StandIn]] = {}
+        layers: dict[str, dict[str, StandIn]] = {}
         for name, tensor in tensors.items():
-            match = FACTOR.fullmatch(name)
+            match = NAMED.fullmatch(name)
             if match and isinstance(tensor, StandIn):
-                factors.setdefault(match["layer"], {})[match["factor"]] = tensor
-        for layer, own in factors.items():
-            if len(own) < 2:
-                [alone] = own.values()
-                raise AdapterMismatch(f"has {_listed(alone.sources)} without its other factor")
-            yield part, layer, own["A"], own["B"]
+                layers.setdefault(match["layer"], {})[match["ending"]] = tensor
+        for layer, own in layers.items():
+            if not {DOWN, UP} & own.keys():
+                # Refused with all other tensors that are left over.
+                continue
+            if not {DOWN, UP} <= own.keys():
+                alone = own[DOWN] if DOWN in own else own[UP]
+                raise AdapterMismatch(f"has {listed(alone.sources)} without its other factor")
+            yield part, layer, own
 
 
 def _check(
@@ -462,13 +354,3 @@ def _config(header: Header, part: str) -> dict[str, Any]:
         raise AdapterMismatch(f"has metadata {CONFIG} that is no JSON object")
     prefix = f"{part}."
     return {k.removeprefix(prefix): v for k, v in entries.items() if k.startswith(prefix)}
-
-
-def _listed(names: Iterable[str]) -> str:
-    known = sorted(names)
-    more = f" and {len(known) - NAMES_SHOWN} more" if len(known) > NAMES_SHOWN else ""
-    return ", ".join(_shortened(name) for name in known[:NAMES_SHOWN]) + more
-
-
-def _shortened(text: str) -> str:
-    return " ".join(text.split())[:200]

@@ -213,16 +213,125 @@ def test_a_row_with_an_adapter_is_that_of_diffusers_and_the_other_row_is_unmoved
     assert torch.equal(beside, plain[1])
 
 
-def test_a_dora_of_layers_that_diffusers_divides_is_refused(
+WHOLE = {
+    "double_blocks.0.img_attn.qkv": FLUX["double_blocks.0.img_attn.qkv"],
+    "single_blocks.0.linear1": tuple(
+        f"single_transformer_blocks.0.{name}"
+        for name in ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")
+    ),
+    "final_layer.adaLN_modulation.1": ("norm_out.linear",),
+}
+
+
+class Joined:
+    """Layers of a transformer as its original code has them: one, or its halves in turn."""
+
+    def __init__(self, network: nn.Module, name: str) -> None:
+        self._layers = [network.get_submodule(layer) for layer in WHOLE[name]]
+        self._turned = name == "final_layer.adaLN_modulation.1"
+
+    def get(self, end: str) -> Tensor:
+        whole = torch.cat([layer.get_parameter(end).detach() for layer in self._layers])
+        return torch.cat(whole.chunk(2)[::-1]) if self._turned else whole
+
+    def set(self, end: str, whole: Tensor) -> None:
+        whole = torch.cat(whole.chunk(2)[::-1]) if self._turned else whole
+        own = [layer.get_parameter(end) for layer in self._layers]
+        for to, piece in zip(own, whole.split([len(one) for one in own]), strict=True):
+            to.data = piece.clone()
+
+
+def drawn(*shape: int, seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) / 4
+
+
+def sized(whole: Joined, axis: int, seed: int) -> tuple[Tensors, Callable[[float], Tensor]]:
+    """A DoRA of an undivided layer, and the layer's weight with it by a factor."""
+    weight = whole.get("weight")
+    out, features = weight.shape
+    down, up = drawn(RANK, features, seed=seed), drawn(out, RANK, seed=seed + 1)
+    norms = weight.norm(dim=1 - axis, keepdim=True)
+    sizes = norms * (1.2 + drawn(*norms.shape, seed=seed + 2))
+    changed = weight + up @ down
+    changed = sizes * changed / changed.norm(dim=1 - axis, keepdim=True)
+    file = {"lora_A.weight": down, "lora_B.weight": up, "dora_scale": sizes}
+    return file, lambda factor: weight + factor * (changed - weight)
+
+
+def predicted(hosted: Hosted, rows: tuple[tuple[Weighted, ...], ...]) -> tuple[Any, ...]:
+    model, count = hosted.model, len(rows)
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(count, *model.latent_shape(32, 32), generator=generator)
+    inputs = model.inputs(["a star"] * count)
+    adapted = RowInputs(inputs.conditioning, adapters=RowAdapters(rows))
+    t = torch.full((count,), 0.5)
+    return model.evaluate(x, t, adapted), model.evaluate(x, t, inputs), (x, t, inputs)
+
+
+def loaded(hosted: Hosted, tensors: Tensors, path: Path) -> Weighted:
+    files.saved((tensors, {}), path)
+    file = AdapterFile.read(path.stem, path, Target.of("flux1", hosted.model.adaptable()))
+    adapter = file.load(CPU, torch.float32)
+    assert adapter.nbytes == file.nbytes(torch.float32)
+    return Weighted(adapter, 0.8)
+
+
+@pytest.mark.parametrize("axis", [0, 1], ids=["outputs", "inputs"])
+@pytest.mark.parametrize("name", WHOLE)
+@torch.inference_mode()
+def test_a_dora_of_a_layer_that_diffusers_divides_has_the_sizes_of_the_whole(
+    hosted: Callable[[str], Hosted], tmp_path: Path, name: str, axis: int
+) -> None:
+    """Of two requests each their own, beside one without."""
+    flux = hosted("flux1")
+    whole, rows, expected = Joined(flux.pipeline.transformer, name), list[Weighted](), list[Any]()
+    for seed in (0, 10):
+        file, weight = sized(whole, axis, seed)
+        tensors = {f"diffusion_model.{name}.{end}": one for end, one in file.items()}
+        rows.append(loaded(flux, tensors, tmp_path / f"{seed}.safetensors"))
+        merged = copy.deepcopy(flux.pipeline.transformer)
+        Joined(merged, name).set("weight", weight(0.8))
+        expected.append(flux.family.denoiser(merged))
+    made, plain, given = predicted(flux, ((rows[0],), (), (rows[1],)))
+    for row, evaluate in zip((0, 2), expected, strict=True):
+        assert difference(made[row], evaluate(*given)[row]) < 1e-5
+        assert difference(made[row], plain[row]) > 1e-3
+    assert torch.equal(made[1], plain[1])
+
+
+@pytest.mark.parametrize("name", WHOLE)
+@torch.inference_mode()
+def test_a_change_of_a_bias_that_diffusers_divides_is_that_of_each_part(
+    hosted: Callable[[str], Hosted], tmp_path: Path, name: str
+) -> None:
+    """As ComfyUI's LoraSave writes it beside each LoRA."""
+    flux = hosted("flux1")
+    merged = copy.deepcopy(flux.pipeline.transformer)
+    whole = Joined(merged, name)
+    out, features = whole.get("weight").shape
+    down, up, moved = drawn(2, features, seed=1), drawn(out, 2, seed=2), drawn(out, seed=3)
+    ends = {"lora_down.weight": down, "lora_up.weight": up, "diff_b": moved}
+    tensors = {f"diffusion_model.{name}.{end}": one for end, one in ends.items()}
+    one = loaded(flux, tensors, tmp_path / "one.safetensors")
+    whole.set("weight", whole.get("weight") + 0.8 * up @ down)
+    whole.set("bias", whole.get("bias") + 0.8 * moved)
+    made, plain, given = predicted(flux, ((), (one,)))
+    assert difference(made[1], flux.family.denoiser(merged)(*given)[1]) < 1e-5
+    assert torch.equal(made[0], plain[0])
+
+
+def test_a_joined_projection_as_wide_as_one_of_its_parts_is_refused(
     hosted: Callable[[str], Hosted], tmp_path: Path
 ) -> None:
-    family, pipeline, model = hosted("flux1")
-    tensors = trainer(pipeline.transformer, family.names)
-    name = "diffusion_model.double_blocks.0.img_attn.qkv"
-    tensors[f"{name}.dora_scale"] = torch.ones(len(tensors[f"{name}.lora_B.weight"]), 1)
+    sd3, written = hosted("sd3"), "joint_blocks.0.x_block.attn.qkv"
+    name = "transformer_blocks.0.attn.to_q"
+    out, features = sd3.pipeline.transformer.get_submodule(name).weight.shape
+    ends = {"lora_down": torch.ones(2, features), "lora_up": torch.ones(out, 2)}
+    tensors = {f"diffusion_model.{written}.{end}.weight": one for end, one in ends.items()}
     path = files.saved((tensors, {}), tmp_path / "one.safetensors")
-    with pytest.raises(AdapterMismatch, match=f"in pieces or in another order .{name}.dora_scale"):
-        AdapterFile.read("one", path, Target.of("flux1", model.adaptable()))
+    says = rf"has {out} outputs in .*{written}.lora_up.weight, .* with {3 * out} outputs together"
+    with pytest.raises(AdapterMismatch, match=says):
+        AdapterFile.read("one", path, Target.of("sd3", sd3.model.adaptable()))
 
 
 @torch.inference_mode()
