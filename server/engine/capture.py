@@ -50,7 +50,8 @@ class CudaRecorder:
         """
         before = torch.cuda.memory_allocated(self._device)
         torch.cuda.reset_peak_memory_stats(self._device)
-        stream, here = _stream(self._device), torch.cuda.current_stream(self._device)
+        here = torch.cuda.current_stream(self._device)
+        stream = _stream(here)
         stream.wait_stream(here)
         with torch.cuda.stream(stream):
             forward()
@@ -74,6 +75,7 @@ class CudaRecorder:
         # The inputs of a released graph are freed; its part of the pool serves the next graph.
         self._made = [one for one in self._made if one.given_bytes]
         copies = [one.clone() for one in given]
+        _drop_workspaces()
         torch.cuda.empty_cache()
         before = torch.cuda.memory_reserved(self._device)
         made = CapturedForward(evaluate, copies, self._pool, self._device)
@@ -84,6 +86,7 @@ class CudaRecorder:
     def begin_anew(self) -> None:
         """Use a new pool from now on; one whose graphs are all gone cannot be used again."""
         self._pool, self._pool_bytes, self._made = None, 0, []
+        _drop_workspaces()
 
 
 class CapturedForward:
@@ -113,7 +116,7 @@ class CapturedForward:
                 torch.cuda.graph(
                     self._graph,
                     pool=pool,
-                    stream=_stream(device),
+                    stream=_stream(torch.cuda.current_stream(device)),
                     capture_error_mode="thread_local",
                 ),
                 constants,
@@ -149,7 +152,23 @@ class CapturedForward:
         del self._raw, self._constants
 
 
+def _drop_workspaces() -> None:
+    """Drop cuBLAS's workspaces, so that the next calls allocate new ones.
+
+    cuBLAS keeps one workspace per stream, and a graph contains the address of the one that existed
+    when it was recorded. If that was allocated before the recording, torch 2.13 frees it as soon as
+    any graph of the stream is released, and the next replay of another graph writes to freed
+    memory. A workspace allocated during the recording lies in the graphs' pool, which lives as long
+    as they do.
+    """
+    torch._C._cuda_clearCublasWorkspaces()  # pyright: ignore[reportPrivateUsage]
+
+
 @cache
-def _stream(device: torch.device) -> torch.cuda.Stream:
-    """One stream for all recordings, since libraries allocate memory per stream."""
-    return torch.cuda.Stream(device)
+def _stream(replayed_on: torch.cuda.Stream) -> torch.cuda.Stream:
+    """One stream for all recordings replayed on a stream, since libraries allocate per stream.
+
+    Recordings replayed on another stream may run at the same time and must not share that memory:
+    cuBLAS has one workspace per stream, which recordings keep using.
+    """
+    return torch.cuda.Stream(replayed_on.device)

@@ -43,9 +43,11 @@ def test_what_recordings_hold_does_not_grow_as_others_come_and_go(
         "memory_reserved": reserved,
         "empty_cache": lambda: None,
         "synchronize": lambda: None,
+        "current_stream": lambda _: None,
     }
     for name, by in replaced.items():
         monkeypatch.setattr(torch.cuda, name, by)
+    monkeypatch.setattr(capture, "_drop_workspaces", lambda: None)
     monkeypatch.setattr(capture, "_stream", lambda _: None)
     recorder = CudaRecorder(torch.device("cpu"))
     kept = recorder.record(forward, [given])
@@ -58,3 +60,50 @@ def test_what_recordings_hold_does_not_grow_as_others_come_and_go(
     kept.release()
     recorder.begin_anew()
     assert recorder.nbytes == 0
+
+
+def test_a_recording_uses_no_workspace_that_was_there_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It would be freed with the first recording that is released, while the others use it."""
+    told = list[str]()
+
+    def graph(*_: Any, **__: Any) -> nullcontext[None]:
+        told.append("recorded")
+        return nullcontext()
+
+    replaced = {
+        "CUDAGraph": Graph,
+        "graph": graph,
+        "graph_pool_handle": object,
+        "memory_reserved": lambda _: 0,
+        "empty_cache": lambda: None,
+        "current_stream": lambda _: None,
+    }
+    for name, by in replaced.items():
+        monkeypatch.setattr(torch.cuda, name, by)
+    monkeypatch.setattr(capture, "_stream", lambda _: None)
+    monkeypatch.setattr(
+        torch._C, "_cuda_clearCublasWorkspaces", lambda: told.append("dropped"), raising=False
+    )
+    recorder = CudaRecorder(torch.device("cpu"))
+    for _ in range(2):
+        recorder.record(torch.sum, [torch.zeros(2)])
+    assert told == ["dropped", "recorded"] * 2
+
+
+def test_recordings_that_may_be_replayed_at_once_are_made_on_streams_of_their_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Those of one stream share what libraries keep of it."""
+
+    class Stream:
+        def __init__(self, device: str = "here") -> None:
+            self.device = device
+
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    ticks, decoder = Stream(), Stream()
+    made = [capture._stream(one) for one in (ticks, decoder, ticks, decoder)]  # type: ignore[arg-type]
+    assert made[0] is made[2]
+    assert made[1] is made[3]
+    assert len({*made, ticks, decoder}) == 4
