@@ -5,7 +5,7 @@
 Prints a Markdown table. Before a server is ready it runs forwards at some numbers of rows, and
 others while nothing waits; rows of a tick are filled up to such a number. A forward at another
 number is the first of its size, for which a GPU's libraries choose or load kernels. The last column
-is of forwards that were recorded as CUDA graphs, which a server does while nothing waits.
+is of calls that were recorded as CUDA graphs, which a server does while nothing waits.
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from benchmarks.architectures import ARCHITECTURES, build
+from server.engine.autoencoder_calls import AutoencoderCalls
 from server.engine.capture import CudaRecorder
 from server.engine.cost_model import MOST_ROWS, TickCost
 from server.engine.forwards import Forwards
 from server.engine.graphs import Graphs
 from server.engine.preparation import AT_START
-from server.engine.warmup import first_calls, time_forwards
+from server.engine.warmup import time_forwards
 from server.models.inputs import RowInputs
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from benchmarks.architectures import Architecture
+    from server.models.hosted import HostedModel
 
 ROWS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32)
 PICTURES = (1, 2, 3, 4)
@@ -49,13 +51,15 @@ def main() -> None:
         shape = model.latent_shape(architecture.side, architecture.side)
         on_gpu = model.device.type == "cuda"
         graphs = Graphs(model, CudaRecorder(model.device)) if on_gpu else None
+        autoencoder = AutoencoderCalls(model, _recorder_of if on_gpu else None)
         forwards = Forwards(model, shape, cost, MOST_ROWS, graphs)
-        for call in first_calls(model):
+        for call in autoencoder.first_calls():
             call()
         while forwards.wants(AT_START):
             forwards.prepare()
         warmed_s = perf_counter() - began
-        calls = _calls(architecture, forwards)
+        calls = _calls(architecture, forwards, autoencoder)
+        graphs_of = dict(zip(calls, (graphs, *autoencoder.graphs), strict=False))
         machine = platform.processor() or platform.machine()
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else machine
         print(
@@ -64,20 +68,21 @@ def main() -> None:
             "| network | rows | first, ms | second, ms | recorded, ms |\n|---|---|---|---|---|"
         )
         for name, (call, sizes) in calls.items():
-            for rows in sizes:
-                first, second = _seconds(call, rows), _seconds(call, rows)
+            plain = {rows: (_seconds(call, rows), _seconds(call, rows)) for rows in sizes}
+            own = graphs_of.get(name)
+            while own is not None and own.wanted:
+                own.record()
+            for rows, (first, second) in plain.items():
+                size = forwards.size_of(rows, MOST_ROWS) if name == "denoiser" else rows
                 recorded = "-"
-                while graphs is not None and graphs.wanted:
-                    graphs.record()
-                size = forwards.size_of(rows, MOST_ROWS)
-                if graphs is not None and name == "denoiser" and size in graphs.rows:
+                if own is not None and size in own.rows:
                     recorded = f"{1000 * min(_seconds(call, rows) for _ in range(3)):.1f}"
                 times = f"{1000 * first:.1f} | {1000 * second:.1f}"
                 print(f"| {name} | {rows} | {times} | {recorded} |", flush=True)
 
 
 def _calls(
-    architecture: Architecture, forwards: Forwards
+    architecture: Architecture, forwards: Forwards, autoencoder: AutoencoderCalls
 ) -> dict[str, tuple[Callable[[int], Tensor], tuple[int, ...]]]:
     model, side = architecture.hosted, architecture.side
     shape = model.latent_shape(side, side)
@@ -90,16 +95,20 @@ def _calls(
         return forwards.evaluate(x, t, RowInputs(model.stack([told] * rows)), MOST_ROWS)
 
     def decode(rows: int) -> Tensor:
-        return model.decode(torch.zeros(rows, *shape, device=model.device))
+        return autoencoder.decode(torch.zeros(rows, *shape, device=model.device))
 
     def encode(rows: int) -> Tensor:
-        return model.encode_image(torch.zeros(rows, 3, side, side, device=model.device))
+        return autoencoder.encode(torch.zeros(rows, 3, side, side, device=model.device))
 
     return {
         "denoiser": (denoise, ROWS),
         "encoder": (encode, PICTURES),
         "decoder": (decode, PICTURES),
     }
+
+
+def _recorder_of(model: HostedModel) -> CudaRecorder:
+    return CudaRecorder(model.device)
 
 
 def _seconds(call: Callable[[int], Tensor], rows: int) -> float:

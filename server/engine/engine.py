@@ -168,13 +168,19 @@ class Engine:
             self._idle_work.give_back,
             self._tell_and_count,
         )
-        self._admission = Admission(self._models, self._lanes.of, deterministic=deterministic)
+        self._admission = Admission(
+            self._models, self._lanes.of, self._idle_work.encoder_of, deterministic=deterministic
+        )
         self._reports = Reports(self._device)
         self._uncounted: set[Sequence] = set()
         self._arrived = Arrivals()
         self._active: list[Sequence] = []
         self._decoder = Decoder(
-            self._device, self._selection.turns, self._idle_work.give_back, fixed=deterministic
+            self._device,
+            self._selection.turns,
+            self._idle_work.give_back,
+            self._idle_work.decoder_of,
+            fixed=deterministic,
         )
         self._wake = Condition()
         self._chores = Chores(self._wake)

@@ -13,6 +13,7 @@ times, and a recording is dropped as soon as something that it reads no longer e
 from __future__ import annotations
 
 import logging
+from contextlib import nullcontext
 from dataclasses import dataclass
 from math import inf
 from time import monotonic, perf_counter
@@ -26,15 +27,14 @@ from server.models.inputs_form import Gone, form_of, tensors_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Hashable, Mapping, Sequence
+    from contextlib import AbstractContextManager
 
     from torch import Tensor
 
-    from server.engine.cost_model import TickCost
     from server.models.hosted import HostedModel
     from server.models.inputs import RowInputs
-    from server.models.inputs_form import InputsForm
 
-__all__ = ["Graphs", "pays_beside_ticks"]
+__all__ = ["Cost", "Form", "Graphs", "Recorder", "Replay", "pays_beside_ticks"]
 
 log = logging.getLogger(__name__)
 
@@ -110,6 +110,41 @@ class Recorder(Protocol):
         ...
 
 
+class Cost(Protocol):
+    """What calls of a network take by their rows."""
+
+    def seconds(self, rows: int) -> float:
+        """Expected of a call of so many rows."""
+        ...
+
+    def correct(self, rows: int, seconds: float) -> None:
+        """From now on a call of so many rows takes so long."""
+        ...
+
+
+class Form(Protocol):
+    """All of a call of a model's networks that is no tensor; equal for calls that are alike."""
+
+    @property
+    def subject(self) -> str:
+        """What is called, as a log says it."""
+        ...
+
+    @property
+    def alive(self) -> bool:
+        """Whether all that it refers to still exists."""
+        ...
+
+    @property
+    def kind(self) -> str:
+        """What rows are given that is not a tensor, in a few words; empty of plain rows."""
+        ...
+
+    def evaluate(self, model: HostedModel, tensors: Given) -> Tensor:
+        """The call itself, with other tensors."""
+        ...
+
+
 class Shape(NamedTuple):
     """Everything that a recording of a forward pass is specific to.
 
@@ -121,7 +156,7 @@ class Shape(NamedTuple):
 
     rows: int
     others: tuple[tuple[str, torch.Size, torch.dtype], ...]
-    form: InputsForm
+    form: Form
 
     @property
     def kind(self) -> Hashable:
@@ -140,7 +175,7 @@ class _Wanted:
     """
 
     given: Given
-    cost: TickCost
+    cost: Cost
     runs: int
 
     @property
@@ -158,6 +193,8 @@ class Graphs:
         room: function that returns the bytes that recordings may take in addition to what they
             hold.
         exact: whether recordings must equal their passes bit for bit.
+        within: context in which recordings are made and compared: that of the stream on which they
+            are replayed, if it is not the current one, since they share memory.
     """
 
     def __init__(
@@ -167,8 +204,10 @@ class Graphs:
         room: Callable[[], float] = lambda: inf,
         *,
         exact: bool = False,
+        within: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self._model = model
+        self._within = within
         self._recorder = recorder
         self._room = room
         self._close = 0.0 if exact else CLOSE
@@ -205,7 +244,7 @@ class Graphs:
         """
         return self._under_way is not None or self._often(most_s) is not None
 
-    def evaluate(self, x: Tensor, t: Tensor, inputs: RowInputs, cost: TickCost) -> Tensor:
+    def evaluate(self, x: Tensor, t: Tensor, inputs: RowInputs, cost: Cost) -> Tensor:
         """See ``HostedModel.evaluate``.
 
         Args:
@@ -223,19 +262,29 @@ class Graphs:
             self._generation = self._model.blocks.generation
             self._forget()
             self._wanted, self._repeatable, self._ends = {}, {}, {}
-        tensors = {"x": x, "t": t} | tensors_of(inputs)
-        shape = shape_of(tensors, form)
+        recorded = self.replayed({"x": x, "t": t} | tensors_of(inputs), form, cost)
+        return self._model.evaluate(x, t, inputs) if recorded is None else recorded
+
+    def replayed(self, given: Given, form: Form, cost: Cost) -> Tensor | None:
+        """What a recording puts out; None where there is none, and the call may be recorded later.
+
+        Args:
+            given: tensors of the call, of which "x" has a row for each of its rows.
+            form: all else of it.
+            cost: of such calls, which is corrected should this one be recorded.
+        """
+        shape = shape_of(given, form)
         recorded = self._recorded.pop(shape, None)
         if recorded is not None:
             # Last in order: the least recently replayed one is dropped first.
             self._recorded[shape] = recorded
-            return recorded(*tensors.values())
+            return recorded(*given.values())
         if self._may_be_recorded(shape):
             before = self._wanted.pop(shape, None)
             runs = 1 if before is None else before.runs + 1
-            self._wanted[shape] = _Wanted(tensors, cost, runs)
+            self._wanted[shape] = _Wanted(given, cost, runs)
             self._keep_latest()
-        return self._model.evaluate(x, t, inputs)
+        return None
 
     def _keep_latest(self) -> None:
         """Drop passes that have not run again for the longest time, if too many are kept."""
@@ -323,7 +372,8 @@ class Graphs:
             return
         _, pieces = self._under_way
         try:
-            next(pieces)
+            with self._within():
+                next(pieces)
         except StopIteration:
             self._under_way = None
             self._give_back()
@@ -387,8 +437,9 @@ class Graphs:
         if not shape.form.kind:
             wanted.cost.correct(shape.rows, seconds)
         log.info(
-            "%s: forward of %d rows%s recorded, %.1f ms instead of %.1f",
+            "%s: call of the %s for %d rows%s recorded, %.1f ms instead of %.1f",
             self._model.facts.name,
+            shape.form.subject,
             shape.rows,
             f" with {shape.form.kind}" if shape.form.kind else "",
             1000 * seconds,
@@ -430,9 +481,7 @@ class Graphs:
         names = [name for name, *_ in shape.others]
 
         def evaluate(*tensors: Tensor) -> Tensor:
-            given = dict(zip(names, tensors, strict=True))
-            x, t = given.pop("x"), given.pop("t")
-            return self._model.evaluate(x, t, shape.form.inputs(given))
+            return shape.form.evaluate(self._model, dict(zip(names, tensors, strict=True)))
 
         return evaluate
 
@@ -440,15 +489,16 @@ class Graphs:
         """Run all passes of this kind eagerly from now on."""
         self._repeatable[shape.kind] = False
         log.warning(
-            "%s: forwards of %s run without CUDA graphs: %s",
+            "%s: calls of the %s with %s run without CUDA graphs: %s",
             self._model.facts.name,
+            shape.form.subject,
             ", ".join(f"{name} {list(size)}" for name, size, _ in shape.others),
             reason,
             exc_info=error,
         )
 
 
-def shape_of(tensors: Given, form: InputsForm) -> Shape:
+def shape_of(tensors: Given, form: Form) -> Shape:
     """The shape of a forward pass."""
     others = tuple((name, one.shape[1:], one.dtype) for name, one in tensors.items())
     return Shape(len(tensors["x"]), others, form)

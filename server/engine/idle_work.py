@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable
 
     import torch
+    from torch import Tensor
 
     from server.engine.cost_model import TickCost
     from server.engine.forwards import Forwards
@@ -103,6 +104,16 @@ class IdleWork:
         if self._preparation is None:
             return None
         return self._preparation.forwards(model, shape, cost, most)
+
+    def encoder_of(self, model: HostedModel) -> Callable[[Tensor], Tensor]:
+        """What stands for ``HostedModel.encode_image`` of a model."""
+        calls = None if self._preparation is None else self._preparation.autoencoder(model)
+        return model.encode_image if calls is None else calls.encode
+
+    def decoder_of(self, model: HostedModel) -> Callable[[Tensor], Tensor]:
+        """What stands for ``HostedModel.decode`` of a model."""
+        calls = None if self._preparation is None else self._preparation.autoencoder(model)
+        return model.decode if calls is None else calls.decode
 
     def prepared(self, model: HostedModel) -> PreparedForwards:
         """What has been prepared for the passes of a model; safe from any thread."""

@@ -6,13 +6,13 @@ from collections import deque
 from math import inf
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
+from server.engine.autoencoder_calls import AutoencoderCalls
 from server.engine.forwards import Forwards
 from server.engine.graphs import Graphs
-from server.engine.warmup import first_calls
 from server.models.weights_held import bytes_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from server.engine.cost_model import TickCost
     from server.engine.graphs import Recorder
@@ -65,6 +65,7 @@ class Preparation:
         self._fixed = fixed
         self._weights: dict[str, int] = {}
         self._graphs: dict[str, Graphs] = {}
+        self._autoencoders: dict[str, AutoencoderCalls] = {}
         self._first_calls: deque[tuple[str, Callable[[], object]]] = deque()
         self._forwards: dict[tuple[str, Shape], Forwards] = {}
         self._defaults: set[tuple[str, Shape]] = set()
@@ -79,13 +80,16 @@ class Preparation:
             most: maximum number of rows in a forward pass.
         """
         name = model.facts.name
-        self._first_calls.extend((name, call) for call in first_calls(model))
         self._defaults.add((name, shape))
         self._weights[name] = bytes_of(model)
         # With offloaded blocks, a graph would read copies of weights that no longer exist.
-        if self._recorder_of is not None and model.placement.offload != "all":
-            recorder = self._recorder_of(model)
+        recorder_of = None if model.placement.offload == "all" else self._recorder_of
+        if recorder_of is not None:
+            recorder = recorder_of(model)
             self._graphs[name] = Graphs(model, recorder, self._room, exact=self._fixed)
+        autoencoder = AutoencoderCalls(model, recorder_of, self._room)
+        self._autoencoders[name] = autoencoder
+        self._first_calls.extend((name, call) for call in autoencoder.first_calls())
         return self.forwards(model, shape, cost, most)
 
     def forwards(self, model: HostedModel, shape: Shape, cost: TickCost, most: int) -> Forwards:
@@ -101,6 +105,10 @@ class Preparation:
         self._forwards[key] = made
         return made
 
+    def autoencoder(self, model: HostedModel) -> AutoencoderCalls | None:
+        """The calls of a model's autoencoder; None of a model that was not added."""
+        return self._autoencoders.get(model.facts.name)
+
     def of(self, name: str, shape: Shape) -> PreparedForwards:
         """What has been prepared for a model at a latent shape; safe from any thread."""
         forwards, graphs = self._forwards.get((name, shape)), self._graphs.get(name)
@@ -112,8 +120,10 @@ class Preparation:
     def forget(self, name: str) -> None:
         """Release a model."""
         self._weights.pop(name, None)
-        if name in self._graphs:
-            self._graphs.pop(name).release()
+        for graphs in self._recorded_of(name):
+            graphs.release()
+        self._graphs.pop(name, None)
+        self._autoencoders.pop(name, None)
         self._first_calls = deque(one for one in self._first_calls if one[0] != name)
         self._forwards = {key: one for key, one in self._forwards.items() if key[0] != name}
         self._defaults = {key for key in self._defaults if key[0] != name}
@@ -121,11 +131,11 @@ class Preparation:
     @property
     def recorded_bytes(self) -> int:
         """Bytes of memory that recordings hold; safe from any thread."""
-        return sum(graphs.nbytes for graphs in list(self._graphs.values()))
+        return sum(graphs.nbytes for graphs in self._recorded())
 
     def release(self) -> bool:
         """Free the memory of all recordings, as memory is short; return whether there was any."""
-        released = [graphs.release() for graphs in self._graphs.values()]
+        released = [graphs.release() for graphs in self._recorded()]
         return any(released)
 
     def next(self, most: int | None = None) -> Callable[[], object] | None:
@@ -141,7 +151,7 @@ class Preparation:
         waiting.sort(key=lambda one: one.sizes.wanted[0])
         if waiting and waiting[0].wants(AT_START):
             return waiting[0].prepare
-        recorded = [one for one in self._graphs.values() if one.wanted and most is None]
+        recorded = [one for one in self._recorded() if one.wanted and most is None]
         if recorded:
             return recorded[0].record
         return waiting[0].prepare if waiting else None
@@ -152,10 +162,22 @@ class Preparation:
         Args:
             most_s: maximum seconds that it may take.
         """
-        for graphs in self._graphs.values():
+        for graphs in self._recorded():
             if graphs.due(most_s):
                 return lambda: graphs.record_piece(most_s)
         return None
+
+    def _recorded(self) -> Iterator[Graphs]:
+        """What is recorded of all models; safe from any thread."""
+        for name in list(self._autoencoders):
+            yield from self._recorded_of(name)
+
+    def _recorded_of(self, name: str) -> Iterator[Graphs]:
+        """What is recorded of a model: of its denoiser first, which most calls are of."""
+        if (graphs := self._graphs.get(name)) is not None:
+            yield graphs
+        if (autoencoder := self._autoencoders.get(name)) is not None:
+            yield from autoencoder.graphs
 
     def _room(self) -> float:
         return self._most_bytes - sum(self._weights.values()) - self.recorded_bytes

@@ -10,11 +10,10 @@ import torch
 
 from server.engine.cost_model import TickCost, measured
 from server.engine.rehearsal import Rehearsal
-from server.engine.tick.decode import DECODED_AT_ONCE, PIXELS_AT_ONCE
 from server.engine.tick.preview import fit_preview
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Iterable, Mapping
 
     from torch import Tensor
 
@@ -84,26 +83,6 @@ def fewest_rows(models: Iterable[Warmth]) -> int:
     measured may not fit into memory.
     """
     return min(one.cost.rows_at(DETERMINISTIC_THROUGHPUT, one.most_rows) for one in models)
-
-
-def first_calls(model: HostedModel) -> Iterator[Callable[[], object]]:
-    """Calls of a model's autoencoder at the numbers of pictures that occur in ticks.
-
-    Each should be made once in the thread that runs the ticks, since torch keeps its choices of
-    kernels per thread.
-    """
-    width, height = model.facts.default_width, model.facts.default_height
-    shape, device = model.default_shape, model.device
-
-    def decode(pictures: int) -> Tensor:
-        return model.decode(torch.zeros(pictures, *shape, device=device))
-
-    def encode(pictures: int) -> Tensor:
-        return model.encode_image(torch.zeros(pictures, 3, height, width, device=device))
-
-    for pictures in range(1, max(1, min(DECODED_AT_ONCE, PIXELS_AT_ONCE // (width * height))) + 1):
-        for call in (decode, encode):
-            yield lambda call=call, pictures=pictures: call(pictures)
 
 
 def _first_colours(model: HostedModel) -> Tensor:

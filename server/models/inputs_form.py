@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from server.models.controls.row_controls import ControlForm
     from server.models.edit_values import EditPlaces
+    from server.models.hosted import HostedModel
     from server.models.image_prompts.row_image_prompts import AlikeForm
 
 __all__ = ["Gone", "InputsForm", "form_of", "tensors_of"]
@@ -76,6 +77,23 @@ class InputsForm:
         }
         edits = set[str]() if self.edits is None else self.edits.kinds
         return ", ".join([*(name for name, some in given.items() if some), *sorted(edits)])
+
+    @property
+    def subject(self) -> str:
+        """What is called, as a log says it."""
+        return "denoiser"
+
+    def evaluate(self, model: HostedModel, tensors: Mapping[str, Tensor]) -> Tensor:
+        """See ``HostedModel.evaluate``, of inputs of this form.
+
+        Args:
+            model: whose inputs they are.
+            tensors: x, t and those of the inputs, by the names of :func:`tensors_of`.
+
+        Raises:
+            Gone: the form is no more alive.
+        """
+        return model.evaluate(tensors["x"], tensors["t"], self.inputs(tensors))
 
     def inputs(self, tensors: Mapping[str, Tensor]) -> RowInputs:
         """Rebuild inputs of this form.

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
+from server.engine.decoder_stream import on_decoder_stream
 from server.engine.fair_queue import TURN_S
 from server.engine.faults import attempt, is_out_of_memory
 from server.engine.tick.decoder_queue import DecoderQueue
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from server.engine.fair_queue import Turns
     from server.engine.state.sequence import ImageResult, Sequence
+    from server.models.hosted import HostedModel
 
 log = logging.getLogger(__name__)
 
@@ -78,6 +79,7 @@ class Decoder:
             do not depend on how many finished with it.
         give_back: function that frees memory which is not needed, and returns whether there was
             any.
+        decoder_of: function that returns what stands for ``HostedModel.decode`` of a model.
 
     Attributes:
         seconds: device time spent in decoding.
@@ -85,19 +87,25 @@ class Decoder:
     """
 
     def __init__(
-        self, device: torch.device, turns: Turns, give_back: Callable[[], bool], *, fixed: bool
+        self,
+        device: torch.device,
+        turns: Turns,
+        give_back: Callable[[], bool],
+        decoder_of: Callable[[HostedModel], Callable[[Tensor], Tensor]],
+        *,
+        fixed: bool,
     ) -> None:
         self.seconds = 0.0
         self.live_s = 0.0
         self._device = device
         self._give_back = give_back
+        self._decoder_of = decoder_of
         self._fixed = fixed
         self._turns = turns
         self._queue = DecoderQueue(turns)
         self._in_flight: deque[Decoding] = deque()
         self._undecoded: list[Sequence] = []
         self._failed: list[tuple[Sequence, Exception]] = []
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def add(self, done: list[Sequence]) -> None:
         """Take images whose slot 0 is the clean latent; some want that latent, not pixels."""
@@ -127,7 +135,7 @@ class Decoder:
         latents, self._undecoded = self._undecoded, []
         for sequence in latents:
             yield sequence, attempt(lambda one=sequence: undecoded(one), self._device)
-        if self._stream is None:
+        if self._device.type != "cuda":
             yield from self._between_ticks(idle=idle)
             return
         while self._queue and len(self._in_flight) < IN_FLIGHT:
@@ -203,9 +211,13 @@ class Decoder:
     def _decoding(self, some: list[Sequence]) -> Decoding:
         latents = self._latents(some)
         watch = Stopwatch(self._device)
-        with self._beside_the_ticks(latents):
+        decode = self._decoder_of(some[0].lane.model)
+        with on_decoder_stream(self._device):
+            if latents.is_cuda:
+                # Else the allocator would give their memory to the next tick while they are read.
+                latents.record_stream(torch.cuda.current_stream(self._device))
             with watch:
-                pictures = some[0].lane.model.decode(latents)[: len(some)]
+                pictures = decode(latents)[: len(some)]
             for i, sequence in enumerate(some):
                 task = sequence.task
                 kept = task.image if task.kept is None else task.kept
@@ -223,15 +235,6 @@ class Decoder:
         slots = [sequence.slot for sequence in some]
         filler = [slots[0]] * (DECODED_AT_ONCE - len(slots)) if self._fixed else []
         return lane.pool.columns[:, 0].index_select(0, lane.indices(slots + filler))
-
-    def _beside_the_ticks(self, latents: Tensor) -> Any:
-        """Enter the decoder's own stream, which starts once the latents are ready."""
-        if self._stream is None:
-            return nullcontext()
-        self._stream.wait_stream(torch.cuda.current_stream(self._device))
-        # Without this the allocator could give their memory to the next tick while it is read.
-        latents.record_stream(self._stream)
-        return torch.cuda.stream(self._stream)
 
     def _results(self, decoding: Decoding) -> Iterator[tuple[Sequence, ImageResult | Exception]]:
         fetched = attempt(decoding.pixels_and_finite.fetch, self._device)

@@ -55,6 +55,7 @@ class Admission:
         models: hosted models by name.
         lane_of: function that returns the lane for a task, its conditioning and the number of rows
             that it needs at once in a forward pass; makes the lane if there is none.
+        encoder_of: function that returns what stands for ``HostedModel.encode_image`` of a model.
         deterministic: whether to encode prompts and pictures at fixed batch sizes.
     """
 
@@ -62,11 +63,13 @@ class Admission:
         self,
         models: Mapping[str, HostedModel],
         lane_of: Callable[[ImageTask, list[Conditioning], int], Lane],
+        encoder_of: Callable[[HostedModel], Callable[[Tensor], Tensor]],
         *,
         deterministic: bool,
     ) -> None:
         self._models = models
         self._lane_of = lane_of
+        self._encoder_of = encoder_of
         self._deterministic = deterministic
         self._prompts: dict[str, PromptCache] = {}
         self._image_prompts: dict[str, ImagePromptCache] = {}
@@ -102,8 +105,9 @@ class Admission:
             members = list(prompts_of)
             prompts = chain.from_iterable(prompts_of.values())
             encoded = self._prompts[name].of(prompts, width, height, of_text, options)
-            kept = self._references[name]
-            encode_pictures(self._models[name], members, kept, fixed=self._deterministic)
+            model, kept = self._models[name], self._references[name]
+            encode = self._encoder_of(model)
+            encode_pictures(model, members, kept, encode, fixed=self._deterministic)
             self._image_prompts[name].encode(members)
             for sequence in members:
                 placed = attempt(

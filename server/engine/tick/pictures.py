@@ -74,6 +74,7 @@ def encode_pictures(
     model: HostedModel,
     members: list[Sequence],
     kept: MutableMapping[Tensor, Tensor],
+    encode: Callable[[Tensor], Tensor],
     *,
     fixed: bool,
 ) -> None:
@@ -87,6 +88,7 @@ def encode_pictures(
         members: images that start now.
         kept: latents of reference images of this model that were encoded before, by picture; new
             ones are added.
+        encode: what stands for ``HostedModel.encode_image``.
         fixed: whether to encode at a fixed batch size, so that a picture's bits do not depend on
             the other pictures of its batch.
 
@@ -106,7 +108,7 @@ def encode_pictures(
         alike.setdefault(picture.shape, []).append((sequence, picture))
     for of_a_size in alike.values():
         pictures = [picture for _, picture in of_a_size]
-        outcomes = encoded(pictures, model.encode_image, model.device, fixed=fixed)
+        outcomes = encoded(pictures, encode, model.device, fixed=fixed)
         for (sequence, picture), outcome in zip(of_a_size, outcomes, strict=True):
             sequence.submission.latents[id(picture)] = outcome
             refers = any(picture is one for one in sequence.task.references)

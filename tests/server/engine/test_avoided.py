@@ -229,7 +229,12 @@ def packed(model: HostedModel, tasks: Listed[ImageTask], fixed_rows: int | None)
         Sequence(one, k, None, Submission(1))  # type: ignore[arg-type]
         for k, one in enumerate(tasks)
     ]
-    admission = Admission({one.model: model for one in tasks}, lambda *_: lane, deterministic=False)
+    admission = Admission(
+        {one.model: model for one in tasks},
+        lambda *_: lane,
+        lambda one: one.encode_image,
+        deterministic=False,
+    )
     assert not [*admission.admit(sequences)]
     return weave.pack(lane, sequences)
 

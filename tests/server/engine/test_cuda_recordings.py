@@ -14,8 +14,10 @@ from embedded import MODEL_FOLDER
 from guidance.edits import ApartFrom
 from guidance.pag import PAG
 from server.engine import graphs as graphs_module
+from server.engine.autoencoder_calls import AutoencoderCalls
 from server.engine.capture import CudaRecorder
 from server.engine.cost_model import TickCost
+from server.engine.decoder_stream import on_decoder_stream
 from server.engine.engine import Engine
 from server.engine.graphs import FEW, Graphs
 from server.engine.task import ImageTask
@@ -255,3 +257,34 @@ def test_recorded_ticks_of_changed_rows_draw_the_images_of_other_ticks_to_the_bi
     for one, theirs in zip(images, expected, strict=True):
         assert np.array_equal(run(engine, [one]).pixels()[0], theirs)
     assert launched == []
+
+
+@pytest.mark.usefixtures("without_gradients")
+def test_recorded_calls_of_the_autoencoder_give_its_bits_beside_recorded_forwards(
+    on_gpu: HostedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(graphs_module, "PAYS", 1e9)
+    calls = AutoencoderCalls(on_gpu, lambda model: CudaRecorder(model.device))
+    for call in calls.first_calls():
+        call()
+    for graphs in calls.graphs:
+        while graphs.wanted:
+            graphs.record()
+    assert [graphs.rows for graphs in calls.graphs] == [[1, 2, 3, 4]] * 2
+    x, t, inputs = given(on_gpu, 3, 0)
+    forwards = record(on_gpu, (x, t, inputs))
+    expected = on_gpu.evaluate(x, t, inputs)
+    facts = on_gpu.facts
+    for pictures in (3, 1, 4, 2):
+        pixels = torch.randn(pictures, 3, facts.default_height, facts.default_width, device="cuda")
+        latents = calls.encode(pixels)
+        assert torch.equal(latents, on_gpu.encode_image(pixels))
+        plain = on_gpu.decode(latents)
+        torch.cuda.synchronize()
+        for _ in range(10):
+            with on_decoder_stream(on_gpu.device):
+                drawn = calls.decode(latents)
+            beside = forwards.evaluate(x, t, inputs, TickCost({1: 1.0}))
+            torch.cuda.synchronize()
+            assert torch.equal(drawn, plain)
+            assert torch.equal(beside, expected)

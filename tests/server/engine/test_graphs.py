@@ -362,8 +362,8 @@ def test_weights_and_recordings_take_no_more_than_is_allowed_together() -> None:
             return {"unet": nn.Linear(250, 1, bias=False)}
 
     model = Weighty()
-    tape = Tape(model)
-    preparation = Preparation(lambda _: tape, most_bytes=1000 + 1999)
+    recorders = iter([Tape(model) for _ in range(3)])
+    preparation = Preparation(lambda _: next(recorders), most_bytes=1000 + 1999)
     forwards = preparation.add(model, SHAPE, TickCost({1: 0.002}), 16)
     for rows in (1, 2):
         forwards.evaluate(*forward(model, rows), most=16)
@@ -507,4 +507,4 @@ def test_forwards_of_a_network_whose_blocks_come_and_go_are_not_recorded() -> No
         model = Toy(name=placement.offload)
         model.placement = placement
         preparation.add(model, SHAPE, TickCost({1: 0.01}), 8)
-    assert asked == ["text"]
+    assert set(asked) == {"text"}

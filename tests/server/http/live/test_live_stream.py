@@ -308,9 +308,9 @@ def test_streams_of_different_settings_share_forwards_and_calls_of_the_encoder(
 ) -> None:
     encoded: list[int] = []
 
-    def counting(model: HostedModel, members: list[Sequence], kept: Any, *, fixed: bool) -> None:
+    def counting(model: HostedModel, members: list[Sequence], *given: Any, fixed: bool) -> None:
         encoded.append(len(members))
-        encode_pictures(model, members, kept, fixed=fixed)
+        encode_pictures(model, members, *given, fixed=fixed)
 
     monkeypatch.setattr(newcomers, "encode_pictures", counting)
     ticks = running.app.state.service.engine.measurements.rows_per_tick

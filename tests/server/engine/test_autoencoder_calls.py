@@ -1,0 +1,209 @@
+"""Calls of an autoencoder that are recorded, and give the bits of the call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from time import monotonic, sleep
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from embedded import MODEL_FOLDER
+from server.engine.autoencoder_calls import AutoencoderCalls
+from server.engine.engine import Engine
+from server.engine.preparation import Preparation
+from server.engine.scheduler import Priority
+from server.engine.tick.decode import DECODED_AT_ONCE, PIXELS_AT_ONCE
+from server.models.hosted import HostedModel
+from server.models.loading import load_model
+from tests.server.by_hand import task
+from tests.server.engine.operation_tape import OperationTape, Repeated
+from tests.server.toy_model import SIDE, Toy, run, started
+
+
+@pytest.fixture(autouse=True)
+def kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Recordings, whatever time they save, as a CPU saves none."""
+    monkeypatch.setattr("server.engine.graphs.PAYS", 1e9)
+
+
+@pytest.fixture(scope="module")
+def model() -> HostedModel:
+    return load_model(MODEL_FOLDER, name="embedded", device="cpu", dtype="float32")
+
+
+class Tapes:
+    """Makes a recorder for each that asks, and keeps them."""
+
+    def __init__(self) -> None:
+        self.made: list[OperationTape] = []
+
+    def __call__(self, model: HostedModel) -> OperationTape:
+        self.made.append(OperationTape())
+        return self.made[-1]
+
+    @property
+    def calls(self) -> list[int]:
+        """Replays of all recordings of each."""
+        return [sum(one.calls for one in tape.made) for tape in self.made]
+
+
+class Watched(Toy):
+    """Counts the pictures of each call of its autoencoder."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoded: list[int] = []
+        self.decoded: list[int] = []
+
+    def encode_image(self, pixels: Tensor) -> Tensor:
+        self.encoded.append(len(pixels))
+        return super().encode_image(pixels)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        self.decoded.append(len(latents))
+        return super().decode(latents)
+
+
+def noise(seed: int, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def record(calls: AutoencoderCalls) -> None:
+    for graphs in calls.graphs:
+        while graphs.wanted:
+            graphs.record()
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("pictures", [1, 3])
+def test_recorded_calls_of_the_embedded_autoencoder_give_its_bits(
+    model: HostedModel, pictures: int
+) -> None:
+    tapes = Tapes()
+    calls = AutoencoderCalls(model, tapes)
+    shape = model.latent_shape(64, 64)
+    halves: list[tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor], tuple[int, ...]]] = [
+        (calls.encode, model.encode_image, (pictures, 3, 64, 64)),
+        (calls.decode, model.decode, (pictures, *shape)),
+    ]
+    for ours, _, size in halves:
+        ours(noise(1, *size))
+    record(calls)
+    before = tapes.calls
+    for ours, plain, size in halves:
+        for seed in (2, 3):
+            assert torch.equal(ours(noise(seed, *size)), plain(noise(seed, *size)))
+    assert [now - then for now, then in zip(tapes.calls, before, strict=True)] == [2, 2]
+
+
+@torch.inference_mode()
+def test_calls_of_the_first_numbers_of_pictures_are_recorded_after_their_first_call() -> None:
+    calls = AutoencoderCalls(Watched(), Tapes())
+    for call in calls.first_calls():
+        call()
+    record(calls)
+    assert [graphs.rows for graphs in calls.graphs] == [[*range(1, DECODED_AT_ONCE + 1)]] * 2
+
+
+@torch.inference_mode()
+def test_rounding_alone_keeps_an_autoencoder_from_being_replayed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    replay = Repeated.__call__
+    monkeypatch.setattr(Repeated, "__call__", lambda *given: replay(*given) + 1e-6)
+    calls = AutoencoderCalls(Watched(), Tapes())
+    for call in calls.first_calls():
+        call()
+    record(calls)
+    assert [graphs.rows for graphs in calls.graphs] == [[], []]
+
+
+@torch.inference_mode()
+def test_calls_that_keep_a_gpu_busy_by_themselves_are_not_recorded() -> None:
+    model = Watched()
+    calls = AutoencoderCalls(model, Tapes())
+    side = int(PIXELS_AT_ONCE**0.5)
+    for sides in ((side, side), (side + 8, side)):
+        calls.encode(torch.zeros(1, 3, *sides))
+        calls.decode(torch.zeros(1, *model.latent_shape(*sides)))
+    record(calls)
+    asked = len(model.encoded), len(model.decoded)
+    calls.encode(torch.zeros(1, 3, side, side))
+    calls.decode(torch.zeros(1, *model.latent_shape(side, side)))
+    assert (len(model.encoded), len(model.decoded)) == asked
+    calls.encode(torch.zeros(1, 3, side + 8, side))
+    calls.decode(torch.zeros(1, *model.latent_shape(side + 8, side)))
+    assert (len(model.encoded), len(model.decoded)) == (asked[0] + 1, asked[1] + 1)
+
+
+@torch.inference_mode()
+def test_a_call_is_recorded_between_ticks_only_once_it_is_known_how_long_it_takes() -> None:
+    calls = AutoencoderCalls(Watched(), Tapes())
+    [encoder, _] = calls.graphs
+    for seed in range(100):
+        calls.encode(noise(seed, 1, 3, 64, 64))
+    assert not encoder.due(1e9)
+    for call in calls.first_calls():
+        call()
+    assert encoder.due(1e9)
+    assert not encoder.due(0.0)
+
+
+def engine_of(
+    model: Toy, tapes: Callable[[HostedModel], OperationTape], monkeypatch: pytest.MonkeyPatch
+) -> Engine:
+    preparation = Preparation(tapes)
+    monkeypatch.setattr("server.engine.idle_work.QUIET_S", 0.01)
+    monkeypatch.setattr("server.engine.idle_work.Preparation", lambda *_, **__: preparation)
+    engine = started(model, 4, prepares=True)
+    until = monotonic() + 20
+    while not engine.settled:
+        assert monotonic() < until
+        sleep(0.01)
+    return engine
+
+
+def test_frames_are_encoded_and_decoded_from_recordings_with_the_same_bits(monkeypatch) -> None:
+    tasks = [
+        task(seed=seed, steps=2, image=noise(seed, 3, SIDE, SIDE), priority=Priority.LIVE)
+        for seed in range(3)
+    ]
+    plain = started(Toy(), 4)
+    expected = [run(plain, [one]).results[0].pixels for one in tasks]
+    plain.stop(0)
+    model, tapes = Watched(), Tapes()
+    engine = engine_of(model, tapes, monkeypatch)
+    model.encoded, model.decoded = [], []
+    drawn = [run(engine, [one]).results[0].pixels for one in tasks]
+    assert all(np.array_equal(a, b) for a, b in zip(drawn, expected, strict=True))
+    engine.stop(0)
+    assert (model.encoded, model.decoded) == ([], [])
+
+
+def test_a_model_that_leaves_takes_the_recordings_of_its_autoencoder_along(monkeypatch) -> None:
+    tapes = Tapes()
+    engine = engine_of(Watched(), tapes, monkeypatch)
+    assert engine.recorded_bytes == sum(tape.nbytes for tape in tapes.made)
+    assert len(tapes.made) == 3, "the denoiser and both halves have memory of their own"
+    assert all(tape.nbytes for tape in tapes.made)
+    assert engine.remove_model("toy")
+    engine.stop(0)
+    assert not any(tape.nbytes for tape in tapes.made)
+
+
+def test_an_encoder_without_room_keeps_nothing_else_from_being_recorded(monkeypatch) -> None:
+    class Full(OperationTape):
+        def fits(self, forward: Callable[[], Tensor], room: float) -> bool:
+            return False
+
+    model = Watched()
+    tapes = iter((OperationTape(), Full(), OperationTape()))
+    engine = engine_of(model, lambda _: next(tapes), monkeypatch)
+    model.encoded, model.decoded = [], []
+    assert engine.prepared(model).recorded
+    run(engine, [task(steps=2, image=noise(0, 3, SIDE, SIDE))])
+    engine.stop(0)
+    assert (model.encoded, model.decoded) == ([1], [])
