@@ -1,8 +1,8 @@
-"""The command `weft`: `server.cli`, once it is sure that Weft's packages are its own.
+"""The command `weft`: runs `server.cli` after a check that Weft's packages are its own.
 
-Weft installs packages with common names, and other distributions have packages of the same names:
-`guidance` is one on the package index. In one environment they overwrite or hide each other, and
-what fails then names neither. This module's name is Weft's alone, so it can tell.
+Weft installs packages with common names that other distributions use too: `guidance` is also a
+distribution on the package index. In one environment they overwrite or hide each other, and the
+resulting errors name neither. This module's name is unique to Weft, so it can check.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ HOME: Final = Path(__file__).resolve().parent
 
 
 def main() -> None:
-    """Run the command line, or say with which distribution Weft cannot share an environment."""
+    """Run the command line, or exit with the reason why Weft's packages cannot be used."""
     if refusal := clash():
         sys.exit(f"weft: {refusal}")
     from server.cli import main as command
@@ -28,10 +28,11 @@ def main() -> None:
 
 
 def clash() -> str | None:
-    """Why a package of Weft cannot be used here: another distribution has one of its name.
+    """Find a package of Weft that another distribution replaces or hides.
 
     Returns:
-        A sentence that names both, or None if all packages are Weft's own.
+        A sentence that names the package and the distribution, if known, or None if all packages
+        are Weft's own.
     """
     for name in PACKAGES:
         folder = _imported_from(name)
@@ -48,7 +49,8 @@ def clash() -> str | None:
                 f"{f', which belongs to the distribution {owner}' if owner else ''}, and not from "
                 f"Weft's own {HOME / name}. Install Weft into an environment of its own."
             )
-        # Reading what every distribution has installed takes as long as the rest of the start.
+        # Checked first, since reading the records of all distributions takes as long as the rest of
+        # the start-up.
         if _looks_strange(name) and (owner := _owner_of(name)):
             return (
                 f"the distribution {owner} and Weft have both installed a package `{name}` into "
@@ -59,13 +61,13 @@ def clash() -> str | None:
 
 
 def _imported_from(name: str) -> Path | None:
-    """The folder of a package, without importing it; None if there is none."""
+    """Return the folder of a package without importing it; None if there is none."""
     spec = find_spec(name)
     return Path(spec.origin).resolve().parent if spec is not None and spec.origin else None
 
 
 def _looks_strange(name: str) -> bool:
-    """Whether a package is not as the wheel had it; never so in a checkout, which has no list."""
+    """Return whether a package differs from the wheel's; False in a checkout, which has no list."""
     for record in HOME.glob("weft-*.dist-info/RECORD"):
         rows = (line.split(",") for line in record.read_text("utf-8").splitlines())
         hashes = {row[0]: row[1] for row in rows if row[0].startswith(f"{name}/")}
@@ -80,7 +82,7 @@ def _looks_strange(name: str) -> bool:
 
 
 def _owner_of(name: str) -> str | None:
-    """The other distribution that has installed a package of that name, with its version."""
+    """Return the other distribution that installed a package of that name, with its version."""
     from importlib.metadata import distributions
 
     for one in distributions():

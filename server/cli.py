@@ -564,7 +564,7 @@ def _table(title: str, entries: Sequence[Entry]) -> Table:
 
 
 def _settings(**given: Any) -> Settings:
-    """Settings from the environment and the options; options that were not given are None."""
+    """Return the settings from the environment and the options; options not given are None."""
     from pydantic import ValidationError
     from pydantic_settings import SettingsError
 
@@ -638,7 +638,7 @@ def _with_bar(settings: Settings, request: GenerateRequest) -> Pictures:
 
 @contextmanager
 def _refusals() -> Generator[None]:
-    """If something is refused, print the sentence that says why, and end the process."""
+    """Print the message of a refusal within the `with` block, and end the process."""
     from server.errors import WeftError
 
     try:

@@ -645,7 +645,7 @@ class Settings(BaseSettings):
         return _paths(self.denoisers).get(model)
 
     def unknown_models(self, models: Collection[str]) -> list[tuple[str, str]]:
-        """Fields `quantize`, `vaes` and `denoisers` with names in them that no model has."""
+        """Names in `quantize`, `vaes` and `denoisers` that no model has, each with its field."""
         named = {
             "quantize": self._quantizations(),
             "vaes": _paths(self.vaes),
@@ -664,7 +664,7 @@ class Settings(BaseSettings):
         return {name: kind for name, _, kind in parts}
 
     def model_folders(self, embedded: Mapping[str, Path]) -> dict[str, Path | HubModel]:
-        """Folder, or model of the hub, of each hosted model by name; the first is the default.
+        """Folder or hub model of each hosted model by name; the first is the default.
 
         Args:
             embedded: folders of the embedded models, which are hosted if no others are given.
@@ -678,7 +678,7 @@ class Settings(BaseSettings):
         return folders or dict(embedded)
 
     def named_folders(self) -> dict[str, Path | HubModel]:
-        """Folder, or model of the hub, of each model in `models`, by name.
+        """Folder or hub model of each model in `models`, by name.
 
         Raises:
             ValueError: two models have one name.
@@ -696,10 +696,10 @@ class Settings(BaseSettings):
         return folders
 
     def found_folders(self) -> list[Path]:
-        """The model folders in `models_folder` at present, in order of their names.
+        """The model folders that are in `models_folder` now, in order of their names.
 
         Raises:
-            ValueError: it is not a folder.
+            ValueError: `models_folder` is not a folder.
         """
         if self.models_folder is None:
             return []

@@ -1,4 +1,4 @@
-"""The field `adapters` of a request: which LoRAs, and how strongly each."""
+"""The field `adapters` of a request: LoRAs and their weights."""
 
 from __future__ import annotations
 
@@ -64,15 +64,15 @@ AdapterChoices: TypeAlias = Annotated[
         }
     ),
 ]
-"""Adapters by name or as objects, in the order in which their changes are added."""
+"""Adapters by name or as objects, in the order in which they are added."""
 
 
 def check_adapters(chosen: Sequence[WeightedName], model: HostedModel) -> tuple[AdapterFile, ...]:
-    """The files of a request's adapters.
+    """Return the files of a request's adapters.
 
     Raises:
-        InvalidRequest: one is named twice, or is none of the model's adapters, or they can never be
-            in memory at once.
+        InvalidRequest: an adapter is named twice or does not belong to the model, or they can never
+            be in memory at once.
     """
     files: list[AdapterFile] = []
     for place, one in enumerate(chosen):
@@ -93,11 +93,11 @@ def check_adapters(chosen: Sequence[WeightedName], model: HostedModel) -> tuple[
 
 
 def load_adapters(chosen: Sequence[WeightedName], model: HostedModel) -> tuple[Weighted, ...]:
-    """The adapters of a checked request, loaded.
+    """Load the adapters of a checked request.
 
     Raises:
         InvalidRequest: a file was changed or removed after the check.
-        Overloaded: the adapters of requests under way leave no room.
+        Overloaded: the adapters of running requests leave no room.
     """
     loaded: list[Weighted] = []
     for place, one in enumerate(chosen):

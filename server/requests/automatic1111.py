@@ -1,4 +1,4 @@
-"""AUTOMATIC1111's requests for images, as requests of our own."""
+"""Translation of AUTOMATIC1111's image requests into Weft's own."""
 
 from __future__ import annotations
 
@@ -50,19 +50,19 @@ _NEUTRAL: Final[Mapping[str, tuple[Any, ...]]] = {
     "resize_mode": tuple(range(len(RESIZE_MODES))),
     "initial_noise_multiplier": (1,),
 }
-"""Fields that nothing here corresponds to, and their values that ask for nothing."""
+"""Fields without an equivalent here, and their neutral values."""
 
 _CHURN: Final = tuple(CHURN.values())
-"""Fields that act with a sampler that has churn."""
+"""Fields that take effect with a sampler that has churn."""
 
 _OF_PICTURES: Final = {"enable_hr": (False,)}
-"""Likewise, of requests that start from an image."""
+"""Fields without an equivalent in requests that start from an image, and their neutral values."""
 
 _SETTINGS: Final = {"sd_vae": "Automatic"}
-"""Settings of `override_settings` that ask for nothing."""
+"""Neutral values of `override_settings`."""
 
 _CLIP_SKIP: Final = "CLIP_stop_at_last_layers"
-"""What the setting behind "Clip skip" is called there."""
+"""AUTOMATIC1111's name for the setting behind "Clip skip"."""
 
 MASK_CONTENTS: Final[tuple[MaskContent, ...]] = (
     "fill",
@@ -70,7 +70,7 @@ MASK_CONTENTS: Final[tuple[MaskContent, ...]] = (
     "latent_noise",
     "latent_nothing",
 )
-"""What its values of `inpainting_fill` mean, from 0."""
+"""Meanings of the values of `inpainting_fill`, from 0."""
 
 _OF_INFOTEXT: Final[Mapping[str, str]] = {
     "prompt": "Prompt",
@@ -95,8 +95,8 @@ _OF_INFOTEXT: Final[Mapping[str, str]] = {
 class Txt2Img(HiresFields):
     """A request of AUTOMATIC1111's `POST /sdapi/v1/txt2img`; unknown fields are ignored.
 
-    Fields without a description have no effect. Those that would change the image are named in
-    `warnings` of the answer's `info`.
+    Fields without a description have no effect. Those that would change the image are listed in
+    `warnings` of the response's `info`.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
@@ -187,7 +187,7 @@ class Txt2Img(HiresFields):
     @model_validator(mode="before")
     @classmethod
     def _fill_in(cls, data: Any) -> Any:
-        """Leave out what is null, and take from the infotext what is left out."""
+        """Drop fields that are null, and take missing fields from the infotext."""
         if not isinstance(data, dict):
             return data
         given = {name: value for name, value in data.items() if value is not None}
@@ -198,12 +198,12 @@ class Txt2Img(HiresFields):
         return given
 
     def picture(self) -> dict[str, Any]:
-        """Fields of our own about the image to start from."""
+        """Return the fields of Weft's request about the image to start from."""
         return {}
 
     @property
     def padding(self) -> int | None:
-        """Pixels around a mask, if its region alone is drawn."""
+        """Pixels around the mask, if only its region is drawn; otherwise None."""
         return None
 
 
@@ -262,7 +262,7 @@ class Img2Img(Txt2Img):
         image: dict[str, Any] = {
             "image": self.init_images,
             "strength": min(1.0, max(strength, LEAST_STEPS / (self.steps or DEFAULT_STEPS))),
-            # The one beyond them stretches the latent.
+            # Mode 3 stretches the latent.
             "resize_mode": dict(enumerate(RESIZE_MODES)).get(self.resize_mode, "stretch"),
         }
         if self.mask is None:
@@ -279,14 +279,14 @@ class Img2Img(Txt2Img):
 
 @dataclass(frozen=True, slots=True)
 class Translated:
-    """A request, and what its answer says beside it.
+    """A translated request, with data for its response.
 
     Attributes:
-        request: of our own.
-        sampler_name: as it was asked for; empty for the model's own.
+        request: request in Weft's own format.
+        sampler_name: sampler name as sent; empty for the model's own.
         size: width and height that are drawn.
-        padding: pixels around the mask, if its region alone is drawn.
-        ignored: one sentence for each thing that has no effect.
+        padding: pixels around the mask, if only its region is drawn.
+        ignored: one sentence that lists what has no effect, if anything.
     """
 
     request: GenerateRequest
@@ -306,21 +306,21 @@ def translated(
     controls: Collection[str] | None = (),
     image_prompts: Collection[str] | None = (),
 ) -> Translated:
-    """The request of our own that a request of AUTOMATIC1111 stands for.
+    """Translate a request of AUTOMATIC1111 into Weft's own format.
 
     Args:
-        body: as sent.
-        model: that its settings name; None for the default.
+        body: request as sent.
+        model: name of the model chosen by its settings; None for the default.
         adapters: names of the model's adapters; None if the model is not loaded yet.
-        multiple: pixels of which the model draws whole multiples; AUTOMATIC1111 leaves out what a
-            size has beyond them.
-        size: the model's own width and height.
+        multiple: multiple of pixels that the model needs for width and height; sizes are rounded
+            down to it, as in AUTOMATIC1111.
+        size: default width and height of the model.
         embeddings: names of the model's embeddings; None if the model is not loaded yet.
-        controls: likewise of its ControlNets.
-        image_prompts: likewise of its IP-Adapters.
+        controls: names of the model's ControlNets; None if the model is not loaded yet.
+        image_prompts: names of the model's IP-Adapters; None if the model is not loaded yet.
 
     Raises:
-        InvalidRequest: a value that no request may have.
+        InvalidRequest: a value is invalid.
     """
     tags, negative = read_tags(body.prompt), read_tags(body.negative_prompt)
     parts = split_prompt(tags.prompt)
@@ -348,7 +348,7 @@ def translated(
         **_start_noise(body, multiple),
         "n": body.batch_size * body.n_iter,
         "adapters": [{"name": name, "weight": weight} for name, weight in loras.items()],
-        # For the previews of `GET /sdapi/v1/progress`, and for what an interruption leaves.
+        # For the previews of `GET /sdapi/v1/progress` and for the images after an interruption.
         "stream": True,
         **_sampler(body, sampler, spacing),
         **(composed_of(parts, body.cfg_scale) if len(parts) > 1 else _guidance(body)),
@@ -376,7 +376,7 @@ def translated(
 
 
 def _second_run(body: Txt2Img, size: tuple[int, int], multiple: int) -> dict[str, Any]:
-    """The field `hires`, for requests that start from noise; AUTOMATIC1111 has it for these."""
+    """Return the field `hires`, for requests that start from noise, as in AUTOMATIC1111."""
     if not _enlarges(body):
         return {}
     return hires(body, size, body.steps, body.denoising_strength, multiple)
@@ -387,21 +387,21 @@ def _enlarges(body: Txt2Img) -> bool:
 
 
 def _syntax(texts: Sequence[str], embeddings: Collection[str] | None) -> str | None:
-    """The syntax of prompts, where they may be more than plain text of one chunk."""
+    """Return the prompt syntax, if prompts may be more than plain text of one chunk."""
     if embeddings is None or any(is_weighted(text) or is_long(text) for text in texts):
         return "automatic1111"
-    # A short word may stand for many vectors.
+    # The name of an embedding, even a short one, may stand for many vectors.
     return "automatic1111" if any(named(text, embeddings) for text in texts) else None
 
 
 def _clip_skip(body: Txt2Img) -> int | None:
-    """The layer that is asked for; None for the model's own, which 1 is there for all models."""
+    """Return the requested layer; None for the model's own, which is 1 there for every model."""
     skip = body.override_settings.get(_CLIP_SKIP) or body.clip_skip
     return None if skip in (0, 1) else skip
 
 
 def _start_noise(body: Txt2Img, multiple: int) -> dict[str, Any]:
-    """The fields `variation` and `noise_size`."""
+    """Return the fields `variation` and `noise_size`."""
     fields: dict[str, Any] = {}
     if body.subseed_strength:
         seed = None if body.subseed < 0 else body.subseed % MAX_SEED
@@ -418,10 +418,10 @@ def _side(pixels: int | None, multiple: int) -> int | None:
 
 
 def _chosen(name: str, schedule: str | None) -> tuple[Sampler | None, Spacing | None]:
-    """The sampler and spacing that are named; none for the model's own.
+    """Return the named sampler and spacing; None for the model's own.
 
     Raises:
-        InvalidRequest: no such sampler or schedule type is here.
+        InvalidRequest: the sampler or schedule type is unknown or unsupported.
     """
     if not name:
         return None, None
@@ -432,12 +432,12 @@ def _chosen(name: str, schedule: str | None) -> tuple[Sampler | None, Spacing | 
 
 
 def _sampler(body: Txt2Img, sampler: Sampler | None, spacing: Spacing | None) -> dict[str, Any]:
-    """The fields `sampler` and `spacing`."""
+    """Return the fields `sampler` and `spacing`."""
     if sampler is None:
         return {}
     fields = fields_of(sampler)
     if isinstance(sampler, FittedSampler):
-        # A client can say no more than the name, and has few scales whose statistics there are.
+        # Clients can send only the name, and statistics exist for few guidance scales.
         fields["statistics"] = "nearest"
     if body.eta is not None and _takes_eta(sampler):
         fields["eta"] = body.eta
@@ -448,17 +448,17 @@ def _sampler(body: Txt2Img, sampler: Sampler | None, spacing: Spacing | None) ->
 
 
 def _takes_eta(sampler: Sampler) -> bool:
-    """Whether AUTOMATIC1111's sampler does: those that add noise, and DDIM."""
+    """Return whether AUTOMATIC1111's sampler takes eta: those that add noise, and DDIM."""
     return sampler.name == "ddim" or getattr(sampler, "eta", 0) > 0
 
 
 def _takes_churn(sampler: Sampler | None) -> bool:
-    """Whether AUTOMATIC1111's sampler does: Euler, Heun and DPM2, but not "DPM2 a"."""
+    """Return whether AUTOMATIC1111's sampler has churn: Euler, Heun and DPM2, but not "DPM2 a"."""
     return hasattr(sampler, "s_churn") and not getattr(sampler, "eta", 0)
 
 
 def _guidance(body: Txt2Img) -> dict[str, Any]:
-    """The field `guidance`, for models that are not distilled for guidance of their own."""
+    """Return the field `guidance`, for models that are not distilled for guidance of their own."""
     if body.cfg_scale is None:
         return {}
     scale = body.cfg_scale
@@ -466,7 +466,7 @@ def _guidance(body: Txt2Img) -> dict[str, Any]:
 
 
 def _without_effect(body: Txt2Img, sampler: Sampler | None) -> list[str]:
-    """Names of the fields that ask for something that nothing here corresponds to."""
+    """Return the names of set fields that have no equivalent here."""
     acting = _CHURN if _takes_churn(sampler) else ()
     names = [
         name

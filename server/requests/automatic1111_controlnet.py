@@ -1,7 +1,7 @@
-"""Units of AUTOMATIC1111's extension for ControlNets, as `controls` and `image_prompts`.
+"""Translation of units of AUTOMATIC1111's ControlNet extension into `controls` and `image_prompts`.
 
-https://github.com/Mikubill/sd-webui-controlnet (internal_controlnet/args.py), whose API Forge has
-too. Clients send units as arguments of the script `controlnet`.
+The extension is https://github.com/Mikubill/sd-webui-controlnet (internal_controlnet/args.py);
+Forge has the same API. Clients send units as arguments of the script `controlnet`.
 """
 
 from __future__ import annotations
@@ -45,18 +45,18 @@ MODULES: Final[Mapping[str, tuple[str, ...]]] = {
         "clip-vit-bigg (ipadapter)",
     ),
 }
-"""The preprocessors that there are here, and their names in the extension and in Forge. Those of
-IP-Adapters name an image encoder, of which each adapter has its own here."""
+"""Supported preprocessors, with their names in the extension and in Forge. Those for IP-Adapters
+name an image encoder; here each adapter has its own."""
 
 _SUFFIX: Final = re.compile(r" \[[0-9a-fA-F]+\]$")
-"""The hash that the extension writes after the name of a model."""
+"""Hash that the extension appends to the name of a model."""
 
 _OTHER_NAMES: Final = {
     "input_image": "image",
     "guidance": "guidance_end",
     "mask_image": "mask",
 }
-"""Earlier names of fields, and those of Forge."""
+"""Names of fields in earlier versions and in Forge."""
 
 _OTHER_LABELS: Final = {
     "Inner Fit (Scale to Fit)": "Crop and Resize",
@@ -64,7 +64,7 @@ _OTHER_LABELS: Final = {
     "Outer Fit (Shrink to Fit)": "Resize and Fill",
     "Envelope (Outer Fit)": "Resize and Fill",
 }
-"""Earlier names of resize modes."""
+"""Names of resize modes in earlier versions."""
 
 _NEUTRAL: Final[Mapping[str, tuple[Any, ...]]] = {
     "hr_option": ("Both", "HiResFixOption.BOTH", 0),
@@ -75,21 +75,22 @@ _NEUTRAL: Final[Mapping[str, tuple[Any, ...]]] = {
     "advanced_weighting": (False,),
     "ipadapter_input": (False,),
 }
-"""Fields of a unit that nothing here corresponds to, and their values that ask for nothing."""
+"""Fields of a unit without an equivalent here, and their neutral values."""
 
 _OF_CONTROLS: Final = ("effective_region_mask",)
-"""Those of units with a ControlNet alone: the region of an IP-Adapter is here."""
+"""Fields without an equivalent only in units with a ControlNet: IP-Adapters have a region here
+too."""
 
 _LARGE: Final = ("mask", "advanced_weighting", "ipadapter_input")
-"""Those that may be large, of which only it counts whether they are there."""
+"""Fields that may be large and of which only the presence counts."""
 
 
 _OFF: Final = ("", "0", "f", "false", "n", "no", "none", "off")
-"""Texts of a switch that is off."""
+"""Texts that mean that a switch is off."""
 
 
 def _mode_of(value: Any) -> Any:
-    """A resize mode of ours, by its label or number there."""
+    """Return Weft's resize mode for a label or number of the extension."""
     labels = tuple(RESIZE_LABELS.values())
     label = _OTHER_LABELS.get(value, value) if isinstance(value, str) else value
     for number, (mode, own) in enumerate(RESIZE_LABELS.items()):
@@ -99,7 +100,7 @@ def _mode_of(value: Any) -> Any:
 
 
 def _precedence_of(value: Any) -> Precedence | None:
-    """What counts for more, by the label or number of a control mode there."""
+    """Return the precedence for a label or number of a control mode of the extension."""
     for number, (precedence, label) in enumerate(PRECEDENCE_LABELS.items()):
         if value == label or (type(value) in (int, str) and str(value) == str(number)):
             return precedence
@@ -107,7 +108,7 @@ def _precedence_of(value: Any) -> Precedence | None:
 
 
 class ControlNetUnit(BaseModel):
-    """A unit of the extension that is switched on; unknown fields are ignored."""
+    """An enabled unit of the extension; unknown fields are ignored."""
 
     model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
 
@@ -152,7 +153,7 @@ class ControlNetUnit(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _fill_in(cls, data: Any) -> Any:
-        """Leave out what is null."""
+        """Drop fields that are null."""
         if not isinstance(data, dict):
             return data
         return {name: value for name, value in data.items() if value is not None}
@@ -168,20 +169,20 @@ class ControlNetUnit(BaseModel):
 
 
 def is_controlnet(script: Any) -> bool:
-    """Whether a script is the extension, by its name."""
+    """Return whether a script is the extension, by its name."""
     return str(script).casefold() == "controlnet"
 
 
 def units_in(scripts: Any) -> list[dict[str, Any]]:
-    """The units that are switched on, without what of them may be large and is not looked at.
+    """Return the enabled units, without large fields that are not used.
 
-    A unit that does not say whether it is acts, as in Forge and earlier versions.
+    A unit without the field `enabled` is enabled, as in Forge and earlier versions.
 
     Args:
         scripts: `alwayson_scripts` as it was sent.
 
     Raises:
-        InvalidRequest: `scripts` is no object, or a unit has several pictures.
+        InvalidRequest: `scripts` is not an object, or a unit has several pictures.
     """
     if scripts and not isinstance(scripts, dict):
         raise InvalidRequest("alwayson_scripts", "alwayson_scripts must be an object.")
@@ -193,12 +194,12 @@ def units_in(scripts: Any) -> list[dict[str, Any]]:
 
 
 def _is_on(enabled: Any) -> bool:
-    """Whether a unit is, also where a client sends text, as pydantic reads it there."""
+    """Return whether a unit is enabled; texts count as pydantic reads them in the extension."""
     return str(enabled).casefold() not in _OFF
 
 
 def _narrowed(place: int, sent: Mapping[str, Any]) -> dict[str, Any]:
-    # Of two names of a field, one that is null says nothing.
+    # If a field is sent by two names, a null value of one is ignored.
     told = {name: value for name, value in sent.items() if value is not None}
     unit = {_OTHER_NAMES.get(name, name): value for name, value in told.items()}
     image = unit.get("image")
@@ -221,18 +222,18 @@ def _narrowed(place: int, sent: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def module_of(name: str) -> str | None:
-    """A preprocessor of `MODULES`, by any of its names; None if there is no such one."""
+    """Return the preprocessor of `MODULES` with a given name; None if there is none."""
     wanted = name.strip().casefold()
     return next((ours for ours, names in MODULES.items() if wanted in names), None)
 
 
 @dataclass(frozen=True, slots=True)
 class Steering:
-    """What units ask for.
+    """The translation of units.
 
     Attributes:
-        fields: `controls` and `image_prompts`, where there are any.
-        ignored: names of fields that ask for something that nothing here corresponds to.
+        fields: fields `controls` and `image_prompts`, if not empty.
+        ignored: names of set fields that have no equivalent here.
     """
 
     fields: Mapping[str, Sequence[Mapping[str, Any]]]
@@ -249,19 +250,19 @@ def steering(
     cuts: bool,
     enlarges: bool,
 ) -> Steering:
-    """What some units ask for.
+    """Translate units into fields of Weft's request.
 
     Args:
-        units: that are switched on.
-        start: the image that the request starts from, which units without one read.
-        start_mode: how it is brought to the size of the images.
+        units: enabled units.
+        start: image that the request starts from; units without an image use it.
+        start_mode: resize mode of that image.
         controls: names of the model's ControlNets; None if the model is not loaded yet.
-        image_prompts: likewise of its IP-Adapters.
-        cuts: whether the region around a mask is drawn alone.
-        enlarges: whether the images are drawn once more, larger.
+        image_prompts: names of the model's IP-Adapters; None if the model is not loaded yet.
+        cuts: whether only the region around a mask is drawn.
+        enlarges: whether the images are drawn a second time at a larger size.
 
     Raises:
-        InvalidRequest: a unit has no image, or its model or preprocessor is not here.
+        InvalidRequest: a unit has no image, or its model or preprocessor is unknown.
     """
     fields: dict[str, list[dict[str, Any]]] = {"controls": [], "image_prompts": []}
     ignored: list[str] = []
@@ -307,7 +308,7 @@ def _named(
     controls: Collection[str] | None,
     image_prompts: Collection[str] | None,
 ) -> tuple[str, bool]:
-    """The name of what a unit chooses, and whether it is an IP-Adapter.
+    """Return the name of a unit's ControlNet or IP-Adapter, and whether it is the latter.
 
     Raises:
         InvalidRequest: the model has neither a ControlNet nor an IP-Adapter of that name.
@@ -328,5 +329,5 @@ def _named(
 
 
 def _without_effect(unit: ControlNetUnit) -> list[str]:
-    """Names of the fields of a unit that ask for something that nothing here corresponds to."""
+    """Return the names of a unit's set fields that have no equivalent here."""
     return [name for name, neutral in _NEUTRAL.items() if getattr(unit, name) not in neutral]

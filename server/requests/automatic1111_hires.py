@@ -1,4 +1,4 @@
-"""AUTOMATIC1111's hires fix, as a second run of our own."""
+"""Translation of AUTOMATIC1111's hires fix into Weft's second run."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ __all__ = [
 ]
 
 UPSCALERS: Final = ("None", UPSCALER_LABELS["lanczos"])
-"""Of pixels. Both are Lanczos: AUTOMATIC1111 resizes by it where no upscaler is chosen."""
+"""Upscalers for pixels. Both are Lanczos, which AUTOMATIC1111 uses if no upscaler is chosen."""
 
 LATENT_UPSCALERS: Final = tuple(
     label for label in UPSCALER_LABELS.values() if label not in UPSCALERS
 )
-"""Of latents, its default first."""
+"""Upscalers for latents, AUTOMATIC1111's default first."""
 
 _UPSCALERS: Final[Mapping[str, Upscaler]] = {
     "None": "lanczos",
@@ -35,7 +35,7 @@ _UPSCALERS: Final[Mapping[str, Upscaler]] = {
 }
 
 LEAST_STEPS: Final = 1.001
-"""From an image one step is run at least, also by a strength of 0."""
+"""Minimum number of steps run from an image, even with a strength of 0."""
 
 DEFAULT_STRENGTH: Final = 0.75
 
@@ -47,7 +47,7 @@ _NEUTRAL: Final[Mapping[str, tuple[Any, ...]]] = {
     "hr_negative_prompt": ("",),
     "hr_cfg": (0, 1),
 }
-"""Fields of a second run that it has from the first one, and values that ask for nothing."""
+"""Fields that the second run takes from the first one here, and their neutral values."""
 
 _FIRST: Final = {
     "hr_sampler_name": "sampler_name",
@@ -100,18 +100,18 @@ def hires(
     denoising_strength: float | None,
     multiple: int,
 ) -> dict[str, Any]:
-    """The field `hires` of our own; empty without a second run.
+    """Return Weft's field `hires`; empty without a second run.
 
     Args:
-        fields: as sent.
+        fields: fields as sent.
         size: width and height of the first run.
-        steps: of the first run.
-        denoising_strength: as sent.
-        multiple: pixels of which the model draws whole multiples; AUTOMATIC1111 leaves out what a
-            size has beyond them.
+        steps: steps of the first run.
+        denoising_strength: strength as sent.
+        multiple: multiple of pixels that the model needs for width and height; sizes are rounded
+            down to it, as in AUTOMATIC1111.
 
     Raises:
-        InvalidRequest: an upscaler that is not here.
+        InvalidRequest: the upscaler is unknown.
     """
     if not fields.enable_hr:
         return {}
@@ -135,7 +135,7 @@ def hires(
 
 
 def different(fields: HiresFields) -> list[str]:
-    """Names of fields that ask for what the second run has from the first one."""
+    """Return the names of set fields that differ from the first run, whose values are used."""
     return [
         name
         for name, neutral in _NEUTRAL.items()
@@ -145,6 +145,6 @@ def different(fields: HiresFields) -> list[str]:
 
 
 def written(infotext: Mapping[str, str]) -> dict[str, str]:
-    """The fields of a second run that the text of an image names; empty if it had none."""
+    """Return the fields of a second run that an infotext contains; empty if it has none."""
     found = {ours: infotext[name] for ours, name in _OF_INFOTEXT.items() if name in infotext}
     return found | {"enable_hr": "true"} if found else {}

@@ -1,6 +1,6 @@
-"""Names of samplers and schedule types as AUTOMATIC1111's clients mean and list them.
+"""Names of samplers and schedule types as AUTOMATIC1111's clients use them.
 
-Where a name is also one of this server's own, AUTOMATIC1111's meaning counts here.
+If a name is also one of this server's own, AUTOMATIC1111's meaning applies here.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from server.requests.foreign_names import AUTOMATIC, sampler_of, schedule_of
 __all__ = ["sampler_and_spacing", "sampler_labels", "schedule_labels"]
 
 _LISTS = {"custom"}
-"""Spacings that are lists of a request's own, so that their name alone says nothing."""
+"""Spacings that need a list from the request, so that the name alone is not enough."""
 
 
 def sampler_and_spacing(name: str, schedule: str | None) -> tuple[Sampler, Spacing | None]:
-    """The sampler and spacing that a client asks for.
+    """Return the sampler and spacing that a client requests.
 
     Args:
-        name: of the sampler, with or without a schedule type after it.
-        schedule: type of schedule; None and "Automatic" leave it to the sampler.
+        name: name of the sampler, with or without a schedule type after it.
+        schedule: schedule type; None and "Automatic" leave it to the sampler.
 
     Raises:
-        NoEqual: another program has the sampler, and nothing here is equal.
-        ValueError: no program has one of them; near names are listed.
+        NoEqual: another program has the sampler, but there is no equivalent here.
+        ValueError: the sampler or schedule type is unknown; similar names are listed.
     """
     try:
         sampler, spacing = named(name)
@@ -43,14 +43,14 @@ def sampler_and_spacing(name: str, schedule: str | None) -> tuple[Sampler, Spaci
 
 
 def sampler_labels() -> dict[str, tuple[str, ...]]:
-    """Labels and aliases of AUTOMATIC1111's and Forge's samplers, and names of our own others."""
+    """Return labels and aliases of AUTOMATIC1111's and Forge's samplers, and names of others."""
     labels = {label: known.aliases for label, known in {**AUTOMATIC1111, **FORGE}.items()}
     taken = {one.casefold() for label, aliases in labels.items() for one in (label, *aliases)}
     return labels | {name: () for name in map(name_of, SAMPLERS) if name not in taken}
 
 
 def schedule_labels() -> tuple[str, ...]:
-    """Labels of AUTOMATIC1111's and Forge's schedule types, and names of our own other spacings."""
+    """Return labels of AUTOMATIC1111's and Forge's schedule types, and names of other spacings."""
     labels = (*SCHEDULE_TYPES, *FORGE_SCHEDULE_TYPES)
     taken = {label.casefold().replace(" ", "_") for label in labels}
     return (*labels, *(name for name in map(name_of, SPACINGS) if name not in taken | _LISTS))

@@ -1,4 +1,4 @@
-"""Describes what this installation offers, and the defaults of a request."""
+"""The catalog: what this installation offers, and the defaults of requests."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Entry(BaseModel):
 
 
 class Defaults(BaseModel):
-    """The values of fields that a request leaves out."""
+    """Defaults of fields that a request leaves out."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -81,7 +81,7 @@ class Defaults(BaseModel):
 
 
 class AdapterEntry(BaseModel):
-    """One adapter of a hosted model."""
+    """One LoRA adapter of a hosted model."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -97,7 +97,7 @@ class AdapterEntry(BaseModel):
 
 
 class EmbeddingEntry(BaseModel):
-    """One embedding of a hosted model."""
+    """One textual inversion embedding of a hosted model."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -180,7 +180,7 @@ class ModelEntry(BaseModel):
 
 
 class Choice(BaseModel):
-    """A choice that a form offers: which list it is from, and where a request states it."""
+    """A choice that a form offers: its list in the catalog and its field in a request."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -193,7 +193,7 @@ class Choice(BaseModel):
 
 
 class _Offered(BaseModel):
-    """The catalog without the lists of the parts of `guidance`."""
+    """The catalog without the lists for parts of `guidance`."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -228,7 +228,7 @@ else:
 
 
 def catalog(models: tuple[ModelEntry, ...] = ()) -> Catalog:
-    """The catalog of this installation and the hosted models."""
+    """Return the catalog of this installation and the hosted models."""
     parts = {part.plural: _entries_of(part) for part in PARTS}
     return Catalog(
         samplers=_entries(SAMPLERS),
@@ -245,12 +245,12 @@ def catalog(models: tuple[ModelEntry, ...] = ()) -> Catalog:
 
 
 def adapter_entries(model: HostedModel) -> tuple[AdapterEntry, ...]:
-    """The catalog's entry for each adapter of a model."""
+    """Return the catalog's entries for a model's adapters."""
     return tuple(
         AdapterEntry(
             name=file.name,
             rank=file.rank,
-            # A file lists its tensors in no order.
+            # The order of tensors in a file is arbitrary.
             changes=tuple(sorted(file.parts)),
             defaults=None if file.defaults is None else defaults_of(file.defaults),
         )
@@ -259,7 +259,7 @@ def adapter_entries(model: HostedModel) -> tuple[AdapterEntry, ...]:
 
 
 def embedding_entries(model: HostedModel) -> tuple[EmbeddingEntry, ...]:
-    """The catalog's entry for each embedding of a model."""
+    """Return the catalog's entries for a model's embeddings."""
     return tuple(
         EmbeddingEntry(name=one.name, vectors=one.vectors, width=sum(one.widths.values()))
         for one in model.embeddings.available()
@@ -267,22 +267,22 @@ def embedding_entries(model: HostedModel) -> tuple[EmbeddingEntry, ...]:
 
 
 def control_entries(model: HostedModel) -> tuple[ControlEntry, ...]:
-    """The catalog's entry for each ControlNet of a model."""
+    """Return the catalog's entries for a model's ControlNets."""
     return tuple(ControlEntry(name=one.name) for one in model.controls.available())
 
 
 def image_prompt_entries(model: HostedModel) -> tuple[ImagePromptEntry, ...]:
-    """The catalog's entry for each IP-Adapter of a model."""
+    """Return the catalog's entries for a model's IP-Adapters."""
     found = model.image_prompts.available()
     return tuple(ImagePromptEntry(name=one.name, tokens=one.tokens) for one in found)
 
 
 @cache
 def defaults_of(own: ModelDefaults | None) -> Defaults:
-    """What requests get that leave a field out.
+    """Return the values of fields that requests leave out.
 
     Args:
-        own: of the model; None for models that have none.
+        own: defaults of the model; None if it has none.
     """
     sampler = sampler_for(own)
     plain = guidance_for(own, sampler).model_dump(mode="json")
@@ -377,7 +377,7 @@ def _entry(member: type[BaseModel], name: str) -> Entry:
 
 
 def _declared(member: type[BaseModel]) -> list[str]:
-    """Names of the class attributes and properties of a class, those of its parents first."""
+    """Return the names of a class's attributes and properties, those of its parents first."""
     names: dict[str, None] = {}
     for kind in reversed(member.__mro__):
         if not issubclass(kind, BaseModel) or kind is BaseModel:

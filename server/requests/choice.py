@@ -1,4 +1,4 @@
-"""The type of a field that takes an instance of a registered class, by name or as an object."""
+"""Field types for instances of registered classes, given by name or as an object."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ __all__ = ["choice", "listed", "name_of"]
 
 
 def name_of(member: type[BaseModel]) -> str:
-    """The name of a registered class in requests."""
+    """Return the name of a registered class in requests."""
     return member.model_fields["name"].default
 
 
 def listed(names: Sequence[str]) -> str:
-    """The names as a comma-separated list."""
+    """Join names to a comma-separated list."""
     return ", ".join(names)
 
 
 @dataclass(frozen=True, slots=True)
 class _NameOrObject:
-    """Turns a bare name into an object with its defaults, and refuses unknown names."""
+    """A validator that turns a bare name into an object with its defaults, if the name is known."""
 
     field: str
     names: tuple[str, ...]
@@ -75,12 +75,12 @@ def choice(
     members: Sequence[type[BaseModel]],
     elsewhere: Callable[[str], str | None] = lambda _: None,
 ) -> Any:
-    """The type of a field that takes an instance of one of `members`, distinguished by `name`.
+    """Return the type of a field for an instance of one of `members`, distinguished by `name`.
 
     Args:
-        field: its name in error messages.
+        field: name of the field in error messages.
         members: frozen models with a `name` literal.
-        elsewhere: explains a name that other programs use; None for other names.
+        elsewhere: function that explains a name of another program; returns None for other names.
     """
     names = tuple(name_of(member) for member in members)
     union = Union[tuple(members)]  # noqa: UP007 - the members are known at run time only

@@ -1,4 +1,4 @@
-"""Says how a request was read, and which settings a model's convention chose for it."""
+"""Notes about how a request was read and which settings a model's convention chose for it."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ __all__ = ["notes_for"]
 def notes_for(
     request: GenerateRequest, resolved: ResolvedRequest, model: HostedModel
 ) -> tuple[str, ...]:
-    """One sentence for each setting that was translated, and one about those that were chosen.
+    """Return one sentence for each setting that was translated, and one about those chosen.
 
     Args:
-        request: as sent.
-        resolved: the same with every default filled in.
-        model: that will serve it.
+        request: request as sent.
+        resolved: same request with every default filled in.
+        model: model that will serve it.
     """
     read = request.reading.notes
     if request.reading.rule_left_out:

@@ -1,4 +1,4 @@
-"""Several prompts in one, as AUTOMATIC1111 writes them: `a cat AND a hat :0.8`."""
+"""Several prompts in one text, in AUTOMATIC1111's syntax: `a cat AND a hat :0.8`."""
 
 from __future__ import annotations
 
@@ -12,31 +12,32 @@ __all__ = ["composed_of", "conjoined", "split_prompt"]
 
 _AND: Final = re.compile(r"\bAND\b")
 _NUMBER: Final = re.compile(r"[-+]?(?:\d+\.?|\d*\.\d+)")
-"""Both as its modules/prompt_parser.py (``get_multicond_prompt_list``)."""
+"""Both patterns are those of AUTOMATIC1111's modules/prompt_parser.py
+(``get_multicond_prompt_list``)."""
 
 
 def split_prompt(text: str) -> list[tuple[str, float]]:
-    """The prompts of a text and their weights, by default 1; a text without `AND` is one as it is.
+    """Split a text into prompts with weights, by default 1; without `AND` it is a single prompt.
 
     Args:
-        text: of a request.
+        text: prompt of a request.
     """
     parts = _AND.split(text)
     return [_weighted(part) for part in parts] if len(parts) > 1 else [(text, 1.0)]
 
 
 def composed_of(parts: Sequence[tuple[str, float]], scale: float | None) -> dict[str, Any]:
-    """The fields `prompt` and `guidance` that draw several prompts together.
+    """Return the fields `prompt` and `guidance` that compose several prompts.
 
-    AUTOMATIC1111's prediction is ``Du + sum_i scale weight_i (D_i - Du)``, as that of the rule
-    ``composed``, whose first prompt is the request's own.
+    AUTOMATIC1111's prediction is ``Du + sum_i scale weight_i (D_i - Du)``, the same as that of the
+    rule ``composed``, whose first prompt is the request's own.
 
     Args:
         parts: prompts with their weights, more than one.
-        scale: of classifier-free guidance; None for the rule's own.
+        scale: scale of classifier-free guidance; None for the rule's default.
     """
     by = Composed().scale if scale is None else scale
-    # The request's own prompt leads away from nothing.
+    # The weight of the request's own prompt cannot be negative.
     lead = next((i for i, (_, weight) in enumerate(parts) if weight >= 0), None)
     others = [
         {"prompt": prompt, "weight": by * weight}
@@ -49,12 +50,12 @@ def composed_of(parts: Sequence[tuple[str, float]], scale: float | None) -> dict
 
 
 def conjoined(prompt: str, scale: float, prompts: Sequence[tuple[str, float]]) -> str:
-    """The text that :func:`split_prompt` reads a composed request from.
+    """Return the text of a composed request, the inverse of :func:`split_prompt`.
 
     Args:
-        prompt: of the request.
-        scale: of the rule, by which the weights are divided; 0 leaves the other prompts out.
-        prompts: of the rule, with their weights.
+        prompt: prompt of the request.
+        scale: scale of the rule, by which the weights are divided; 0 leaves the other prompts out.
+        prompts: prompts of the rule, with their weights.
     """
     if not prompts or not scale:
         return prompt

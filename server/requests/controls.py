@@ -1,4 +1,4 @@
-"""The field `controls` of a request: ControlNets, the pictures they read, how strongly and when."""
+"""The field `controls` of a request: ControlNets with their pictures, scales and windows."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ RESIZE_LABELS: Final[Mapping[ResizeMode, str]] = {
     "crop": "Crop and Resize",
     "fill": "Resize and Fill",
 }
-"""What AUTOMATIC1111's extension for ControlNets calls the modes, from its 0."""
+"""Names of the modes in AUTOMATIC1111's ControlNet extension, in order of its numbers from 0."""
 
 PRECEDENCE_LABELS: Final[Mapping[Precedence | None, str]] = {
     None: "Balanced",
     "prompt": "My prompt is more important",
     "control": "ControlNet is more important",
 }
-"""What it calls its control modes, from its 0."""
+"""Names of the extension's control modes, in order of its numbers from 0."""
 
 
 class ControlSettings(BaseModel):
@@ -112,20 +112,20 @@ class ControlChoice(ControlSettings):
 
     @property
     def settings(self) -> ControlSettings:
-        """The same without the picture."""
+        """The settings without the picture."""
         return ControlSettings.model_construct(**self.model_dump(exclude={"image"}))
 
 
 def settings_of_controls(
     chosen: Sequence[ControlChoice], model: HostedModel, *, habitual: bool
 ) -> tuple[ControlSettings, ...]:
-    """The ControlNets of a request without their pictures.
+    """Return the ControlNets of a request without their pictures.
 
     Args:
-        chosen: of the request.
-        model: that will serve it.
-        habitual: whether a precedence is what a client sends whatever the model, so that it is left
-            out where the model's ControlNets know none.
+        chosen: ControlNets of the request.
+        model: model that will serve it.
+        habitual: whether the client sends a precedence regardless of the model, so that it is
+            dropped if the model's ControlNets do not support it.
     """
     settings = tuple(one.settings for one in chosen)
     if _knows_precedence(model) or not habitual:
@@ -137,8 +137,8 @@ def check_controls(chosen: Sequence[ControlSettings], model: HostedModel) -> Non
     """Refuse ControlNets that the model does not have, or that are too large together.
 
     Raises:
-        InvalidRequest: one is none of the model's, or they can never be in memory at once, or one
-            has a precedence that the model's know nothing of.
+        InvalidRequest: a ControlNet does not belong to the model, they can never be in memory at
+            once, or one has a precedence, which the model's ControlNets do not support.
     """
     for place, one in enumerate(chosen):
         with _naming(place):
@@ -161,17 +161,17 @@ def check_controls(chosen: Sequence[ControlSettings], model: HostedModel) -> Non
 def load_controls(
     chosen: Sequence[ControlSettings], pictures: Sequence[Tensor], model: HostedModel
 ) -> tuple[ControlUse, ...]:
-    """The ControlNets of a checked request, loaded; those of scale 0 are left out.
+    """Load the ControlNets of a checked request, except those of scale 0.
 
     Args:
-        chosen: of the request.
-        pictures: what each of them reads, ``[3, H, W]`` float32 in [-1, 1].
-        model: that will serve it.
+        chosen: ControlNets of the request.
+        pictures: picture of each ControlNet, ``[3, H, W]`` float32 in [-1, 1].
+        model: model that will serve it.
 
     Raises:
-        InvalidRequest: a folder was changed or removed after the check, or its weights are not
-            those that its config describes.
-        Overloaded: the ControlNets of requests under way, or the device, leave no room.
+        InvalidRequest: a folder was changed or removed after the check, or its weights do not match
+            its config.
+        Overloaded: the ControlNets of running requests, or the device, leave no room.
     """
     loaded: list[ControlUse] = []
     for place, (one, picture) in enumerate(zip(chosen, pictures, strict=True)):
@@ -186,12 +186,12 @@ def load_controls(
 def unloaded_controls(
     chosen: Sequence[ControlSettings], picture: Tensor, model: HostedModel
 ) -> tuple[ControlUse, ...]:
-    """The ControlNets of a checked request before any is loaded, by what they will cost.
+    """Return the ControlNets of a checked request with their cost, without loading them.
 
     Args:
-        chosen: of the request.
-        picture: of the size that each of them will read one of; its content does not matter.
-        model: that will serve it.
+        chosen: ControlNets of the request.
+        picture: picture of the size that each of them will read; its content does not matter.
+        model: model that will serve it.
 
     Raises:
         InvalidRequest: a folder was changed or removed after the check.
@@ -217,7 +217,7 @@ def _knows_precedence(model: HostedModel) -> bool:
 
 @contextmanager
 def _naming(place: int) -> Generator[None]:
-    """Let refusals within the `with` block say which ControlNet of a request they are about."""
+    """Add the request's field to refusals of a ControlNet within the `with` block."""
     try:
         yield
     except ControlMismatch as refusal:

@@ -1,4 +1,4 @@
-"""What a request gets that leaves a field out: the model's own settings, or else the server's."""
+"""Defaults of fields that a request leaves out: the model's own, or else the server's."""
 
 from __future__ import annotations
 
@@ -38,15 +38,15 @@ __all__ = [
 
 
 def own_defaults(model: HostedModel, adapters: Sequence[WeightedName] = ()) -> ModelDefaults | None:
-    """The settings that a model with adapters is made for; None for the server's.
+    """Return the defaults that a model with adapters is made for; None for the server's.
 
     Args:
-        model: that will serve the request.
-        adapters: of the request. One that was made for few steps brings its own settings, if it
-            acts at all; of several such, the last one.
+        model: model that will serve the request.
+        adapters: adapters of the request. An adapter that was made for few steps brings its own
+            defaults unless its weight is 0; of several such, the last one counts.
 
     Raises:
-        InvalidRequest: an adapter that the model does not have.
+        InvalidRequest: the model does not have an adapter.
     """
     files = check_adapters(adapters, model)
     brought = [
@@ -58,10 +58,10 @@ def own_defaults(model: HostedModel, adapters: Sequence[WeightedName] = ()) -> M
 
 
 def sampler_for(own: ModelDefaults | None) -> Sampler:
-    """The sampler of a request that leaves it out.
+    """Return the sampler of a request that leaves it out.
 
     Args:
-        own: of the model; None if it has none.
+        own: defaults of the model; None if it has none.
     """
     return default_sampler() if own is None else own.sampler
 
@@ -73,15 +73,15 @@ def spacing_for(
     *,
     whole_timesteps: bool = True,
 ) -> Spacing:
-    """The spacing of a request that leaves it out.
+    """Return the spacing of a request that leaves it out.
 
     Args:
-        own: of the model; None if it has none.
-        sampler: of the request. One that the model does not use keeps its own spacing, but where
-            that is the model's by name, with the model's parameters.
-        steps: that the request names; None if it leaves them out.
-        whole_timesteps: whether the model was trained at whole timesteps alone. Others get
-            ``trailing`` in place of a spacing that needs these.
+        own: defaults of the model; None if it has none.
+        sampler: sampler of the request. If it is not the model's default, it keeps its own spacing;
+            if that has the name of the model's spacing, the model's parameters are used.
+        steps: number of steps of the request; None if it leaves it out.
+        whole_timesteps: whether the model was trained at whole timesteps only. For other models
+            ``trailing`` replaces a spacing that needs whole timesteps.
     """
     named = sampler.default_spacing
     if not whole_timesteps and SPACING_BY_NAME[named].needs_whole_timesteps:
@@ -92,21 +92,21 @@ def spacing_for(
 
 
 def steps_for(own: ModelDefaults | None, spacing: Spacing) -> int:
-    """The number of steps of a request that leaves it out.
+    """Return the number of steps of a request that leaves it out.
 
     Args:
-        own: of the model; None if it has none.
-        spacing: of the request, which may prescribe the number.
+        own: defaults of the model; None if it has none.
+        spacing: spacing of the request, which may prescribe the number.
     """
     return spacing.own_steps or (DEFAULT_STEPS if own is None else own.steps)
 
 
 def guidance_for(own: ModelDefaults | None, sampler: Sampler) -> Guidance:
-    """The guidance of a request that leaves it out.
+    """Return the guidance of a request that leaves it out.
 
     Args:
-        own: of the model; None if it has none.
-        sampler: of the request.
+        own: defaults of the model; None if it has none.
+        sampler: sampler of the request.
     """
     if own is None:
         return default_guidance(sampler)
@@ -114,19 +114,19 @@ def guidance_for(own: ModelDefaults | None, sampler: Sampler) -> Guidance:
 
 
 def guidance_with(given: Guidance, default: Guidance, model: str) -> Guidance:
-    """The guidance of a request that states fields of it and no rule.
+    """Return the guidance of a request that sets fields of it but names no rule.
 
     Args:
-        given: as validated, with a rule that the request does not name.
-        default: what the request would get without them.
-        model: its name, for the error.
+        given: guidance as validated, with a rule that the request does not name.
+        default: guidance that the request would get without these fields.
+        model: name of the model, for the error.
 
     Raises:
-        InvalidRequest: a field that the default's rule does not have.
+        InvalidRequest: the default's rule does not have one of the fields.
     """
     fields = given.model_fields_set - {"name"}
     if not default.combines and getattr(given, "scale", None) in (0, 1):
-        # Both say that a distilled model is sampled without guidance.
+        # For a distilled model that is sampled without guidance, both mean no guidance.
         fields -= {"scale"}
     for field in sorted(fields):
         if field not in type(default).model_fields:
@@ -139,12 +139,12 @@ def guidance_with(given: Guidance, default: Guidance, model: str) -> Guidance:
 
 
 def guidance_despite(given: Guidance, own: Guidance, reading: Reading) -> Guidance:
-    """The guidance of a request whose client sends a scale whatever the model.
+    """Return the guidance of a request whose client sends a scale regardless of the model.
 
     Args:
         given: classifier-free guidance at that scale, or none.
-        own: that the model was distilled for.
-        reading: of the request, with the scale for models that are told one.
+        own: guidance that the model was distilled for.
+        reading: reading of the request, with the scale for models that take one as an input.
     """
     if own.policy.embeds and reading.told_scale is not None:
         return own.model_copy(update={"scale": reading.told_scale})

@@ -1,4 +1,4 @@
-"""The embeddings that the texts of a request name, as words of theirs."""
+"""Textual inversion embeddings that the texts of a request name as words."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ __all__ = ["check_embeddings", "load_embeddings", "texts_of", "unfit_embeddings"
 
 
 def texts_of(resolved: ResolvedRequest, model: HostedModel) -> Iterator[tuple[str, str]]:
-    """All that the images of a request are told, each text with the field that says it.
+    """Yield every text that the model may encode for a request, with the field that it comes from.
 
     Args:
-        resolved: the request.
-        model: that will serve it.
+        resolved: request.
+        model: model that will serve it.
 
     Raises:
-        InvalidRequest: a classifier's target that the prompt does not mention.
+        InvalidRequest: the prompt does not mention a classifier's target.
     """
     for field, prompt in prompts_of(resolved):
         for text in dict.fromkeys(versions_of(resolved, prompt)):
@@ -39,7 +39,7 @@ def check_embeddings(resolved: ResolvedRequest, model: HostedModel) -> None:
     """Refuse a request whose embeddings can never be in memory at once.
 
     Raises:
-        InvalidRequest: they take more memory than is allowed for all.
+        InvalidRequest: they need more memory than the limit for all embeddings.
     """
     texts = [text for _, text in texts_of(resolved, model)]
     try:
@@ -49,7 +49,7 @@ def check_embeddings(resolved: ResolvedRequest, model: HostedModel) -> None:
 
 
 def unfit_embeddings(texts: Sequence[str], model: HostedModel) -> tuple[str, ...]:
-    """One sentence for each word of some texts that names an embedding but is read as it stands."""
+    """Return one sentence for each word that names an embedding but is read as plain text."""
     return tuple(
         f"{name!r} is read as plain text: {reason}"
         for name, reason in model.embeddings.unfit_in(*texts).items()
@@ -57,15 +57,15 @@ def unfit_embeddings(texts: Sequence[str], model: HostedModel) -> tuple[str, ...
 
 
 def load_embeddings(texts: Sequence[str], model: HostedModel) -> tuple[Embedding, ...]:
-    """The embeddings that some texts name, loaded.
+    """Load the embeddings that texts name.
 
     Args:
-        texts: of a checked request.
-        model: that will serve it.
+        texts: texts of a checked request.
+        model: model that will serve it.
 
     Raises:
-        InvalidRequest: a file was changed or removed after the check, or holds no numbers.
-        Overloaded: the embeddings of requests under way leave no room.
+        InvalidRequest: a file was changed or removed after the check, or does not hold numbers.
+        Overloaded: the embeddings of running requests leave no room.
     """
     try:
         return tuple(model.embeddings.load(one.name) for one in model.embeddings.named_in(*texts))

@@ -1,6 +1,6 @@
-"""What samplers and spacings mean that a request calls by another program's name.
+"""Meanings of sampler and spacing names that come from other programs.
 
-A name of this library always means what it means here, so `ddim` is ours, and not ComfyUI's.
+A name of this library always has its own meaning, so `ddim` is Weft's and not ComfyUI's.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ from server.requests.choice import listed, name_of
 __all__ = ["fields_of", "sampler_of", "schedule_of", "shown", "why_no_sampler", "why_no_spacing"]
 
 AUTOMATIC = "automatic"
-"""The schedule type by which AUTOMATIC1111 leaves the choice to the sampler."""
+"""AUTOMATIC1111's schedule type that leaves the choice to the sampler."""
 
 _SAMPLERS = {name_of(kind): kind for kind in SAMPLERS}
 _SPACINGS = {name_of(kind): kind for kind in SPACINGS}
 
 
 def sampler_of(name: str, schedule: str | None = None) -> tuple[Sampler, Spacing | None]:
-    """The sampler that a name stands for, and the spacing if the names say one.
+    """Return the sampler that a name refers to, and the spacing if the names include one.
 
     Args:
-        name: of this library, or what AUTOMATIC1111, Forge, ComfyUI or diffusers call a sampler,
-            with or without a schedule type after it ("DPM++ 2M Karras").
-        schedule: as for :func:`schedule_of`; "Automatic" is what AUTOMATIC1111 then chooses for
-            this sampler. A schedule type in ``name`` comes first, as there.
+        name: name in this library, or in AUTOMATIC1111, Forge, ComfyUI or diffusers, with or
+            without a schedule type after it ("DPM++ 2M Karras").
+        schedule: name as for :func:`schedule_of`; "Automatic" is what AUTOMATIC1111 then chooses
+            for this sampler. A schedule type in ``name`` takes precedence, as in AUTOMATIC1111.
 
     Raises:
-        NoEqual: another program has it, and nothing here is equal.
-        ValueError: no program has it; near names are listed.
+        NoEqual: another program has the sampler, but there is no equivalent here.
+        ValueError: the name is unknown; similar names are listed.
     """
     sampler, spacing = (
         (_SAMPLERS[name].model_validate({}), None) if name in _SAMPLERS else named(name)
@@ -48,14 +48,14 @@ def sampler_of(name: str, schedule: str | None = None) -> tuple[Sampler, Spacing
 
 
 def schedule_of(name: str) -> Spacing | None:
-    """The spacing that a name stands for; None for "Automatic", the sampler's own.
+    """Return the spacing that a name refers to; None for "Automatic", the sampler's own.
 
     Args:
-        name: of this library, or what AUTOMATIC1111 or Forge call a schedule type, and ComfyUI a
-            scheduler.
+        name: name in this library, of a schedule type in AUTOMATIC1111 or Forge, or of a scheduler
+            in ComfyUI.
 
     Raises:
-        ValueError: no program has it; near names are listed.
+        ValueError: the name is unknown; similar names are listed.
     """
     if name in _SPACINGS:
         return _SPACINGS[name].model_validate({})
@@ -63,17 +63,17 @@ def schedule_of(name: str) -> Spacing | None:
 
 
 def fields_of(chosen: Sampler | Spacing) -> dict[str, Any]:
-    """A sampler or spacing as a request may state it: its name, and what is not at its default."""
+    """Return a sampler or spacing as in a request: its name and its non-default parameters."""
     return {"name": chosen.name} | chosen.model_dump(mode="json", exclude_defaults=True)
 
 
 def shown(fields: Mapping[str, Any]) -> str:
-    """The same in a sentence: JSON, or the bare name where that says it all."""
+    """Format such fields for a sentence: as JSON, or the bare name if there is nothing else."""
     return repr(fields["name"]) if len(fields) == 1 else json.dumps(dict(fields))
 
 
 def why_no_sampler(name: str) -> str | None:
-    """Why a name stands for no sampler, if there is more to say than that it is unknown."""
+    """Return why a name refers to no sampler, if there is more to say than that it is unknown."""
     try:
         named(name)
     except NoEqual as lack:
@@ -84,7 +84,7 @@ def why_no_sampler(name: str) -> str | None:
 
 
 def why_no_spacing(name: str) -> str | None:
-    """The same for a spacing."""
+    """Return why a name refers to no spacing, if there is more to say than that it is unknown."""
     try:
         schedule_type(name)
     except ValueError as unknown:

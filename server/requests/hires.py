@@ -1,4 +1,4 @@
-"""A second run that draws an image once more, larger, from what the first run drew."""
+"""The field `hires` of a request: a second run at a larger size, from the first run's result."""
 
 from __future__ import annotations
 
@@ -36,15 +36,15 @@ UPSCALER_LABELS: Final[Mapping[Upscaler, str]] = MappingProxyType(
         "latent_nearest_exact": "Latent (nearest-exact)",
     }
 )
-"""What AUTOMATIC1111 calls them."""
+"""AUTOMATIC1111's names for the upscalers."""
 
 
 class Hires(BaseModel):
-    """How each image is enlarged and drawn once more, as AUTOMATIC1111's "hires fix".
+    """A second run that enlarges each image and draws details, as AUTOMATIC1111's "hires fix".
 
-    Models draw compositions well at the size that they were trained at, and repeat motifs beyond
-    it. So the first run composes the image at `width` x `height`, and the second one, from the
-    enlarged image and a part of the way, draws the details.
+    Models compose images well at the size that they were trained at, and repeat motifs at larger
+    sizes. So the first run composes the image at `width` x `height`, and the second run starts part
+    way from the enlarged image and draws the details.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -86,7 +86,7 @@ class Hires(BaseModel):
 
     @property
     def of_latents(self) -> bool:
-        """Whether the latents are enlarged, and the first run is not decoded."""
+        """Whether latents are enlarged, so that the first run is not decoded."""
         return self.upscaler != "lanczos"
 
     @model_validator(mode="after")
@@ -103,17 +103,17 @@ class Hires(BaseModel):
 
     @property
     def size(self) -> tuple[int, int]:
-        """Width and height of the second run, where they are known."""
+        """Width and height of the second run; 0 while unknown."""
         return self.width or 0, self.height or 0
 
     def filled_in(self, width: int, height: int, steps: int, multiple: int) -> Hires:
-        """The same with its size and steps.
+        """Return a copy with its size and steps filled in.
 
         Args:
-            width: of the first run.
-            height: of the first run.
-            steps: of the first run.
-            multiple: pixels of which the model draws whole multiples.
+            width: width of the first run.
+            height: height of the first run.
+            steps: steps of the first run.
+            multiple: multiple of pixels that the model needs for width and height.
         """
         scale = DEFAULT_SCALE if self.scale is None else self.scale
         sides = (round(scale * side) for side in (width, height))

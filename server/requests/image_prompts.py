@@ -1,4 +1,4 @@
-"""The field `image_prompts` of a request: pictures that stand beside its prompt, by IP-Adapters."""
+"""The field `image_prompts` of a request: pictures that complement its prompt, by IP-Adapters."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ STRONGEST: Final = 4.0
 
 
 def _several(value: Any) -> Any:
-    """A single picture as a list of it."""
+    """Wrap a single picture in a tuple."""
     return value if isinstance(value, list | tuple) else (value,)
 
 
@@ -47,7 +47,7 @@ Pictures = Annotated[
 
 
 class ImagePromptSettings(BaseModel):
-    """One image prompt of a request, without its picture."""
+    """One image prompt of a request, without its pictures."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -96,7 +96,7 @@ class ImagePromptChoice(ImagePromptSettings):
 
     @property
     def settings(self) -> ImagePromptSettings:
-        """The same without the pictures."""
+        """The settings without the pictures."""
         return ImagePromptSettings.model_construct(**self.model_dump(exclude={"image", "mask"}))
 
 
@@ -104,7 +104,8 @@ def check_image_prompts(chosen: Sequence[ImagePromptSettings], model: HostedMode
     """Refuse IP-Adapters that the model does not have, or that are too large together.
 
     Raises:
-        InvalidRequest: one is none of the model's, or they can never be in memory at once.
+        InvalidRequest: an IP-Adapter does not belong to the model, or they can never be in memory
+            at once.
     """
     found = [_found(place, one, model) for place, one in enumerate(chosen)]
     try:
@@ -115,7 +116,7 @@ def check_image_prompts(chosen: Sequence[ImagePromptSettings], model: HostedMode
 
 
 def sides_of_image_prompts(chosen: Sequence[ImagePromptSettings], model: HostedModel) -> list[int]:
-    """Pixels along a side of the picture that each encoder reads.
+    """Return the side in pixels of the square picture that each image encoder reads.
 
     Raises:
         InvalidRequest: a file was changed or removed after the check.
@@ -129,19 +130,19 @@ def load_image_prompts(
     regions: Sequence[Tensor | None],
     model: HostedModel,
 ) -> tuple[ImagePromptUse, ...]:
-    """The image prompts of a checked request, loaded; those of scale 0 are left out.
+    """Load the image prompts of a checked request, except those of scale 0.
 
     Args:
-        chosen: of the request.
-        pictures: of each of them, each ``[3, side, side]`` float32 in [-1, 1].
-        regions: where each of them acts, ``[H, W]`` float32 of the size of the images; None for all
-            of an image.
-        model: that will serve it.
+        chosen: image prompts of the request.
+        pictures: pictures of each image prompt, each ``[3, side, side]`` float32 in [-1, 1].
+        regions: region in which each image prompt acts, ``[H, W]`` float32 of the size of the
+            images; None for the whole image.
+        model: model that will serve it.
 
     Raises:
-        InvalidRequest: a file was changed or removed after the check, or the weights are not those
-            that their headers describe.
-        Overloaded: the IP-Adapters of requests under way, or the device, leave no room.
+        InvalidRequest: a file was changed or removed after the check, or the weights do not match
+            their headers.
+        Overloaded: the IP-Adapters of running requests, or the device, leave no room.
     """
     loaded: list[ImagePromptUse] = []
     for place, (one, shown, region) in enumerate(zip(chosen, pictures, regions, strict=True)):
@@ -160,13 +161,13 @@ def load_image_prompts(
 def unloaded_image_prompts(
     chosen: Sequence[ImagePromptChoice], width: int, height: int, model: HostedModel
 ) -> tuple[ImagePromptUse, ...]:
-    """What stands for the image prompts of a request before any is loaded: their memory.
+    """Return placeholders for the image prompts of a request, with their memory but not loaded.
 
     Args:
-        chosen: of the request.
-        width: of the images.
-        height: of the images.
-        model: that will serve it.
+        chosen: image prompts of the request.
+        width: width of the images.
+        height: height of the images.
+        model: model that will serve it.
 
     Raises:
         InvalidRequest: a file was changed or removed after the check.

@@ -1,4 +1,4 @@
-"""Finds settings of a valid request that have no effect or do not suit its model."""
+"""Warnings about settings of a valid request that have no effect or do not suit its model."""
 
 from __future__ import annotations
 
@@ -18,24 +18,26 @@ from server.requests.windows import without_effect
 __all__ = ["warnings_for"]
 
 LED_BY_THE_FIRST_SLOPE = frozenset({"heun", "plms", "restart"})
-"""Samplers that overshoot where the first steps go through thousands of sigma."""
+"""Samplers that overshoot if the first steps cover thousands of sigma."""
 
 MOST_GAIN = 5.0
-"""Of errors of predictions, for each step: `plms` has up to 3 with all models, and `lms` more than
-8 in up to 8 steps of models whose levels crowd at noise, where its pictures are far off."""
+"""Maximum gain of prediction errors per step. `plms` has up to 3 with all models; `lms` has more
+than 8 in up to 8 steps of models whose levels crowd at the noisy end, and its pictures are then far
+off."""
 
 THOUSANDS = 1000.0
 STEPS_TO_RECOVER = 20
-"""Measured on models of zero terminal SNR whose schedule begins at sigma 4096."""
+"""Number of steps from which these samplers recover, measured on models with zero terminal SNR
+whose schedule begins at sigma 4096."""
 
 
 def warnings_for(resolved: ResolvedRequest, model: HostedModel, plan: Plan) -> tuple[str, ...]:
-    """One sentence for each setting that has no effect, or that the model was not made for.
+    """Return one sentence for each setting that has no effect, or that does not suit the model.
 
     Args:
-        resolved: the request.
-        model: that will serve it.
-        plan: of its sampler.
+        resolved: request.
+        model: model that will serve it.
+        plan: plan of its sampler.
     """
     found: list[str] = []
     if resolved.negative_prompt and (reason := _without_negative_prompt(resolved, plan)):
@@ -97,7 +99,7 @@ def warnings_for(resolved: ResolvedRequest, model: HostedModel, plan: Plan) -> t
 
 
 def _overshoots(resolved: ResolvedRequest, model: HostedModel, plan: Plan) -> bool:
-    """Whether the sampler loses the picture to its first step, of sigma in the thousands."""
+    """Return whether the sampler overshoots in its first step, from a sigma in the thousands."""
     if resolved.sampler.name not in LED_BY_THE_FIRST_SLOPE or resolved.steps >= STEPS_TO_RECOVER:
         return False
     schedule = model.schedule(resolved.width, resolved.height, resolved.steps)
@@ -105,7 +107,7 @@ def _overshoots(resolved: ResolvedRequest, model: HostedModel, plan: Plan) -> bo
 
 
 def _fitted(resolved: ResolvedRequest) -> str | None:
-    """The setting that acts by numbers that were fitted to the model; None if there is none."""
+    """Return the setting that uses numbers fitted to the model; None if there is none."""
     sampler, policy = resolved.sampler, resolved.guidance.policy
     if sampler.uses_statistics:
         return f"sampler {sampler.name!r}"
@@ -115,7 +117,7 @@ def _fitted(resolved: ResolvedRequest) -> str | None:
 
 
 def _of_one(model: HostedModel) -> str:
-    """What guidance a model takes that was distilled to be sampled from one prediction."""
+    """Return the guidance for a model that was distilled to be sampled from one prediction."""
     instead: dict[str, Any] = (
         {"name": "cfg", "policy": "embedded"} if model.facts.embeds_scale else {"name": "none"}
     )
@@ -127,7 +129,7 @@ def _of_one(model: HostedModel) -> str:
 
 
 def _without_negative_prompt(resolved: ResolvedRequest, plan: Plan) -> str | None:
-    """Why the negative prompt is never evaluated; None if it is."""
+    """Return why the negative prompt is never evaluated; None if it is."""
     guidance, policy = resolved.guidance, resolved.guidance.policy
     if any(getattr(part, "reads_negative_prompt", False) for _, part in chosen(guidance)):
         return None

@@ -1,4 +1,4 @@
-"""Settings in the text format that AUTOMATIC1111 writes into images and many tools read."""
+"""Infotext: settings in the format that AUTOMATIC1111 writes into images and many tools read."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ MASKED_CONTENT: Final[Mapping[MaskContent, str]] = {
     "latent_noise": "latent noise",
     "latent_nothing": "latent nothing",
 }
-"""What AUTOMATIC1111 calls it, which leaves the original out."""
+"""AUTOMATIC1111's names for mask contents; it omits the original."""
 
 CHURN: Final[Mapping[str, str]] = {
     "Sigma churn": "s_churn",
@@ -32,11 +32,11 @@ CHURN: Final[Mapping[str, str]] = {
     "Sigma tmax": "s_tmax",
     "Sigma noise": "s_noise",
 }
-"""What AUTOMATIC1111 calls the fields of a sampler with churn."""
+"""AUTOMATIC1111's names for the fields of a sampler with churn."""
 
 _BREAK = r"[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]"
 _FIELD = re.compile(rf"(negative\s+prompt|(?:\A|(?<={_BREAK}))\s*steps):", re.IGNORECASE)
-"""What readers look for: the first anywhere, the second where a line begins."""
+"""Markers that readers search for: the first anywhere, the second at the beginning of a line."""
 
 
 def infotext(
@@ -49,17 +49,17 @@ def infotext(
     quantization: str = "none",
     weighs_prompts: bool = False,
 ) -> str:
-    """The text for one image.
+    """Return the infotext of one image.
 
     Args:
-        settings: of this image alone, with its own seed and every default filled in.
+        settings: settings of this image alone, with its own seed and every default filled in.
         model_revision: hash of the model's weights, hexadecimal.
-        version: of this program.
+        version: version of this program.
         statistics: guidance whose model statistics the sampler was planned with, if any.
-        dtype: that the model computes in; written unless it is float32.
-        quantization: of the model's weights; written if there is one.
+        dtype: dtype of the model's computation; written unless it is float32.
+        quantization: quantization of the model's weights; written unless it is "none".
         weighs_prompts: whether the model reads weights in prompts. Its plain prompts are escaped,
-            as whoever reads the text takes their brackets for weights.
+            since readers of the text would take their brackets for weights.
     """
     guidance, hires = settings.guidance, settings.hires
     strength = settings.strength if hires is None else hires.strength
@@ -103,7 +103,7 @@ def infotext(
 
 
 def _start_noise(settings: ResolvedRequest) -> dict[str, Any]:
-    """What the noise is made of beside the seed, as AUTOMATIC1111 names it."""
+    """Return the settings of the start noise besides the seed, by AUTOMATIC1111's names."""
     variation, size = settings.variation, settings.noise_size
     return {
         "Variation seed": None if variation is None else variation.seed,
@@ -113,7 +113,7 @@ def _start_noise(settings: ResolvedRequest) -> dict[str, Any]:
 
 
 def _churn(sampler: Sampler) -> dict[str, str]:
-    """What the sampler adds noise by, as AUTOMATIC1111 names it; its defaults are left out."""
+    """Return the sampler's churn settings that are not defaults, by AUTOMATIC1111's names."""
     if not getattr(sampler, "s_churn", 0):
         return {}
     own = sampler.model_dump(exclude_defaults=True)
@@ -121,7 +121,7 @@ def _churn(sampler: Sampler) -> dict[str, str]:
 
 
 def _hires(settings: ResolvedRequest) -> dict[str, Any]:
-    """The fields of a second run, as AUTOMATIC1111 names them."""
+    """Return the fields of a second run, by AUTOMATIC1111's names."""
     hires = settings.hires
     if hires is None:
         return {}
@@ -134,12 +134,12 @@ def _hires(settings: ResolvedRequest) -> dict[str, Any]:
 
 
 def _harmless(prompt: str) -> str:
-    """The prompt, with no line that readers would take for another field of the text."""
+    """Return the prompt with any line disarmed that readers would take for a field of the text."""
     return _FIELD.sub(r"\1 :", prompt)
 
 
 def _part(held: Any) -> str | None:
-    """A part of guidance in a few words; None if the request leaves it out."""
+    """Return a short text for a part of guidance; None if the request leaves it out."""
     if isinstance(held, tuple):
         return "+".join(filter(None, map(_part, held))) or None
     if held is None:
@@ -149,13 +149,13 @@ def _part(held: Any) -> str | None:
 
 
 def _windowed(one: ControlSettings | ImagePromptSettings) -> str:
-    """As AUTOMATIC1111's extension for ControlNets writes one."""
+    """Return a unit as AUTOMATIC1111's ControlNet extension writes it."""
     window = f"Guidance Start: {one.start:g}, Guidance End: {one.end:g}"
     return f"Model: {one.name}, Weight: {one.scale:g}, {window}"
 
 
 def _control(one: ControlSettings) -> str:
-    """The same, with what is done to the picture."""
+    """Return a ControlNet like :func:`_windowed`, with the processing of its picture."""
     resized = "" if one.resize_mode is None else f", Resize Mode: {RESIZE_LABELS[one.resize_mode]}"
     prepared = "" if one.preprocessor is None else f"Module: {one.preprocessor}, "
     label = PRECEDENCE_LABELS[one.precedence]

@@ -1,4 +1,4 @@
-"""Extra networks in a prompt, as AUTOMATIC1111 writes them: `<lora:name:weight>`."""
+"""Tags for extra networks in a prompt, in AUTOMATIC1111's syntax: `<lora:name:weight>`."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from typing import Final
 __all__ = ["Tagged", "read_tags"]
 
 _TAG: Final = re.compile(r"<(\w+):([^<>]+)>")
-"""As AUTOMATIC1111's extra networks are found (modules/extra_networks.py)."""
+"""AUTOMATIC1111's pattern for extra networks (modules/extra_networks.py)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Tagged:
-    """A prompt without its tags, and what they said.
+    """A prompt without its tags, and the contents of the tags.
 
     Attributes:
-        prompt: the rest of the text.
-        loras: the weight of each LoRA by its name; of a name that comes twice, the last.
-        others: tags of other kinds, such as hypernetworks, or with a weight that is no number.
+        prompt: rest of the text.
+        loras: weight of each LoRA by its name; for a repeated name, the last weight.
+        others: tags of other kinds, such as hypernetworks, or with a weight that is not a number.
     """
 
     prompt: str
@@ -28,10 +28,10 @@ class Tagged:
 
 
 def read_tags(prompt: str) -> Tagged:
-    """Take the tags out of a prompt.
+    """Separate the tags from a prompt.
 
-    `<lora:name>` has weight 1, `<lora:name:te:unet>` the weight of the U-Net, and
-    `<lora:name:te=0.5:unet=0.8>` too; here one weight holds for both.
+    `<lora:name>` has weight 1. For `<lora:name:te:unet>` and `<lora:name:te=0.5:unet=0.8>` the
+    weight of the U-Net is used, since here one weight applies to both networks.
     """
     loras: dict[str, float] = {}
     others: list[str] = []

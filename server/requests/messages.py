@@ -1,4 +1,4 @@
-"""Turns pydantic's validation errors into one sentence for the user."""
+"""Translation of pydantic's validation errors into one sentence for the user."""
 
 from __future__ import annotations
 
@@ -33,18 +33,18 @@ _OF_ONE_KIND: Mapping[str, type[BaseModel]] = {
     },
     **{part.field: part.kinds[0] for part in PARTS if len(part.kinds) == 1},
 }
-"""Fields that hold objects with no tag in their path."""
+"""Fields that hold objects without a tag in their path."""
 
 
 def explain(
     errors: Sequence[Mapping[str, Any]], model: type[BaseModel] | None, *, within: int = 0
 ) -> InvalidRequest:
-    """The first error, as one sentence that names the field by its dotted path.
+    """Return the first error as one sentence that names the field by its dotted path.
 
     Args:
-        errors: pydantic's, at least one.
-        model: the model that was validated, for the names of its fields.
-        within: leading parts of a location that are not fields, such as FastAPI's `body`.
+        errors: pydantic's errors, at least one.
+        model: model that was validated, for the names of its fields.
+        within: number of leading parts of a location that are not fields, such as FastAPI's `body`.
     """
     error = errors[0]
     if error["type"] == "json_invalid":
@@ -90,7 +90,7 @@ def _unknown(param: str, allowed: Sequence[str]) -> str:
 
 
 def _path(loc: Sequence[Any]) -> list[str]:
-    """The field's path without `body` and without the tags of tagged unions."""
+    """Return the field's path without the tags of tagged unions."""
     path: list[str] = []
     field = ""
     for part in loc:
@@ -102,7 +102,7 @@ def _path(loc: Sequence[Any]) -> list[str]:
 
 
 def _siblings(model: type[BaseModel] | None, loc: Sequence[Any]) -> list[str]:
-    """The fields of the object that contains an unknown field."""
+    """Return the fields of the object that contains an unknown field."""
     field = ""
     for part in loc[:-1]:
         model = _OF_ONE_KIND.get(str(part)) or _inside(model, str(part)) or model
@@ -114,7 +114,7 @@ def _siblings(model: type[BaseModel] | None, loc: Sequence[Any]) -> list[str]:
 
 
 def _inside(model: type[BaseModel] | None, field: str) -> type[BaseModel] | None:
-    """The class of the objects that a field takes, where it takes those of one class only."""
+    """Return the class of the objects that a field takes, if it takes only one class."""
     info = None if model is None else model.model_fields.get(field)
     kinds = () if info is None else get_args(info.annotation) or (info.annotation,)
     found = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
@@ -130,5 +130,5 @@ def _lowered(message: str) -> str:
 
 
 def _clean(text: str) -> str:
-    """The text, shortened and without characters that cannot be encoded."""
+    """Return the text, shortened and without characters that cannot be encoded."""
     return text[:SHOWN].encode(errors="replace").decode()

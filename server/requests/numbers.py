@@ -1,4 +1,4 @@
-"""The types of numbers in requests, which are not read from texts or other numbers."""
+"""Strict types for numbers in requests, which are not converted from strings or other types."""
 
 from __future__ import annotations
 
@@ -11,4 +11,4 @@ __all__ = ["Count", "Share"]
 Count = Annotated[int, Field(strict=True)]
 
 Share = Annotated[float, Field(ge=0, le=1, strict=True)]
-"""Of a run: 0 is its beginning and 1 its end."""
+"""Position in a run: 0 is its beginning and 1 its end."""

@@ -1,4 +1,4 @@
-"""OpenAI's requests for images, as requests of our own."""
+"""Translation of OpenAI's image requests into Weft's own."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["ImageEdit", "ImageGeneration", "request_of"]
 
 _THEIR_MODELS: Final = re.compile(r"(dall-e|gpt-image|chatgpt-image)[\w.-]*")
 _ANSWERED_BY_URL: Final = re.compile(r"dall-e[\w.-]*")
-"""Those of their models whose images OpenAI answers as URLs where nothing else is asked for."""
+"""OpenAI's models whose images are returned as URLs by default."""
 
 _WITHOUT_EFFECT: Final = ("quality", "moderation", "style", "output_compression", "input_fidelity")
 _NEUTRAL: Final = {
@@ -28,7 +28,7 @@ _NEUTRAL: Final = {
     "moderation": ("auto",),
     "output_compression": (100,),
 }
-"""Values that ask for nothing, so that it need not be said that they have no effect."""
+"""Neutral values, about which no warning is needed."""
 
 _EMPTY_IS_ABSENT: Final = (
     "model",
@@ -41,14 +41,14 @@ _EMPTY_IS_ABSENT: Final = (
     "input_fidelity",
     "user",
 )
-"""Fields that clients with a fixed form send empty where their users leave them out."""
+"""Fields that some clients send as an empty string when their users leave them out."""
 
 
 class ImageGeneration(GenerateRequest):
     """A request of OpenAI's `POST /v1/images/generations`.
 
-    Every field of `POST /v1/generate` may stand beside OpenAI's own; the SDK sends them from
-    `extra_body`. Unknown fields are ignored, and named in the answer's `warnings`.
+    Every field of `POST /v1/generate` may be combined with OpenAI's own; the SDK sends them from
+    `extra_body`. Unknown fields are ignored and named in the response's `warnings`.
     """
 
     model_config = ConfigDict(extra="allow")
@@ -75,7 +75,7 @@ class ImageGeneration(GenerateRequest):
     @model_validator(mode="before")
     @classmethod
     def _leave_out_what_says_nothing(cls, data: Any) -> Any:
-        """OpenAI's clients send null for a default, or no text."""
+        """Drop null and empty values, which OpenAI's clients send for defaults."""
         if not isinstance(data, dict):
             return data
         return {
@@ -110,9 +110,10 @@ class ImageEdit(ImageGeneration):
     @model_validator(mode="before")
     @classmethod
     def _take_several_images(cls, data: Any) -> Any:
-        """The SDK sends a list of images as `image[]`, which a model may read beside the prompt.
+        """Accept a list of images, which the SDK sends as `image[]`, as reference images.
 
-        Whether it does is known when the model is: the first image is among the others until then.
+        Until the model is known, it is unknown whether it reads these, so the first image is also
+        kept as `image`.
         """
         images = data.get("image") if isinstance(data, dict) else None
         if not isinstance(images, list) or not images:
@@ -137,15 +138,16 @@ class ImageEdit(ImageGeneration):
 def request_of(
     body: ImageGeneration, hosts: Callable[[str], bool]
 ) -> tuple[GenerateRequest, tuple[str, ...]]:
-    """The request, and one sentence for each thing that has no effect.
+    """Return the request in Weft's own format, and sentences about what has no effect.
 
     Args:
-        body: as sent.
-        hosts: whether a model has a name; the operator may have given one of OpenAI's.
+        body: request as sent.
+        hosts: function that tells whether a model has a name, as the operator may have chosen one
+            of OpenAI's.
     """
     own = GenerateRequest.model_fields.keys() & body.model_fields_set
     given: dict[str, Any] = {name: getattr(body, name) for name in own}
-    # Previews are made for a stream alone, and only where it shows them.
+    # Previews are made only for streams that show them.
     given["stream"] = body.stream and body.partial_images > 0
     notes = _ignored(body)
     named = body.model
@@ -160,13 +162,13 @@ def request_of(
 
 
 def _answers_by_url(body: ImageGeneration, model: str) -> bool:
-    """Whether clients of one of OpenAI's models expect URLs; they read nothing else."""
+    """Return whether clients of one of OpenAI's models expect URLs; they read nothing else."""
     asked = "response_format" in body.model_fields_set
     return not asked and not body.stream and bool(_ANSWERED_BY_URL.fullmatch(model))
 
 
 def _ignored(body: BaseModel) -> tuple[str, ...]:
-    """One sentence that names the fields without effect, if there are any."""
+    """Return one sentence that names the fields without effect, if there are any."""
     named = [
         field
         for field in _WITHOUT_EFFECT

@@ -1,4 +1,4 @@
-"""The body that asks for a durable job."""
+"""The request body for a durable job."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["PredictionRequest"]
 
 
 class PredictionRequest(BaseModel):
-    """A request for images, which are made also if the client leaves or the server restarts."""
+    """A request for images that are made even if the client leaves or the server restarts."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

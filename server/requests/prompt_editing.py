@@ -1,4 +1,4 @@
-"""What the prompts of a request change to while its images are drawn."""
+"""Prompt editing: the texts that prompts of a request change to while its images are drawn."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ __all__ = ["check_editing", "prompts_of", "timelines_of", "versions_of"]
 
 
 def timelines_of(resolved: ResolvedRequest) -> tuple[Timeline, ...]:
-    """How times in prompts are counted in each run of a request, as AUTOMATIC1111 does.
+    """Return how times in prompts are counted in each run of a request, as in AUTOMATIC1111.
 
-    A share of a run that starts from an image is one of all its steps, whatever its strength; a
-    share of the second run of `hires` is one of the steps that it makes.
+    In a run that starts from an image, times are shares of all its steps, whatever its strength;
+    in the second run of `hires` they are shares of the steps that it makes.
     """
     sampler, hires = resolved.sampler, resolved.hires
     first = sampler.evaluations_of_full_steps(resolved.steps)
@@ -30,7 +30,7 @@ def timelines_of(resolved: ResolvedRequest) -> tuple[Timeline, ...]:
 
 
 def prompts_of(resolved: ResolvedRequest) -> Iterator[tuple[str, str]]:
-    """The prompts that `prompt_syntax` is about, each with its field."""
+    """Yield the prompts that `prompt_syntax` applies to, each with its field."""
     yield "prompt", resolved.prompt
     yield "negative_prompt", resolved.negative_prompt or ""
     for branch in resolved.guidance.branches:
@@ -39,7 +39,7 @@ def prompts_of(resolved: ResolvedRequest) -> Iterator[tuple[str, str]]:
 
 
 def versions_of(resolved: ResolvedRequest, prompt: str) -> Iterator[str]:
-    """What a prompt says at one time or another in the runs of a request; it may repeat itself."""
+    """Yield the texts of a prompt over the runs of a request; texts may be repeated."""
     if resolved.prompt_syntax is None:
         yield prompt
         return
@@ -51,7 +51,7 @@ def check_editing(resolved: ResolvedRequest) -> None:
     """Refuse prompts that change to too many texts, all of which would have to be encoded.
 
     Raises:
-        InvalidRequest: they are more than ``MOST_TEXTS`` together.
+        InvalidRequest: there are more than ``MOST_TEXTS`` texts in total.
     """
     texts = dict[tuple[str, str], None]()
     for field, prompt in prompts_of(resolved):

@@ -1,4 +1,4 @@
-"""Reads settings from the text that AUTOMATIC1111, and this server, write into images."""
+"""Parsing of the infotext that AUTOMATIC1111 and this server write into images."""
 
 from __future__ import annotations
 
@@ -9,18 +9,19 @@ from typing import Final
 __all__ = ["read_infotext"]
 
 _FIELD: Final = re.compile(r'(?<![\w \-/])([\w \-/]++):\s*+("(?:\\.|[^\\"])++"|[^,]*+)(?:,|$)')
-"""As AUTOMATIC1111 parses the last line (modules/infotext_utils.py), in a time that is proportional
-to its length: a name is looked for only where one can begin, and never again from its middle."""
+"""Pattern for the last line, equivalent to AUTOMATIC1111's (modules/infotext_utils.py), but in
+linear time: a name is searched for only where one can begin, without backtracking into it."""
 
 _FEWEST: Final = 3
-"""Fields of a last line; with fewer it is a part of the prompt, as there."""
+"""Minimum number of fields in the last line; with fewer it belongs to the prompt, as in
+AUTOMATIC1111."""
 
 _NEGATIVE: Final = "Negative prompt:"
 _SIZE: Final = re.compile(r"(\d+)x(\d+)")
 
 
 def read_infotext(text: str) -> dict[str, str]:
-    """The fields by their names there: `Prompt`, `Negative prompt`, `Steps`, `Size-1`, ...
+    """Return fields by AUTOMATIC1111's names: `Prompt`, `Negative prompt`, `Steps`, `Size-1`, ...
 
     Args:
         text: lines of the prompt, lines of the negative prompt, and one line of fields.

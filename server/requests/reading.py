@@ -1,4 +1,4 @@
-"""Reads a request that uses the words of other programs and services."""
+"""Reading of requests that use the field names and values of other programs and services."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SAME: Final[Mapping[str, str]] = MappingProxyType(
         "denoising_strength": "strength",
     }
 )
-"""Fields of other services, and ours that mean the same."""
+"""Fields of other services, and Weft's fields with the same meaning."""
 
 LIKE: Final[Mapping[str, str]] = MappingProxyType(
     {
@@ -63,13 +63,13 @@ LIKE: Final[Mapping[str, str]] = MappingProxyType(
         "inpainting_fill": "mask_content",
     }
 )
-"""Fields of other services, and ours that come nearest, for error messages."""
+"""Fields of other services, and Weft's closest fields, for error messages."""
 
 SCALES: Final = ("cfg_scale", "guidance_scale", "true_cfg_scale")
-"""What other services call `guidance.scale`."""
+"""Names of `guidance.scale` in other services."""
 
 RESIZE_MODES: Final = ("stretch", "crop", "fill")
-"""What AUTOMATIC1111 calls the modes 0 to 2."""
+"""Weft's names for AUTOMATIC1111's modes 0 to 2."""
 
 RULE_OF_CFG_PP: Final = "cfg_plus_plus"
 
@@ -83,14 +83,15 @@ class Reading:
     """How a request was read.
 
     Attributes:
-        notes: one sentence for each choice that was read into the request.
-        rule_left_out: whether `guidance` is an object without a name, whose fields go to the rule
-            that the request gets by default.
-        habitual: whether `guidance` is what a client sends whatever the model, so that a distilled
-            model's own counts instead.
-        composes: whether `guidance` draws several prompts together, which no model's own replaces.
-        edits: whether `image` is to be changed as the prompt says, in whatever way the model has.
-        told_scale: the scale that such a client sends for distilled models that are told one.
+        notes: one sentence for each translation that was made.
+        rule_left_out: whether `guidance` is an object without a name, whose fields apply to the
+            default rule of the request.
+        habitual: whether the client sends `guidance` regardless of the model, so that a distilled
+            model's own guidance is used instead.
+        composes: whether `guidance` composes several prompts, so that the model's own does not
+            replace it.
+        edits: whether `image` is to be edited by the prompt, in whatever way the model supports.
+        told_scale: scale that such a client sends for distilled models with a scale as an input.
     """
 
     notes: tuple[str, ...] = ()
@@ -102,27 +103,27 @@ class Reading:
 
 
 DEFAULT_RULE: Final = "apg"
-"""The rule by which an object of `guidance` without a name is validated; its fields may go to
-another one, if the request's model has one of its own."""
+"""The rule by which a `guidance` object without a name is validated; its fields may apply to
+another rule later, if the request's model has its own."""
 
 
 class Readable(BaseModel):
-    """A request that is read before it is validated."""
+    """A request whose fields are translated before validation."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     renamed: ClassVar[bool] = False
-    """Whether fields may have other services' names."""
+    """Whether fields may have names of other services."""
 
     _reading: Reading = PrivateAttr(default_factory=Reading)
 
     @property
     def reading(self) -> Reading:
-        """How it was read."""
+        """How the request was read."""
         return self._reading
 
     def read_as(self, reading: Reading) -> Self:
-        """The request, as if it had been read in that way."""
+        """Set how the request was read, and return the request."""
         self._reading = reading
         return self
 
@@ -138,16 +139,16 @@ class Readable(BaseModel):
 def in_our_words(
     given: Mapping[str, Any], known: Collection[str]
 ) -> tuple[dict[str, Any], Reading]:
-    """A request whose fields and names are those of this server.
+    """Translate the fields and names of a request into this server's own.
 
-    Nothing is validated but what is translated; fields that nobody knows stay as they are.
+    Only what is translated is validated; unknown fields are kept unchanged.
 
     Args:
-        given: as sent.
-        known: the fields that other services' names may stand for.
+        given: request as sent.
+        known: fields that names of other services may refer to.
 
     Raises:
-        PydanticCustomError: a field says what another one says too, or is in the wrong place.
+        PydanticCustomError: two fields have the same meaning, or a field is in the wrong place.
     """
     fields, notes = dict(given), list[str]()
     _rename(fields, known, notes)
@@ -216,7 +217,7 @@ def _read_size(fields: dict[str, Any], known: Collection[str]) -> None:
     if not isinstance(size, str) or "width" not in known:
         return
     del fields["size"]
-    # OpenAI's clients with a fixed form send it empty where their users leave it out.
+    # Some of OpenAI's clients send it as an empty string when their users leave it out.
     if size.strip().casefold() in ("", "auto"):
         return
     found = _SIZE.fullmatch(size.strip())
@@ -232,10 +233,10 @@ def _read_size(fields: dict[str, Any], known: Collection[str]) -> None:
 
 
 def _read_cfg_plus_plus(fields: dict[str, Any], notes: list[str]) -> None:
-    """Translate a sampler that is CFG++ on one of ours to that one and the guidance.
+    """Translate a sampler with built-in CFG++ into Weft's sampler and guidance.
 
     Raises:
-        PydanticCustomError: the request names another rule.
+        PydanticCustomError: the request names a different rule.
     """
     theirs, rest = _name_in(fields.get("sampler"))
     wanted = "" if theirs is None else theirs.strip().casefold().removesuffix("_gpu")
@@ -257,9 +258,9 @@ def _read_cfg_plus_plus(fields: dict[str, Any], notes: list[str]) -> None:
 
 
 def _read_names(fields: dict[str, Any], notes: list[str]) -> None:
-    """Translate the names of samplers and spacings that are another program's.
+    """Translate names of samplers and spacings from other programs.
 
-    What has no equal stays, and is refused with the reason where the field is validated.
+    Names without an equivalent are kept, and refused with a reason when the field is validated.
     """
     theirs, rest = _name_in(fields.get("sampler"))
     schedule, _ = _name_in(fields.get("spacing"))
@@ -292,7 +293,7 @@ def _read_names(fields: dict[str, Any], notes: list[str]) -> None:
 
 
 def _name_in(value: Any) -> tuple[str | None, dict[str, Any]]:
-    """The name in a choice, and its other fields; no name where it says none."""
+    """Return the name in a choice, None if it has none, and its other fields."""
     if isinstance(value, str):
         return value, {}
     if isinstance(value, dict) and isinstance(name := value.get("name"), str):

@@ -1,4 +1,4 @@
-"""The field `reference_images` of a request: pictures that its prompt is about."""
+"""The field `reference_images` of a request: pictures that its prompt refers to."""
 
 from __future__ import annotations
 
@@ -23,21 +23,22 @@ __all__ = [
 MOST: Final = 4
 
 AREA_MULTIPLE: Final = 32
-"""Sides of pictures that are brought to an area are multiples of it, as in diffusers."""
+"""Multiple for the sides of pictures that are resized to a given area, as in diffusers."""
 
 MOST_PIXELS: Final = 1024 * 1024
-"""Larger pictures are reduced, as diffusers does: each pixel costs as much as one of the image."""
+"""Maximum pixels of a reference image; larger ones are reduced, as in diffusers, since each pixel
+costs as much as one of the result."""
 
 
 def check_references(count: int, facts: ModelFacts) -> None:
     """Refuse more reference images than the model reads.
 
     Args:
-        count: of the request.
-        facts: of the model that will serve it.
+        count: number of reference images in the request.
+        facts: facts of the model that will serve it.
 
     Raises:
-        InvalidRequest: it reads fewer, or none.
+        InvalidRequest: the model reads fewer, or none.
     """
     most = most_of(facts)
     if count <= most:
@@ -55,18 +56,18 @@ def check_references(count: int, facts: ModelFacts) -> None:
 
 
 def most_of(facts: ModelFacts) -> int:
-    """Reference images that a request to a model may have."""
+    """Return the maximum number of reference images in a request to a model."""
     return 0 if facts.references is None else facts.references.most
 
 
 def largest_of(facts: ModelFacts) -> tuple[int, int]:
-    """Height and width of a reference image before its own are known, as large as any."""
+    """Return the largest height and width of a reference image, used until its own are known."""
     side = isqrt(MOST_PIXELS) // facts.size_multiple * facts.size_multiple
     return side, side
 
 
 def seen_target_of(facts: ModelFacts) -> PictureTarget | None:
-    """What a reference image is brought to for the text encoder; None where that sees none."""
+    """Return the target size of a reference image for the text encoder; None if that reads none."""
     reads = facts.references
     if reads is None or reads.seen_area is None:
         return None
@@ -74,7 +75,7 @@ def seen_target_of(facts: ModelFacts) -> PictureTarget | None:
 
 
 def target_of(facts: ModelFacts) -> PictureTarget:
-    """What a reference image is brought to: a size of the model's, or its own in its multiples."""
+    """Return the target size of a reference image: a size of the model's, or its own, rounded."""
     reads = facts.references
     if reads is not None and reads.area is not None:
         return PictureTarget(area=reads.area, multiple=AREA_MULTIPLE)

@@ -1,4 +1,4 @@
-"""Fills in what a request leaves out, checks it, and makes the plan that its images follow."""
+"""Resolution of requests: fills in defaults, runs the checks, and makes the plan of the images."""
 
 from __future__ import annotations
 
@@ -64,18 +64,18 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Prepared:
-    """A request that passed every check, with what its images share.
+    """A request that passed every check, with the data that its images share.
 
     Attributes:
-        request: with every default filled in.
-        plan: of its sampler.
-        coefficients: what its guidance policy was fitted to, ``[stages, n]``; None if it needs
+        request: request with every default filled in.
+        plan: plan of its sampler.
+        coefficients: fitted coefficients of its guidance policy, ``[stages, n]``; None if it needs
             none.
         warnings: one sentence for each setting that has no effect or does not suit the model.
-        timeline: how the times in its prompts are counted.
+        timeline: rule by which times in its prompts are counted.
         notes: one sentence for each setting that was translated, and one about those that a
             distilled model's convention chose.
-        second: the run that draws the images once more, larger; None without `hires`.
+        second: second run, which draws the images at a larger size; None without `hires`.
     """
 
     request: ResolvedRequest
@@ -94,15 +94,15 @@ def resolve(
     upload_size: tuple[int, int] | None,
     reference_size: tuple[int, int] | None = None,
 ) -> ResolvedRequest:
-    """Fill in every default, and do all checks that need no plan, cheap ones first.
+    """Fill in every default, and do all checks that do not need the plan, cheap ones first.
 
     Args:
-        request: as sent.
-        model: that will serve it.
-        limits: the operator's.
+        request: request as sent.
+        model: model that will serve it.
+        limits: limits set by the operator.
         upload_size: width and height of `image`, the default size of the result; None without one.
-        reference_size: the size that the result has by the first of `reference_images`, where
-            there is no `image`; None without one, or where it is not known yet.
+        reference_size: default size of the result by the first of `reference_images` if there is no
+            `image`; None without one, or if it is not known yet.
 
     Returns:
         The request without the images that were sent.
@@ -174,16 +174,16 @@ def resolve(
 
 
 def prepare(resolved: ResolvedRequest, model: HostedModel, plan: Plan) -> Prepared:
-    """Do the checks that depend on the plan, and look up what was fitted to it.
+    """Do the checks that depend on the plan, and look up the coefficients that were fitted to it.
 
     Args:
-        resolved: a request that :func:`resolve` let pass.
-        model: that will serve it.
-        plan: of its sampler.
+        resolved: request that was returned by :func:`resolve`.
+        model: model that will serve it.
+        plan: plan of its sampler.
 
     Raises:
-        InvalidRequest: guidance or a cache that cannot act along this plan, or guidance that is not
-            fitted to it.
+        InvalidRequest: guidance or a cache cannot act along this plan, or guidance is not fitted to
+            it.
     """
     check_windows(resolved.guidance, plan)
     check_noise_of_particles(resolved, plan)
@@ -194,10 +194,10 @@ def prepare(resolved: ResolvedRequest, model: HostedModel, plan: Plan) -> Prepar
 
 
 def statistics_for(resolved: ResolvedRequest, model: HostedModel) -> StatisticsIdentity | None:
-    """The model statistics that the request's sampler is planned with; None if it uses none.
+    """Return which model statistics the request's sampler is planned with; None if it uses none.
 
     Raises:
-        InvalidRequest: it needs statistics that the model does not have.
+        InvalidRequest: the sampler needs statistics that the model does not have.
     """
     sampler, guidance = resolved.sampler, resolved.guidance
     if not isinstance(sampler, FittedSampler) or not sampler.uses_statistics:
@@ -229,18 +229,18 @@ def make_plan(
     strength: float | None,
     statistics: Statistics | None = None,
 ) -> Plan:
-    """The plan that all images of a request follow.
+    """Make the plan that all images of a request follow.
 
     Args:
-        schedule: the model's.
-        sampler: makes the plan.
-        spacing: at which noise levels the steps are.
-        steps: of a run from pure noise.
+        schedule: noise schedule of the model.
+        sampler: sampler that makes the plan.
+        spacing: spacing, which places the steps at noise levels.
+        steps: number of steps of a run from pure noise.
         strength: share of the steps that is run; None for all.
-        statistics: of the model, at the latent's shape, for a sampler that uses them.
+        statistics: model statistics at the latent's shape, for a sampler that uses them.
 
     Raises:
-        InvalidRequest: they are incompatible.
+        InvalidRequest: the arguments are incompatible.
         WeftError: the spacing or the sampler failed in another way.
     """
     at_fault = "spacing"
@@ -263,7 +263,7 @@ def make_plan(
 
 
 def _with_source_to_avoid(guidance: Guidance, *, has_reference: bool) -> Guidance:
-    """The guidance, in which negative token merging says what the images move away from."""
+    """Return the guidance with the source of negative token merging filled in."""
     negtome = guidance.negtome
     if negtome is None or negtome.away_from is not None:
         return guidance
@@ -339,7 +339,7 @@ def _mask_content(request: GenerateRequest) -> MaskContent | None:
 
 def _strength(request: GenerateRequest, steps: int, *, has_picture: bool) -> float | None:
     if has_picture:
-        # A single step is run as a whole or not at all.
+        # A single step is run completely or not at all.
         default = 0.75 if request.mask is None and steps > 1 else 1.0
         return default if request.strength is None else request.strength
     for field in ("strength", "mask"):

@@ -1,4 +1,4 @@
-"""The fields of a request, with their ranges, defaults and descriptions."""
+"""Fields of a request, with their ranges, defaults and descriptions."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ DEFAULT_GUIDANCE: Final = {"name": DEFAULT_RULE, "scale": 4.0}
 """As accurate as plain guidance at that scale, and closer to the data in appearance
 (docs/guidance.md)."""
 GUIDANCE_OF_STATISTICS: Final = {"name": "cfg", "scale": 4.0}
-"""For samplers planned with model statistics, which are measured under plain guidance."""
+"""Default for samplers planned with model statistics, which are measured under plain guidance."""
 
 if TYPE_CHECKING:
     SamplerChoice = Sampler
@@ -93,7 +93,7 @@ else:
     StepCacheChoice = choice("cache", STEP_CACHES)
 
     def _field_of(part: Part) -> tuple[Any, Any]:
-        """Type and default of a part of `guidance`."""
+        """Return the type and default of a part of `guidance`."""
         one = choice(part.field, part.kinds) if part.named else part.kinds[0]
         about = {"default": part.left_out, "description": part.description}
         if part.many:
@@ -123,10 +123,10 @@ CHOICES: Final[Mapping[str, Mapping[str, type[BaseModel]]]] = {
 
 
 def check_printable(text: str) -> str:
-    """The text.
+    """Return a text if it is printable.
 
     Raises:
-        PydanticCustomError: it has a control character or half a surrogate pair.
+        PydanticCustomError: the text has a control character or half a surrogate pair.
     """
     for position, character in enumerate(text):
         if (character < " " and character not in "\t\n\r") or "\ud800" <= character <= "\udfff":
@@ -357,45 +357,45 @@ class ResolvedRequest(BaseModel):
         return (self.width, self.height) if self.hires is None else self.hires.size
 
     def settings(self) -> dict[str, Any]:
-        """JSON that makes the same images when posted back.
+        """Return JSON that makes the same images when posted back.
 
-        A request that started from an image, or was steered or prompted by some, is refused unless
-        these are sent again.
+        If the request used images, as a start, for ControlNets or as image prompts, these must be
+        sent again; without them it is refused.
         """
         return self.model_dump(mode="json", exclude={"stream", "priority"}, exclude_none=True)
 
 
 def default_sampler() -> Sampler:
-    """The sampler of a request that leaves it out, for models without defaults of their own."""
+    """Return the sampler of a request that leaves it out, for models without their own defaults."""
     return next(
         sampler for sampler in SAMPLERS if name_of(sampler) == DEFAULT_SAMPLER
     ).model_validate({})
 
 
 def default_guidance(sampler: Sampler) -> Guidance:
-    """The guidance of a request that leaves it out, for models without defaults of their own.
+    """Return the guidance of a request that leaves it out, for models without their own defaults.
 
     Args:
-        sampler: of the request.
+        sampler: sampler of the request.
     """
     named = GUIDANCE_OF_STATISTICS if sampler.uses_statistics else DEFAULT_GUIDANCE
     return _GUIDANCE.validate_python(named)
 
 
 def guidance_of(rule: Rule, policy: Policy, cfg_norm: CFGNorm | None = None) -> Guidance:
-    """A request's guidance of a rule, a policy and a norm, and nothing else."""
+    """Return a request's guidance that consists of a rule, a policy and a norm only."""
     norm = None if cfg_norm is None else cfg_norm.model_dump()
     given = {**rule.model_dump(), "policy": policy.model_dump(), "cfg_norm": norm}
     return _GUIDANCE.validate_python(given)
 
 
 def merged(default: Guidance, given: Guidance, fields: Collection[str]) -> Guidance:
-    """A request's guidance with some fields of another one."""
+    """Return a request's guidance with some fields taken from another one."""
     return _GUIDANCE.validate_python(default.model_dump() | given.model_dump(include=set(fields)))
 
 
 def split(guidance: Guidance) -> tuple[Rule, Policy]:
-    """The rule and the policy that a request's guidance names."""
+    """Return the rule and the policy of a request's guidance."""
     rule = _RULES[guidance.name]
     fields = {field: getattr(guidance, field) for field in rule.model_fields}
     return rule.model_validate(fields), guidance.policy

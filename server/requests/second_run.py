@@ -1,4 +1,4 @@
-"""Checks and resolves the second run of a request with `hires`."""
+"""Checks and resolution of the second run of a request with `hires`."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from server.settings import Limits
 __all__ = ["check_hires", "naming_hires", "second_run", "warned_again"]
 
 FIELDS = ("width", "height", "steps", "strength")
-"""That a second run has of its own."""
+"""Fields that a second run has of its own."""
 
 
 def check_hires(resolved: ResolvedRequest, *, has_picture: bool, has_reference: bool) -> None:
-    """Refuse what a second run would have to do again, and cannot.
+    """Refuse settings that a second run cannot repeat.
 
     Args:
-        resolved: the request.
+        resolved: request.
         has_picture: whether it starts from an image.
         has_reference: whether an image to move away from was sent.
 
     Raises:
-        InvalidRequest: it starts from an image, or its images depend on others.
+        InvalidRequest: the request starts from an image, or its images depend on others.
     """
     if resolved.hires is None:
         return
@@ -46,15 +46,15 @@ def check_hires(resolved: ResolvedRequest, *, has_picture: bool, has_reference: 
 
 
 def second_run(resolved: ResolvedRequest, facts: ModelFacts, limits: Limits) -> ResolvedRequest:
-    """The second run as a request of its own, which starts from an image.
+    """Return the second run as a separate request, which starts from an image.
 
     Args:
-        resolved: a request with `hires`.
-        facts: of the model that will serve it.
-        limits: the operator's.
+        resolved: request with `hires`.
+        facts: facts of the model that will serve it.
+        limits: limits set by the operator.
 
     Raises:
-        InvalidRequest: its size or its steps are not allowed.
+        InvalidRequest: the size or the steps of the second run are not allowed.
     """
     hires = resolved.hires
     if hires is None:
@@ -70,7 +70,7 @@ def second_run(resolved: ResolvedRequest, facts: ModelFacts, limits: Limits) -> 
 
 @contextmanager
 def naming_hires() -> Generator[None]:
-    """Let refusals within the `with` block say that they are about the second run."""
+    """Rewrite refusals within the `with` block to refer to the second run."""
     try:
         yield
     except InvalidRequest as refusal:
@@ -82,10 +82,10 @@ def naming_hires() -> Generator[None]:
 
 
 def warned_again(first: Collection[str], second: Sequence[str]) -> tuple[str, ...]:
-    """What the second run alone is warned of.
+    """Return the warnings that only the second run has.
 
     Args:
         first: warnings of the first run.
-        second: of the second.
+        second: warnings of the second run.
     """
     return tuple(f"In the second run, {warning}" for warning in second if warning not in first)

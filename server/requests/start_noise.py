@@ -1,4 +1,4 @@
-"""What the start noise of images is made of, beside their seed."""
+"""Settings of the start noise of images besides the seed."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ MAX_SEED: Final = 2**63 - 1
 
 
 class VariationChoice(BaseModel):
-    """Images near that of a seed: its start noise, turned towards the noise of another seed.
+    """Variations of the image of a seed: its start noise is rotated towards that of another seed.
 
-    As AUTOMATIC1111's variation seeds. All images of the request have the same `seed`.
+    Like AUTOMATIC1111's variation seeds. All images of the request have the same `seed`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -37,7 +37,7 @@ class VariationChoice(BaseModel):
 
 
 class NoiseSize(BaseModel):
-    """The size of another picture whose start noise the middle of the images has."""
+    """The size of another picture, whose start noise is used in the middle of the images."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

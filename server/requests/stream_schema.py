@@ -1,4 +1,4 @@
-"""The settings of a live stream, with their ranges, defaults and descriptions."""
+"""Settings of a live stream, with their ranges, defaults and descriptions."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ MOST_SKIPPED: Final = 1000
 MOST_SEED_STEP: Final = 2**32
 
 BESIDE: Final = ("image_prompts", "reference_images")
-"""Fields with pictures, which stand beside the prompt of every frame."""
+"""Fields with pictures, which complement the prompt of every frame."""
 
 PICTURES: Final = frozenset({"image_prompts.image", "image_prompts.mask", "reference_images"})
 """Fields of a message that hold pictures, in base64."""
@@ -61,7 +61,7 @@ class BlendedPrompt(BaseModel):
 
 
 class SimilarityFilter(BaseModel):
-    """Skips input frames that are like the last one that was processed (arXiv 2312.12491)."""
+    """Skips input frames that are similar to the last processed one (arXiv 2312.12491)."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -78,7 +78,7 @@ class SimilarityFilter(BaseModel):
 
 
 def _listed(value: Any) -> Any:
-    """A single text as a list of one weighted prompt."""
+    """Convert a single text to a list of one weighted prompt."""
     if isinstance(value, str):
         return ({"text": value},)
     if isinstance(value, list | tuple):
@@ -95,7 +95,7 @@ def _weighty(prompts: tuple[BlendedPrompt, ...]) -> tuple[BlendedPrompt, ...]:
 
 
 def _as_in_requests(field: str) -> Any:
-    """The field of the same name of :class:`GenerateRequest`."""
+    """Return the field of the same name of :class:`GenerateRequest`."""
     return GenerateRequest.model_fields[field]
 
 
@@ -189,20 +189,20 @@ class StreamSettings(Readable):
 
     @property
     def told(self) -> str | Blend:
-        """What the network is told."""
+        """The prompt or blend that the network is conditioned on."""
         if len(self.prompt) == 1:
             return self.prompt[0].text
         return Blend(tuple((one.text, one.weight) for one in self.prompt), self.blend)
 
     def request(self) -> GenerateRequest:
-        """The request for a single image with these settings, of the first prompt alone."""
+        """Return a request for a single image with these settings and only the first prompt."""
         fields = {
             name: getattr(self, name) for name in GenerateRequest.model_fields if name in _SHARED
         }
         return GenerateRequest(prompt=self.prompt[0].text, **fields).read_as(self.reading)
 
     def own(self) -> dict[str, Any]:
-        """JSON of the fields that a request for a single image does not have, and of the prompt."""
+        """Return JSON of the prompt and of the fields in `OWN_FIELDS`."""
         alone = len(self.prompt) == 1
         prompt = self.prompt[0].text if alone else [one.model_dump() for one in self.prompt]
         return {"prompt": prompt} | self.model_dump(mode="json", include=OWN_FIELDS)
@@ -216,10 +216,10 @@ OWN_FIELDS: Final = set(StreamSettings.model_fields) - _SHARED - {"prompt"}
 
 
 def message_fields(text: str) -> dict[str, Any]:
-    """The fields of a JSON message.
+    """Parse the fields of a JSON message.
 
     Raises:
-        MalformedBody: it is not a JSON object.
+        MalformedBody: the message is not a JSON object.
         InvalidRequest: something in it is larger than any setting.
     """
     try:

@@ -1,4 +1,4 @@
-"""Turns a prepared request into the engine's tasks: one for each image, all on one plan."""
+"""Conversion of a prepared request into the engine's tasks: one per image, all on one plan."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ REPAINTED_FROM: Final[Mapping[MaskContent, RepaintedFrom]] = {
     "latent_noise": "noise",
     "latent_nothing": "nothing",
 }
-"""Where it is not the image, which `fill` changes before."""
+"""Start of the repainted part if it is not the image, which `fill` changes beforehand."""
 
 
 def alone(resolved: ResolvedRequest, index: int) -> ResolvedRequest:
-    """The request for one of its images, counted from 0, by itself.
+    """Return the request for a single one of its images, counted from 0.
 
-    Images of a group are not the same by themselves.
+    Images of a group differ if they are made alone.
     """
     variation, seed = resolved.variation, resolved.seed + index
     if variation is None:
@@ -68,28 +68,28 @@ def tasks_of(
     references: tuple[Tensor, ...] = (),
     seen: tuple[SeenPicture, ...] = (),
 ) -> list[ImageTask]:
-    """One task for each image.
+    """Return one task for each image.
 
     Args:
-        prepared: the request, checked, and the plan of its sampler.
-        model: that will serve it.
+        prepared: checked request with the plan of its sampler.
+        model: model that will serve it.
         image: picture to start from, ``[3, H, W]`` float32 in [-1, 1].
-        mask: ``[H, W]`` float32, 1 to repaint, 0 to keep.
-        kept: the picture as it was sent, where the part to repaint has been filled in ``image``.
-        reference: picture to keep away from, as ``image``.
-        blend: what the network is told instead of the request's prompt.
-        stream: that the images are frames of; their priority is live then.
-        adapters: of the request, where they are loaded already.
-        embeddings: of its texts, where they are loaded already.
-        controls: of the request, loaded.
-        image_prompts: of the request, loaded.
-        references: its reference images, ``[3, H, W]`` float32 in [-1, 1] of any sizes.
-        seen: the same as the text encoder sees them, if it does.
+        mask: mask, ``[H, W]`` float32, 1 to repaint, 0 to keep.
+        kept: picture as it was sent, if the part to repaint has been filled in ``image``.
+        reference: picture to move away from, as ``image``.
+        blend: blend that the network is conditioned on instead of the request's prompt.
+        stream: stream that the images are frames of; their priority is then live.
+        adapters: adapters of the request, if they are loaded already.
+        embeddings: embeddings of its texts, if they are loaded already.
+        controls: loaded ControlNets of the request.
+        image_prompts: loaded image prompts of the request.
+        references: reference images, ``[3, H, W]`` float32 in [-1, 1] of any sizes.
+        seen: reference images for the text encoder, if it reads them.
 
     Raises:
-        InvalidRequest: guidance that needs a single prompt, with a blend.
-        Overloaded: the adapters or embeddings of requests under way leave no room for the
-            request's.
+        InvalidRequest: guidance needs a single prompt, but there is a blend.
+        Overloaded: the adapters or embeddings of running requests leave no room for those of this
+            request.
     """
     resolved, plan = prepared.request, prepared.plan
     rule, policy = split(resolved.guidance)
@@ -115,7 +115,7 @@ def tasks_of(
         adapters = load_adapters(resolved.adapters, model)
     if embeddings is None:
         embeddings = load_embeddings([text for _, text in texts_of(resolved, model)], model)
-    # A network that is shown the picture does not need it in x, and was not trained with it there.
+    # A network that reads the picture as an input does not need it in x, and was not trained so.
     from_noise = mask is not None and model.facts.reads_mask and resolved.strength == 1
     size = resolved.noise_size
     group = Group() if is_group(resolved.guidance) else None

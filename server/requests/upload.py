@@ -1,4 +1,4 @@
-"""A picture in a request: large, and so let go of as soon as it is decoded."""
+"""A picture in a request, which is large and therefore released as soon as it is decoded."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ __all__ = ["Upload", "put_upload", "uploads_in", "without_uploads"]
 
 
 class Upload:
-    """Base64 or a data URI of it, or a file, that is handed out once.
+    """A picture as base64, a base64 data URI or a file, which can be read once.
 
-    A request is kept until its images are made, and would keep megabytes with it.
+    A request is kept until its images are made, and would otherwise keep megabytes with it.
 
     Args:
-        data: as it was sent: text in JSON, bytes in a form.
-        released: called when the data is no longer held.
-        form: of a mask, how it says what is repainted.
+        data: data as sent: text in JSON, bytes in a form.
+        released: function that is called when the data is no longer held.
+        form: for a mask, how it marks what is repainted.
     """
 
     def __init__(
@@ -37,10 +37,10 @@ class Upload:
         self._released = released
 
     def as_mask(self, form: MaskForm) -> Upload:
-        """The same data, to be decoded as a mask; this one is left with nothing.
+        """Move the data to a new upload that is decoded as a mask.
 
         Args:
-            form: how it says what is repainted.
+            form: how the mask marks what is repainted.
 
         Raises:
             ValueError: it was handed out before.
@@ -50,10 +50,10 @@ class Upload:
         return mask
 
     def copied(self, form: MaskForm | None = None) -> Upload:
-        """The same data once more, to be decoded beside this picture.
+        """Return another upload with the same data; both can be decoded.
 
         Args:
-            form: how it says what is repainted, if it is decoded as a mask.
+            form: how it marks what is repainted, if it is decoded as a mask.
 
         Raises:
             ValueError: it was handed out before.
@@ -63,7 +63,7 @@ class Upload:
 
     @contextmanager
     def opened(self) -> Generator[str | bytes]:
-        """The data, which is gone afterwards.
+        """Give access to the data in a `with` block, after which it is released.
 
         Raises:
             ValueError: it was handed out before.
@@ -89,11 +89,11 @@ class Upload:
 
 
 def uploads_in(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, Upload]]:
-    """The pictures of a request, each with its dotted path.
+    """Yield the pictures of a request, each with its dotted path.
 
     Args:
-        value: the request, or a part of it.
-        path: of that part.
+        value: request, or a part of it.
+        path: path of that part.
     """
     if isinstance(value, Upload):
         yield ".".join(path), value
@@ -106,9 +106,9 @@ def uploads_in(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, Up
 
 
 def without_uploads(value: Any) -> Any:
-    """Parsed JSON without the fields that were made uploads."""
+    """Return parsed JSON without the fields that were replaced by uploads."""
     if isinstance(value, list):
-        # What is put back has a place to go to.
+        # Keeps the place for :func:`put_upload`.
         return [None if isinstance(one, Upload) else without_uploads(one) for one in value]
     if isinstance(value, dict):
         return {k: without_uploads(one) for k, one in value.items() if not isinstance(one, Upload)}
@@ -116,16 +116,16 @@ def without_uploads(value: Any) -> Any:
 
 
 def put_upload(fields: dict[str, Any], path: str, data: str) -> None:
-    """Put a picture back where it was in parsed JSON; the opposite of :func:`without_uploads`.
+    """Put a picture back to its place in parsed JSON; reverses :func:`without_uploads`.
 
     Args:
-        fields: the JSON, changed in place.
-        path: as of :func:`uploads_in`.
-        data: base64.
+        fields: JSON, changed in place.
+        path: path as in :func:`uploads_in`.
+        data: picture in base64.
     """
     *above, name = path.split(".")
     inner: Any = fields
     for step in above:
-        # A single picture, where a list of them may be.
+        # A field that takes a list may also hold a single picture.
         inner = inner[int(step)] if isinstance(inner, list) else inner.setdefault(step, [None])
     inner[int(name) if isinstance(inner, list) else name] = data

@@ -1,4 +1,4 @@
-"""What acts in a part of a run alone: between two shares of it."""
+"""Windows: parts of a run in which something acts, between two shares of the run."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ __all__ = ["check_window", "without_effect"]
 
 
 class Windowed(Protocol):
-    """What acts between two shares of a run."""
+    """Something that acts between two shares of a run."""
 
     @property
     def start(self) -> float:
-        """The share after which it begins to act."""
+        """Share of the run after which it begins to act."""
         ...
 
     @property
     def end(self) -> float:
-        """The share after which it no longer acts."""
+        """Share of the run after which it no longer acts."""
         ...
 
 
@@ -31,14 +31,14 @@ W = TypeVar("W", bound=Windowed)
 
 
 def check_window(acting: W) -> W:
-    """The same; raises ValueError where it acts nowhere."""
+    """Return the argument; raise ValueError if its window is empty."""
     if acting.start >= acting.end:
         raise ValueError(f"start is {acting.start:g}; it must be less than end, {acting.end:g}")
     return acting
 
 
 def without_effect(field: str, chosen: Sequence[Windowed], plan: Plan) -> tuple[str, ...]:
-    """One sentence for each entry of a field that acts at no stage of a plan."""
+    """Return one sentence for each entry of a field that acts at no stage of a plan."""
     stages = plan.evaluations
     return tuple(
         f"{field}.{place} has no effect: no evaluation of this run lies within its start, "

@@ -52,7 +52,7 @@ def check_classifier(resolved: ResolvedRequest, model: HostedModel) -> None:
 
 
 def alternatives_of(resolved: ResolvedRequest, model: HostedModel) -> tuple[str, ...]:
-    """The prompts among which the classifier chooses a reference; none where it chooses none.
+    """Return the prompts among which the classifier chooses a reference; empty if it needs none.
 
     Raises:
         InvalidRequest: the prompt does not mention the target.
@@ -67,7 +67,7 @@ def alternatives_of(resolved: ResolvedRequest, model: HostedModel) -> tuple[str,
 
 
 def classifier_of(term: ClassifierGuidance, model: HostedModel) -> LatentClassifier:
-    """The classifier that a term needs.
+    """Return the classifier that a term needs.
 
     Raises:
         InvalidRequest: the model has none.

@@ -16,7 +16,7 @@ NEGTOME = "guidance.negtome"
 
 
 def is_group(guidance: Guidance) -> bool:
-    """Whether the images of a request depend on each other."""
+    """Return whether the images of a request depend on each other."""
     return guidance.particles is not None or _is_of_images(guidance.negtome)
 
 
@@ -64,7 +64,7 @@ def check_noise_of_particles(resolved: ResolvedRequest, plan: Plan) -> None:
 
 
 def _is_of_images(negtome: NegToMe | None) -> bool:
-    """Whether the images move away from the first image of their request."""
+    """Return whether the images move away from the first image of their request."""
     return negtome is not None and negtome.away_from != "reference"
 
 

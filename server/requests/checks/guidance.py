@@ -26,7 +26,7 @@ def check_guidance(guidance: Guidance, model: HostedModel, *, has_picture: bool)
 
     Args:
         guidance: the rule and everything that goes with it.
-        model: that will serve the request.
+        model: model that will serve the request.
         has_picture: whether the run starts from an image.
 
     Raises:
@@ -46,8 +46,8 @@ def check_windows(guidance: Guidance, plan: Plan) -> None:
     """Refuse a part of guidance that would never act, because no step lies within its window.
 
     Args:
-        guidance: of the request.
-        plan: of its sampler.
+        guidance: guidance of the request.
+        plan: plan of its sampler.
 
     Raises:
         InvalidRequest: a window contains none of the steps, or the policy guides at none of them.
@@ -71,11 +71,12 @@ def check_windows(guidance: Guidance, plan: Plan) -> None:
 def coefficients_for(
     resolved: ResolvedRequest, model: HostedModel, plan: Plan
 ) -> NDArray[np.float64] | None:
-    """What the request's policy was fitted to beforehand; None where it needs nothing.
+    """Return the coefficients that the request's policy was fitted to; None if it needs none.
 
     Raises:
-        InvalidRequest: nothing is fitted to this run; the message has the command that fits it,
-            and says what is fitted. Or what is fitted has not the run's stages and branches.
+        InvalidRequest: nothing is fitted to this run, and the message has the command that fits it
+            and lists what is fitted; or the fitted coefficients do not match the run's stages and
+            branches.
     """
     guidance = resolved.guidance
     rule, policy = split(guidance)
@@ -105,13 +106,13 @@ def coefficients_for(
 
 
 def _fitted(model: HostedModel) -> str:
-    """What there are coefficients for, as the end of a sentence."""
+    """Return what coefficients exist for, as the end of a sentence."""
     fitted = model.linear_fits.available(model.facts.denoiser)
     return f" (fitted are: {'; '.join(fitted)})" if fitted else " (nothing is fitted)"
 
 
 def _options(resolved: ResolvedRequest, rule: Rule, policy: Policy) -> str:
-    """The command's options that stand for the request's run."""
+    """Return the command's options for the request's run."""
     named = {"sampler": resolved.sampler, "spacing": resolved.spacing, "guidance": rule}
     options = [f"--model PATH --steps {resolved.steps} --every {policy.fit_period}"]
     for option, one in named.items():
@@ -122,7 +123,7 @@ def _options(resolved: ResolvedRequest, rule: Rule, policy: Policy) -> str:
 
 
 def _against_policy(guidance: Guidance, model: HostedModel, *, has_picture: bool) -> str | None:
-    """What speaks against the policy, and what is allowed."""
+    """Return why the policy is refused and what is allowed; None if it is not."""
     policy = guidance.policy
     if reason := policy.refuses(guidance):
         return reason
@@ -144,7 +145,7 @@ def _against_policy(guidance: Guidance, model: HostedModel, *, has_picture: bool
 
 
 def _edits(guidance: Guidance) -> Iterator[tuple[str, Edit]]:
-    """Every change inside the network, with the field that asks for it."""
+    """Yield every change inside the network, with the field that requests it."""
     for path, part in chosen(guidance):
         if (edit := getattr(part, "edit", None)) is not None:
             yield f"guidance.{path}", edit

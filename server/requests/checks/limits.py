@@ -17,14 +17,14 @@ from server.settings import Limits
 __all__ = ["check_count", "check_limits", "check_size", "check_tokens", "runs_of"]
 
 WRITTEN: Final = ("prompt", "negative_prompt", "guidance")
-"""Fields whose texts `prompt_syntax` is about."""
+"""Fields whose texts `prompt_syntax` applies to."""
 
 
 def check_count(request: GenerateRequest, limits: Limits) -> None:
     """Refuse more images than one request may ask for, before room for them is reserved.
 
     Raises:
-        InvalidRequest: `n` is beyond the limit.
+        InvalidRequest: `n` exceeds the limit.
     """
     _at_most("n", request.n, limits.images)
     if runs_of(request) * request.n > limits.images:
@@ -36,7 +36,7 @@ def check_count(request: GenerateRequest, limits: Limits) -> None:
 
 
 def runs_of(request: GenerateRequest) -> int:
-    """How often the engine draws each image of a request."""
+    """Return how often the engine draws each image of a request."""
     return 1 if request.hires is None else 2
 
 
@@ -44,8 +44,7 @@ def check_limits(request: ResolvedRequest, limits: Limits) -> None:
     """Refuse what this server's operator does not allow.
 
     Raises:
-        InvalidRequest: a field is beyond its limit, or a text of guidance has characters that are
-            no text.
+        InvalidRequest: a field exceeds its limit, or a text of guidance has unprintable characters.
     """
     _at_most("steps", request.steps, limits.steps)
     _at_most("n", request.n, limits.images)
@@ -78,7 +77,7 @@ def check_size(resolved: ResolvedRequest, facts: ModelFacts, limits: Limits) -> 
     """Refuse a size that the model cannot draw, or that is too large for this server.
 
     Raises:
-        InvalidRequest: a side is no multiple of what the model needs or is longer than it has
+        InvalidRequest: a side is not a multiple of what the model needs or is longer than it has
             positions for, or there are too many pixels.
     """
     _check_size("", resolved.width, resolved.height, facts, limits)

@@ -1,4 +1,4 @@
-"""Checks that JSON has the proportions of a request, before anything looks at what it says."""
+"""Checks that JSON is not larger than a request needs, before it is validated."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ MOST_NAME: Final = 64
 
 
 def check_shape(value: Any, uploads: Collection[str], path: tuple[str, ...] = ()) -> None:
-    """Refuse objects, lists, names and texts that are larger than any request's.
+    """Refuse objects, lists, names and texts that are larger than any request needs.
 
-    What is let through can be validated, and its errors told, in a few milliseconds.
+    What passes can be validated, with its errors explained, in a few milliseconds.
 
     Args:
         value: parsed JSON.
         uploads: dotted paths of the fields that may hold long texts; entries of a list have the
             path of the list.
-        path: of the value within the body.
+        path: path of the value within the body.
 
     Raises:
         InvalidRequest: something is too large; the first is named.
@@ -50,14 +50,14 @@ def check_shape(value: Any, uploads: Collection[str], path: tuple[str, ...] = ()
 
 
 def _is_text(value: Any) -> bool:
-    """Whether it is a text, or a list of some."""
+    """Return whether a value is a text or a list of texts."""
     if isinstance(value, list):
         return len(value) <= MOST_ENTRIES and all(isinstance(one, str) for one in value)
     return isinstance(value, str)
 
 
 def below(paths: Collection[str], name: str) -> frozenset[str]:
-    """The paths within a field, of dotted paths that begin with it."""
+    """Return the rest of the dotted paths that begin with a field."""
     start = f"{name}."
     return frozenset(path.removeprefix(start) for path in paths if path.startswith(start))
 
