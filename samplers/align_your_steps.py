@@ -1,4 +1,4 @@
-"""Published schedules that were optimised for one model each."""
+"""Published sampling schedules, each optimised for one model."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TIMESTEPS: Final[Mapping[str, tuple[int, ...]]] = MappingProxyType(
         "sdxl": (999, 845, 730, 587, 443, 310, 193, 116, 53, 13, 0),
     }
 )
-"""Ten steps between trained timesteps of 1000."""
+"""Timesteps out of 1000 trained ones that bound ten steps."""
 # fmt: off
 SIGMAS: Final[Mapping[str, tuple[float, ...]]] = MappingProxyType(
     {
@@ -53,21 +53,21 @@ SIGMAS: Final[Mapping[str, tuple[float, ...]]] = MappingProxyType(
     }
 )
 # fmt: on
-"""Steps between noise levels. Those of svd are the authors'; those of 32 levels continue the
-authors' method, and those of gits are from the search of arXiv 2405.11326, both as in Forge."""
+"""Noise levels that bound the steps. The svd table is the authors'. The 32-level tables extend the
+authors' method and the gits tables come from the search of arXiv 2405.11326, both as in Forge."""
 TRAINED: Final = 1000
 START_TOLERANCE: Final = 0.1
-"""How far, in share, a schedule's noisiest level may be from the first of the table."""
+"""Largest relative difference between a schedule's noisiest level and the first of the table."""
 
 
 class AlignYourSteps(ListedSpacing, frozen=True):
     """Align Your Steps (Sabour et al., arXiv 2404.14507): tables that bound the error at 10 steps.
 
-    GITS (Chen et al., arXiv 2405.11326) is a search for such tables by the trajectories' geometry.
-    Ten steps evaluate at the first ten entries and go from the tenth to the clean picture, as
-    diffusers and ComfyUI do. Other counts interpolate log sigma between the entries by their
-    index, as the authors do. The tables were found on the named models; on others with the same
-    timesteps they are a guess.
+    GITS (Chen et al., arXiv 2405.11326) searches for such tables using the geometry of the
+    sampling trajectories. A run of ten steps evaluates at the first ten entries and goes from the
+    tenth to the clean picture, as in diffusers and ComfyUI. For other numbers of steps, log sigma
+    is interpolated between the entries by index, as the authors do. The tables were optimised for
+    the named models; on other models with the same timesteps they are a guess.
     """
 
     summary: ClassVar[str] = "Published optimal levels for about 10 steps of SD 1.5, SDXL or SVD."

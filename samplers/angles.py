@@ -1,4 +1,4 @@
-"""Steps that are even in the angle between picture and noise."""
+"""A spacing that is even in the angle between signal and noise."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 class Angles(LevelSpacing, frozen=True):
     """Even in ``arctan(sigma / alpha)``, from the noisiest level to the clean picture.
 
-    The two steps of SANA-Sprint are not even: the second angle is 1.3, whatever the first. On a
-    flow-matching schedule the times are ``sin / (cos + sin)`` of the angles, which is what its
-    network is told.
+    A run of two steps, as for SANA-Sprint, is not even: its second angle is ``second`` (1.3 by
+    default), whatever the first. On a flow-matching schedule the times are ``sin / (cos + sin)``
+    of the angles, which is what the network is conditioned on.
     """
 
     summary: ClassVar[str] = "Even in the angle of TrigFlow; for SANA-Sprint and its kin."
@@ -51,7 +51,7 @@ def _angle(schedule: Levels, t: float) -> float:
 
 
 def _times(schedule: Levels, angles: F64) -> F64:
-    # Pure noise is at infinity.
+    # At pure noise the log is -inf.
     with np.errstate(divide="ignore"):
         half_log_snr = np.log(np.tan(np.pi / 2 - angles))
     return schedule.time_of_half_log_snr(half_log_snr)

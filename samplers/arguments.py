@@ -6,16 +6,16 @@ import numpy as np
 
 
 def whole_number(name: str, value: object, least: int, most: int | None = None) -> int:
-    """A count that a caller gave, as an int.
+    """Check a count passed by a caller and return it as an int.
 
     Args:
-        name: of the argument, for the refusal.
-        value: what was given for it.
-        least: the smallest that is allowed.
-        most: the largest that is allowed; None allows any.
+        name: name of the argument, for the error message.
+        value: the value passed.
+        least: smallest value allowed.
+        most: largest value allowed; None for no upper limit.
 
     Raises:
-        ValueError: it is not a whole number, below ``least`` or above ``most``.
+        ValueError: the value is not a whole number, below ``least`` or above ``most``.
     """
     if isinstance(value, int | np.integer) and not isinstance(value, bool):
         whole = int(value)
@@ -26,15 +26,15 @@ def whole_number(name: str, value: object, least: int, most: int | None = None) 
 
 
 def number(name: str, value: object) -> float:
-    """A number that a caller gave or a file holds, as a float.
+    """Check a number passed by a caller or read from a file and return it as a float.
 
     Args:
-        name: of the argument, for the refusal.
-        value: what was given for it.
+        name: name of the argument, for the error message.
+        value: the value passed.
 
     Raises:
-        ValueError: it is a text, a truth value or anything else that is no number, or a whole
-            number beyond the range of floats.
+        ValueError: the value is a string, a bool or anything else that is not a number, or an
+            integer beyond the range of floats.
     """
     if not isinstance(value, int | float | np.integer | np.floating) or isinstance(value, bool):
         raise ValueError(f"{name} is {value!r}; it must be a number.")

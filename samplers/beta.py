@@ -15,19 +15,19 @@ if TYPE_CHECKING:
     from samplers.levels import F64, Levels
 
 TERMS = 64
-"""Of a series whose terms fall by 2 at least: beyond the last digit of float64."""
+"""Terms of a series in which each is at most half the one before: enough for float64."""
 ITERATIONS = 30
-"""At most, of Newton's method; 12 do for the spacing's range of parameters."""
+"""Maximum number of Newton iterations; 12 suffice for the spacing's range of parameters."""
 LAST_STEP = 1e-10
-"""A step of Newton's method so short, in log x, is the last: the error left is about its square."""
+"""Length in log x below which a Newton step is the last: the error left is about its square."""
 
 
 class Beta(LevelSpacing, frozen=True):
     """Beta Sampling (Lee et al., arXiv 2407.12173): dense at both ends, sparse between.
 
-    Quantiles of Beta(alpha, beta) over time, from the noisiest one down to one share of the steps
-    above the clean end, as ComfyUI lays them. The name stands for quantiles over sigma in
-    AUTOMATIC1111 and diffusers, both ends included; ``over`` chooses.
+    Quantiles of Beta(alpha, beta) over time, at probabilities from 1 (the noisiest time) down to
+    1 / steps, as in ComfyUI. In AUTOMATIC1111 and diffusers the same name stands for quantiles
+    over sigma with both ends included; ``over`` selects which.
     """
 
     summary: ClassVar[str] = "Dense at the noisiest and the cleanest levels, sparse in between."
@@ -70,19 +70,19 @@ class Beta(LevelSpacing, frozen=True):
 def beta_quantile(probability: F64, alpha: float, beta: float) -> F64:
     """The inverse of the regularised incomplete beta function, ``I_x(alpha, beta) = p``.
 
-    To 1e-12 of x where x is at most a half, and of 1 above.
+    The error is at most 1e-12 relative to x where x is at most a half, and 1e-12 absolute above.
 
     Args:
         probability: p in [0, 1], of any shape.
-        alpha: above 0.
-        beta: above 0, at most about 20.
+        alpha: first parameter, above 0.
+        beta: second parameter, above 0 and at most about 20.
 
     Returns:
         x in [0, 1].
     """
     below = _lower_tail(np.array(np.log(0.5)), alpha, beta)
     low = probability <= below
-    # I_x(a, b) = 1 - I_{1-x}(b, a), so that each is sought where its series converges fast.
+    # I_x(a, b) = 1 - I_{1-x}(b, a): each quantile is computed where the series converges fast.
     return np.where(
         low,
         _lower_quantile(np.where(low, probability, 0), alpha, beta),
@@ -99,10 +99,10 @@ def _lower_tail(log_x: F64, alpha: float, beta: float) -> F64:
 
 
 def _lower_quantile(probability: F64, alpha: float, beta: float) -> F64:
-    """Quantiles up to a half by Newton's method on log p over log x.
+    """Quantiles up to a half, by Newton's method on log p as a function of log x.
 
-    That function is convex for beta below 1 and concave above, and the leading term's root lies on
-    the side from which Newton's method never passes the root.
+    That function is convex for beta below 1 and concave above. The root of its leading term lies
+    on the side from which Newton's method never overshoots.
     """
     whole = _beta_function(alpha, beta)
     with np.errstate(divide="ignore"):

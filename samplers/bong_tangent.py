@@ -1,4 +1,4 @@
-"""Two arcs of an arc tangent, which meet at a middle level."""
+"""A spacing along two arctangent arcs that meet at a middle level."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ if TYPE_CHECKING:
 
 
 class BongTangent(LevelSpacing, frozen=True):
-    """Steps that grow down to a middle level and shrink after it, each along an arc tangent.
+    """Steps that grow down to a middle level and shrink after it, each part along an arctangent.
 
-    Sigma runs from that of the noisiest level to 0. The source always runs from 1, which is the
-    same on flow-matching models, for which it is meant, and half way down on others; and steps
-    below the model's cleanest level, of which it may have some there, are stretched to end at it.
+    Sigma runs from the model's noisiest level to 0. Departures from the source, which always
+    starts at sigma 1: that is the noisiest level of flow-matching models, for which it is meant,
+    but part way down on others. And where the source would take steps below the model's cleanest
+    level, the levels are stretched here to end at that level.
     """
 
     summary: ClassVar[str] = "Small steps at both ends, along two arcs of an arc tangent."
@@ -45,7 +46,7 @@ class BongTangent(LevelSpacing, frozen=True):
         return times_of_shares(schedule, self._left(steps)[:steps])
 
     def _left(self, steps: int) -> F64:
-        """Shares of sigma that are left after 0 to ``steps`` steps, from 1 to 0."""
+        """Fractions of sigma that remain after 0 to ``steps`` steps, from 1 to 0."""
         points = steps + 2
         meeting = int(self.pivot * points)
         slope = 40 * self.slope / points
@@ -60,6 +61,6 @@ class BongTangent(LevelSpacing, frozen=True):
 
 
 def _arc(offsets: F64, slope: float) -> F64:
-    """An arc tangent over points off its pivot, scaled to fall from 1 to 0."""
+    """An arctangent at offsets from its pivot, scaled to fall from 1 to 0."""
     bend = np.arctan(-slope * offsets)
     return (bend - bend[-1]) / (bend[0] - bend[-1])

@@ -18,19 +18,20 @@ if TYPE_CHECKING:
     from samplers.plan import Plan
 
 MOST: Final = np.sqrt(2) - 1
-"""The largest gamma: a step never more than doubles the variance of the noise."""
+"""The largest gamma, at which a step doubles the variance of the noise."""
 
 
 class ChurnedSampler(Sampler, frozen=True):
-    """A solver without history, with the churn of Karras et al. (2206.00364, algorithm 2).
+    """A solver without history, with the churn of Karras et al. (arXiv 2206.00364, algorithm 2).
 
-    Before a step from r = sigma / alpha between ``s_tmin`` and ``s_tmax``, fresh noise raises r to
-    ``r (1 + gamma)``, ``gamma = min(s_churn / steps, sqrt(2) - 1)``; the step leads from there to
-    its own end. With ``s_churn`` 0 it is the plain solver.
+    Where r = sigma / alpha lies between ``s_tmin`` and ``s_tmax`` before a step, fresh noise raises
+    it to ``r (1 + gamma)`` with ``gamma = min(s_churn / steps, sqrt(2) - 1)``. The step then starts
+    from the raised level and ends where it would have ended anyway. With ``s_churn`` 0 this is the
+    plain solver.
 
-    Departures from the source: r is measured and raised in ``sigma / alpha`` on every schedule;
-    it is never raised above the model's noisiest level; where the first step has churn, the run
-    starts from the raised level, which is the same in distribution.
+    Departures from the source: r is ``sigma / alpha`` on every schedule, and is never raised above
+    the model's noisiest level. Where the first step has churn, the run starts from the raised
+    level, which has the same distribution.
     """
 
     s_churn: float = Field(
@@ -78,7 +79,7 @@ class ChurnedSampler(Sampler, frozen=True):
         return in_turn(descents, self.plain_plan, self.s_noise)
 
     def _gamma(self, grid: Grid) -> F64:
-        """How far each step raises its level first, ``[N]``."""
+        """The fraction by which each step first raises its noise level, ``[N]``."""
         with np.errstate(divide="ignore"):
             ratio = grid.sigma[:-1] / grid.alpha[:-1]
         highest = np.inf if self.s_tmax is None else self.s_tmax

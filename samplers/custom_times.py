@@ -1,4 +1,4 @@
-"""Times that the request lists itself."""
+"""A spacing whose times are listed in the request."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 
 class Custom(ListedSpacing, frozen=True):
-    """The times that are listed, and from the last of them to the clean picture.
+    """Evaluates at the listed times and steps from the last one to the clean picture.
 
-    Times are the schedule's own: trained timesteps of a Stable Diffusion model, which may lie
-    between whole ones; sigma in (0, 1] of flow matching, after the shift; sigma of an EDM model.
+    Times are in the schedule's own units: trained timesteps of a Stable Diffusion model, not
+    necessarily whole; sigma in (0, 1] on flow matching, after the shift; sigma on an EDM model.
     """
 
     summary: ClassVar[str] = "A list of your own, one time for each step."
@@ -28,7 +28,7 @@ class Custom(ListedSpacing, frozen=True):
     times: tuple[float, ...] = Field(
         default=(),
         max_length=1000,
-        # A list in JSON, which strict validation would not take for a tuple.
+        # JSON has lists, which strict validation does not accept as tuples.
         strict=False,
         description=(
             "Strictly decreasing times to evaluate at, in the model's own units; as many as steps."

@@ -1,4 +1,4 @@
-"""DDIM, and its stochastic family."""
+"""DDIM and its stochastic variants."""
 
 from __future__ import annotations
 
@@ -50,10 +50,10 @@ class DDIM(Sampler, frozen=True):
 
 
 def ancestral_plan(grid: Grid, eta: float) -> Plan:
-    """First-order steps that replace a share ``eta`` of the posterior's noise by fresh noise.
+    """First-order steps that add ``eta`` times the noise of the posterior.
 
-    The deviation ``eta sigma' sqrt(1 - (alpha sigma' / (alpha' sigma))^2)`` is DDIM's on a
-    variance-preserving schedule and k-diffusion's ancestral ``sigma_up`` on any other.
+    Its standard deviation, ``eta sigma' sqrt(1 - (alpha sigma' / (alpha' sigma))^2)``, is DDIM's on
+    a variance-preserving schedule and k-diffusion's ancestral ``sigma_up`` on any other.
     """
     alpha, sigma = grid.alpha, grid.sigma
     shrink = alpha[:-1] * sigma[1:] / (alpha[1:] * sigma[:-1])
@@ -61,11 +61,12 @@ def ancestral_plan(grid: Grid, eta: float) -> Plan:
 
 
 def renoised_plan(grid: Grid, fresh: F64) -> Plan:
-    """First-order steps that go below the next level, back up to which fresh noise leads.
+    """First-order steps that land below the next noise level and return to it with fresh noise.
 
     Args:
-        grid: the points.
-        fresh: deviation of that noise, at most the noise of the level, ``[N]``.
+        grid: the points of the run.
+        fresh: standard deviation of the fresh noise of each step, ``[N]``; at most the sigma of
+            the level that the step ends at.
     """
     columns = Columns("x")
     x, D, noise = columns["x"], columns.denoised, columns.noise

@@ -1,4 +1,4 @@
-"""DEIS: exponential integrators that interpolate eps."""
+"""DEIS: exponential integrators that interpolate the noise prediction eps."""
 
 from __future__ import annotations
 
@@ -21,12 +21,14 @@ if TYPE_CHECKING:
 class DEIS(Sampler, frozen=True):
     """Diffusion exponential integrator sampler (Zhang and Chen, arXiv 2204.13902) in log rho.
 
-    eps is interpolated by a polynomial in log rho, rho = sigma / alpha, through its last values,
-    and integrated over rho exactly, as diffusers' ``DEISMultistepScheduler`` does (solver_type
-    logrho). The paper's own variants fit it in other variables: tAB-DEIS in the time t, rhoAB-DEIS
-    in rho. Order 1 (DDIM) to 3, one evaluation a step. History: up to two values of eps. Orders 2
-    and 3 are good from 10 steps without guidance; at high guidance scales the interpolation of the
-    denoised prediction, ``dpm_solver_pp``, is steadier. The last step to the clean picture is of
+    The last values of eps are interpolated by a polynomial in log rho, rho = sigma / alpha, which
+    is integrated over rho exactly, as in diffusers' ``DEISMultistepScheduler`` (solver_type
+    logrho). The paper's own variants fit the polynomial in other variables: tAB-DEIS in the time
+    t, rhoAB-DEIS in rho.
+
+    Order 1 (DDIM) to 3, one evaluation a step. History: up to two values of eps. Orders 2 and 3
+    are good from 10 steps without guidance; at high guidance scales ``dpm_solver_pp``, which
+    interpolates the denoised prediction, is more stable. The last step to the clean picture is of
     first order.
     """
 
@@ -49,7 +51,7 @@ class DEIS(Sampler, frozen=True):
 
     @override
     def plan(self, grid: Grid) -> Plan:
-        # Not the velocity on flow matching: the fit in log(sigma / alpha) is the method.
+        # eps on flow matching too, not the velocity: the method is the fit in log(sigma / alpha).
         line = Line.of_noise(grid)
         slots = tuple(f"eps{k}" for k in range(1, self.order))
         columns = Columns("x", *slots)
@@ -66,8 +68,8 @@ class DEIS(Sampler, frozen=True):
 def _mean_weights(lam: F64, i: int, order: int) -> F64:
     """Weights of eps at points i, i - 1, ... in its mean over the next step in sigma / alpha.
 
-    With z the way through the step in log SNR, 0 to 1, sigma / alpha falls as e^(-h z); the
-    weights give the mean of each power of z that they are fitted to.
+    Let z go from 0 to 1 through the step, evenly in log SNR, so that sigma / alpha falls as
+    e^(-h z). The weights reproduce the means of the powers of z below ``order``.
     """
     if order == 1:
         return np.ones(1)
@@ -75,7 +77,7 @@ def _mean_weights(lam: F64, i: int, order: int) -> F64:
     fall = -np.expm1(-h)
     means = [1.0]
     for power in range(1, order):
-        # By parts, from the mean of the power below.
+        # Integration by parts, from the mean of the next lower power.
         means.append((power / h * means[-1] * fall - np.exp(-h)) / fall)
     nodes = (lam[i::-1][:order] - lam[i]) / h
     return np.linalg.solve(np.vander(nodes, increasing=True).T, np.array(means))

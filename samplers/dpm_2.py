@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 class DPM2(ChurnedSampler, frozen=True):
     """DPM-Solver-2 as the midpoint method: a step along the slope at its middle in log sigma.
 
-    Second order, two evaluations a step (one in the last step to the clean picture, and with
-    ``eta`` 1 in a step from pure noise). Works along the schedule's own line, as ``heun`` does.
-    With ``eta`` above 0 a step lands below the next level and makes up for it by fresh noise; it
-    is then "DPM2 a". ``s_churn`` raises the noise before a step instead.
+    Second order, two evaluations a step (one in the last step to the clean picture and, with
+    ``eta`` 1, in a step from pure noise). It integrates along the schedule's own line, as ``heun``
+    does. With ``eta`` above 0 a step lands below the next level and adds fresh noise to reach it;
+    this is "DPM2 a". ``s_churn`` instead raises the noise before a step.
     """
 
     summary: ClassVar[str] = "Second order: the slope at the middle of each step; two evaluations."
@@ -67,8 +67,8 @@ class DPM2(ChurnedSampler, frozen=True):
             kept = self._kept(grid, i)
             fresh = float(np.sqrt(max(grid.sigma[i + 1] ** 2 - kept**2, 0)))
             if kept == 0:
-                # The flow goes on to the clean picture, where log sigma is infinite and a step has
-                # no middle: so in the last step, and at eta 1 in a step from pure noise.
+                # The flow is followed to the clean picture, where log sigma is infinite and a step
+                # has no middle. This is the last step or, at eta 1, a step from pure noise.
                 clean = first_order(grid, i, x, D, sigma_next=0)
                 tables.append(columns.table(x=clean + fresh * columns.noise))
                 continue
@@ -90,17 +90,17 @@ class DPM2(ChurnedSampler, frozen=True):
         return Plan(t, alpha, sigma, np.stack(tables), tuple(step), grid.start_scale)
 
     def _kept(self, grid: Grid, i: int) -> float:
-        """The noise that is left of the old where the flow of step i is followed to."""
+        """Sigma of the level down to which step i follows the flow, before it adds fresh noise."""
         j = i + 1
         shrink = grid.alpha[i] * grid.sigma[j] / (grid.alpha[j] * grid.sigma[i])
         return float(grid.sigma[j] * np.sqrt(1 - self.eta**2 * max(1 - shrink**2, 0)))
 
     def _landing(self, grid: Grid, line: Line, i: int, kept: float) -> _Point:
-        """Where that is: the next point, or one of less noise."""
+        """The point where the flow of step i ends: the next point, or one with less noise."""
         j = i + 1
         if not self.eta:
             return _Point(grid.t[j], grid.alpha[j], grid.sigma[j], line.scale[j], line.s[j])
-        # Below all trained levels too: nothing is evaluated there.
+        # It may lie below all trained levels, as nothing is evaluated there.
         level = grid.schedule.level_of_half_log_snr(np.log(grid.alpha[j] / kept))
         return _of(grid, grid.t[j], *level)
 
@@ -114,13 +114,13 @@ class _Point(NamedTuple):
 
 
 def _middle(grid: Grid, start: _Point, end: _Point) -> _Point:
-    """The point half way between two in log sigma, on the schedule's own line."""
-    # s is what schedules call the noise level.
+    """The midpoint of two points in log sigma, on the schedule's own line."""
+    # Line.s is what schedules call the noise level.
     return _at(grid, grid.schedule.time_of_noise_level(np.sqrt(np.array(start.s * end.s))))
 
 
 def _at(grid: Grid, t: F64) -> _Point:
-    """The point at a time, read back from it, as a schedule may clip it to its own times."""
+    """The point at a time, whose levels are read back, as the schedule may have clipped it."""
     return _of(grid, float(t), *grid.schedule.level(t))
 
 

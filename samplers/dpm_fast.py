@@ -20,21 +20,22 @@ if TYPE_CHECKING:
     from samplers.levels import F64
 
 INNER = {1: (), 2: (1 / 2,), 3: (1 / 3, 2 / 3)}
-"""Where a step of each order evaluates after its start, as shares of its length in log SNR."""
+"""Where a step of each order evaluates after its start, as fractions of its log-SNR length."""
 
 
 class DPMFast(Sampler, frozen=True):
     """DPM-Solver-fast (Lu et al., arXiv 2206.00927, section 3.4; k-diffusion, sample_dpm_fast).
 
-    A run over N steps takes N evaluations in all: long single steps of order 3 in the noise
-    prediction, the last of them of a lower order, so that the budget is met. The levels of the
-    grid say how these lie, evenly in its count of steps. A step to the clean picture, where log
-    SNR is infinite, takes one evaluation. No history. With ``eta`` above 0 a step lands below the
-    next level, at most at the last one, and makes up for it by fresh noise.
+    A run over a grid of N steps takes N evaluations in all. It makes long single steps of order 3
+    in the noise prediction, and the last ones are of lower order so that the budget is met. The
+    ends of these steps are placed evenly by index along the levels of the grid. A step to the
+    clean picture, where log SNR is infinite, takes one evaluation. No history. With ``eta`` above
+    0 a step lands below the next level, but not below the last one, and adds fresh noise to reach
+    the next level.
 
-    Departures from the source: levels follow the spacing, where k-diffusion's are even in log SNR
-    whatever the schedule; a run to the clean picture evaluates at its cleanest level, where theirs
-    ends.
+    Departures from the source: levels follow the spacing, whereas k-diffusion's are even in log
+    SNR whatever the schedule; and a run to the clean picture evaluates at its cleanest level,
+    where k-diffusion's run ends.
     """
 
     summary: ClassVar[str] = (
@@ -55,7 +56,7 @@ class DPMFast(Sampler, frozen=True):
     @property
     @override
     def convergence_order(self) -> int:
-        """The last step may be of order 1, and its error is of the second power."""
+        """2: the last step may be of order 1, whose error is of the second power of its length."""
         return 0 if self.stochastic else 2
 
     @property
@@ -110,10 +111,10 @@ class DPMFast(Sampler, frozen=True):
     def _levels(
         self, grid: Grid, start: _Level, end: _Level, last: _Level, order: int
     ) -> tuple[list[_Level], float]:
-        """Where a step starts, evaluates and lands, and the deviation of the noise it adds."""
+        """Where a step starts, evaluates and lands, and the deviation of its fresh noise."""
         lam = end.half_log_snr
         shrink = np.exp(start.half_log_snr - lam)
-        # Down to ``kept`` times the noise of the next level, but no further than the run goes.
+        # Down to ``kept`` times the sigma of the next level, but not below the end of the run.
         kept = np.sqrt(1 - self.eta**2 * (1 - shrink**2))
         kept = max(kept, np.exp(lam - last.half_log_snr))
         fresh = end.sigma * np.sqrt(max(1 - kept**2, 0))
@@ -132,14 +133,14 @@ class _Level:
 
 
 def _level(grid: Grid, half_log_snr: float) -> _Level:
-    """The level of a time of the schedule, read back from it, as a schedule may clip it."""
+    """The level at a half-log-SNR, read back from its time, which the schedule may clip."""
     t = grid.schedule.time_of_half_log_snr(np.array(half_log_snr))
     alpha, sigma = grid.schedule.level(t)
     return _Level(float(t), float(alpha), float(sigma), float(grid.schedule.half_log_snr(t)))
 
 
 def _orders(evaluations: int) -> list[int]:
-    """Orders of the steps that take so many evaluations in all (Lu et al., section 3.4)."""
+    """Orders of the steps that take this many evaluations in all (Lu et al., section 3.4)."""
     threes, left = divmod(evaluations, 3)
     if left:
         return [3] * threes + [left]
@@ -147,7 +148,7 @@ def _orders(evaluations: int) -> list[int]:
 
 
 def _even(grid: Grid, last: int, steps: int) -> Iterator[_Level]:
-    """The ends of so many steps down to a point of the grid, even in the count of its points."""
+    """The ends of ``steps`` steps down to point ``last`` of the grid, placed evenly by index."""
     lam = grid.finite_half_log_snr
     places = np.linspace(0, last, steps + 1)
     for place in places.tolist():
@@ -162,8 +163,9 @@ def _single_step(levels: list[_Level], columns: Columns) -> list[F64]:
     """The tables of one step over its start, its inner points and its end.
 
     With eps_k the noise prediction at point k, x at the next point is the first-order step from
-    the start, less a multiple of ``eps_k - eps_0``, which is kept as ``bend``. All is written from
-    the x at hand and predictions of the picture, so that a move of x stays.
+    the start plus a multiple of ``eps_k - eps_0``, which is kept as ``bend``. Everything is
+    expressed in the current x and in denoised predictions, so that a change that guidance or
+    inpainting made to x is preserved.
     """
     x, D0, D = columns["x"], columns["D0"], columns.denoised
     start = levels[0]
@@ -181,6 +183,6 @@ def _single_step(levels: list[_Level], columns: Columns) -> list[F64]:
 
 
 def _held(here: _Level, to: _Level, x: F64, denoised: F64) -> F64:
-    """The first-order step with the prediction held, see :mod:`samplers.first_order`."""
+    """The first-order step with constant prediction, see :mod:`samplers.first_order`."""
     ratio = to.sigma / here.sigma
     return ratio * x + (to.alpha - here.alpha * ratio) * denoised

@@ -21,23 +21,23 @@ if TYPE_CHECKING:
 class DPMSolverPP(Sampler, frozen=True):
     """DPM-Solver++ multistep (Lu et al., arXiv 2211.01095, algorithms 2 and appendix).
 
-    Order 1 to 3, one evaluation a step, up to two predictions of history. Order 2 is the users'
-    "DPM++ 2M", with ``variant`` sde "DPM++ 2M SDE". The last step to the clean picture is of first
-    order, as the higher terms are infinite there.
+    Order 1 to 3, one evaluation a step. History: up to two predictions. Order 2 is commonly called
+    "DPM++ 2M", and with ``variant`` sde "DPM++ 2M SDE". The last step to the clean picture is of
+    first order, as the higher terms are infinite there.
 
-    Order 3 is the authors' formula, which k-diffusion and diffusers share. It weighs the second
-    divided difference by half of what the Taylor expansion asks for, so it converges with the
-    second power of the step, at about .3 of order 2's error. (diffusers' sde of order 3
-    also has a sign astray; this is k-diffusion's.)
+    Order 3 is the authors' formula, which k-diffusion and diffusers share. It gives the second
+    divided difference half of its weight in the Taylor expansion, so it converges with the second
+    power of the step, with about 0.3 times the error of order 2. (diffusers' sde of order 3 also
+    has a sign error; this follows k-diffusion.)
 
     With ``beta`` below 1 the ode variant has heavy ball momentum (Wizadwongsa et al., arXiv
     2307.11118): every step is ``x' = (sigma'/sigma) x + alpha' (1 - e^(-h)) d``, and d, the
-    prediction with its differences, is blended into a velocity. It then converges with the first
-    power of the step, for fewer divergence artifacts in few steps at high guidance scales, and
-    keeps one slot more. Steps whose order is lowered to the first go without.
+    prediction with its differences, is blended into a velocity. This converges only with the first
+    power of the step, in exchange for fewer divergence artifacts in few steps at high guidance
+    scales, and keeps one more slot. Steps whose order is lowered to 1 have no momentum.
 
     Departure from the source: the order of the last steps is lowered whatever the number of steps,
-    and to the first where a step is long beside the one before it; ``lower_order_final``
+    and to 1 where a step is long compared with the one before it; ``lower_order_final``
     "below_15_steps" lowers it as the authors do.
     """
 

@@ -1,4 +1,4 @@
-"""The two-stage stochastic DPM-Solver++, with one Brownian path for both stages."""
+"""The two-evaluation stochastic DPM-Solver++, with one Brownian path for both evaluations."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 
 
 class DPMSolverPPSDE(Sampler, frozen=True):
-    """A noisy step to the middle in log SNR, then the whole step from its prediction.
+    """A noisy step to the middle in log SNR, then the whole step with the prediction made there.
 
-    The users' "DPM++ SDE". Two evaluations a step (one in the last step to the clean picture),
-    stochastic. The noise of the whole step contains that of its first half, as increments of one
-    Brownian motion in sigma / alpha do. With ``eta`` 0 it is ``dpm_solver_pp_singlestep`` of
-    order 2.
+    Commonly called "DPM++ SDE". Two evaluations a step (one in the last step to the clean
+    picture), stochastic. The noise of the whole step contains that of its first half, as
+    increments of one Brownian motion in sigma / alpha do. With ``eta`` 0 it equals
+    ``dpm_solver_pp_singlestep`` of order 2.
     """
 
     summary: ClassVar[str] = "DPM++ SDE: fresh noise at both of a step's two evaluations."
@@ -87,7 +87,7 @@ class DPMSolverPPSDE(Sampler, frozen=True):
     def _move(
         self, x: F64, D: F64, start: tuple[float, float], end: tuple[float, float]
     ) -> tuple[F64, float]:
-        """The state at another level without its fresh noise, and the deviation of that."""
+        """The state at another level without its fresh noise, and the deviation of that noise."""
         (alpha, sigma), (alpha_to, sigma_to) = start, end
         shrink = alpha * sigma_to / (alpha_to * sigma)
         fresh = self.eta * sigma_to * np.sqrt(max(1 - shrink**2, 0))
@@ -98,7 +98,7 @@ class DPMSolverPPSDE(Sampler, frozen=True):
 def _shared(
     start: tuple[float, float], middle: tuple[float, float], end: tuple[float, float]
 ) -> float:
-    """Share of the noise over a step that was drawn for its first half; 1 from pure noise."""
+    """Fraction of a step's noise variance that belongs to its first half; 1 from pure noise."""
     if start[0] == 0:
         return 1.0
     first, half, last = (sigma / alpha for alpha, sigma in (start, middle, end))

@@ -1,4 +1,4 @@
-"""DPM-Solver++ with its own evaluations inside each step, and no history."""
+"""Singlestep DPM-Solver++: further evaluations inside each step, and no history."""
 
 from __future__ import annotations
 
@@ -22,13 +22,15 @@ if TYPE_CHECKING:
 class DPMSolverPPSinglestep(Sampler, frozen=True):
     """DPM-Solver++ singlestep (Lu et al., arXiv 2211.01095, algorithm 1; 3S as in their code).
 
-    Order 2 or 3 with as many evaluations a step, at points even in log SNR within it, and one
-    evaluation in the last step to the clean picture. No history, so it starts at full order.
-    Order 2 is the users' "DPM++ 2S"; with ``eta`` 1 it is "DPM++ 2S a", which lands below the next
-    level and makes up for it by fresh noise (k-diffusion, sample_dpmpp_2s_ancestral).
+    Order 2 or 3 with as many evaluations a step, at points spaced evenly in log SNR within the
+    step, and one evaluation in the last step to the clean picture. No history, so it starts at
+    full order. Order 2 is commonly called "DPM++ 2S"; with ``eta`` 1 it is "DPM++ 2S a", which
+    lands below the next level and adds fresh noise to reach it (k-diffusion,
+    sample_dpmpp_2s_ancestral).
 
-    Order 3 with ``midpoint`` weighs the outer inner point alone, as the authors' default; diffusers
-    takes another weight at the second inner point there, and agrees with ``taylor``.
+    Order 3 with ``midpoint`` uses only the second of the two inner points in its correction, as
+    the authors do by default; diffusers takes another weight in the step to that point, and agrees
+    for ``taylor``.
     """
 
     summary: ClassVar[str] = (
@@ -78,8 +80,9 @@ class DPMSolverPPSinglestep(Sampler, frozen=True):
             evaluations = len(levels) - 1
             for k in range(evaluations):
                 known = [*held[:k], columns.denoised]
-                # The terms so far go and those with the new prediction come. Starting from x, and
-                # not from the step's own start, keeps what guidance or inpainting moved x by.
+                # Replace the terms so far by those with the new prediction. Starting from x, and
+                # not from the stored start of the step, preserves what guidance or inpainting
+                # changed in x.
                 x = columns["x"] - self._terms(levels[: k + 1], held[:k])
                 x = levels[k + 1].sigma / levels[k].sigma * x
                 x = x + self._terms(levels[: k + 2], known)
@@ -96,7 +99,7 @@ class DPMSolverPPSinglestep(Sampler, frozen=True):
         return Plan(t, alpha, sigma, np.stack(tables), tuple(step), grid.start_scale)
 
     def _levels(self, grid: Grid, i: int) -> tuple[list[_Level], float]:
-        """Where step i starts, evaluates and lands, and the deviation of the noise it adds."""
+        """Where step i starts, evaluates and lands, and the deviation of its fresh noise."""
         lam = grid.finite_half_log_snr
         start = _Level(grid.t[i], grid.alpha[i], grid.sigma[i], lam[i])
         alpha, sigma = grid.alpha[i + 1], grid.sigma[i + 1]
@@ -104,20 +107,20 @@ class DPMSolverPPSinglestep(Sampler, frozen=True):
             return [start, _Level(grid.t[i + 1], alpha, sigma, lam[i + 1])], 0.0
         h = lam[i + 1] - lam[i]
         fresh = self.eta * sigma * np.sqrt(-np.expm1(-2 * h))
-        # sigma^2 - fresh^2, of which a long step would leave nothing but rounding.
+        # sqrt(sigma^2 - fresh^2), in a form that does not cancel in a long step.
         kept = sigma * np.sqrt(1 - self.eta**2 + (self.eta * np.exp(-h)) ** 2)
         end = _Level(grid.t[i + 1], alpha, kept, np.log(alpha) - np.log(kept))
         times = grid.schedule.time_of_half_log_snr(
             np.linspace(start.half_log_snr, end.half_log_snr, self.order + 1)[1:-1]
         )
-        # Read back from the times, which a schedule may clip to its own.
+        # Levels are read back from the times, which the schedule may have clipped.
         inner = zip(
             times, *grid.schedule.level(times), grid.schedule.half_log_snr(times), strict=True
         )
         return [start, *(_Level(*values) for values in inner), end], float(fresh)
 
     def _terms(self, levels: Sequence[_Level], known: Sequence[F64]) -> F64 | float:
-        """What the predictions add to x at the last of these levels, from a step's start."""
+        """The contribution of the predictions to x at the last of these levels."""
         if not known:
             return 0.0
         start, end = levels[0], levels[-1]

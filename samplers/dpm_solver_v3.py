@@ -1,4 +1,4 @@
-"""DPM-Solver-v3: the exponential integrator that knows how its model behaves on average."""
+"""DPM-Solver-v3: an exponential integrator that uses statistics of its model."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ Correction = Literal["none", "exact", "pseudo", "raised"]
 Preset = Literal["best", "published"]
 
 BEYOND = 1e-3
-"""How far in lam a level may lie outside the statistics: rounding, and no more."""
+"""How far a level may lie outside the range of the statistics, in lam: room for rounding only."""
 
 
 class Flags(NamedTuple):
-    """How a run is integrated; the fields of the same names say what each is."""
+    """How a run is integrated; see the fields of the same names of :class:`DPMSolverV3`."""
 
     order: Literal[1, 2, 3]
     predictor: Derivatives
@@ -53,12 +53,12 @@ PRESETS: dict[Preset, tuple[tuple[float, float, Flags], ...]] = {
         (inf, inf, Flags(2, "exact", "none", lower_order_final=True)),
     ),
 }
-"""Flags by (highest guidance scale, most steps); the first row that fits counts.
+"""Flags by (highest guidance scale, largest number of steps); the first row that fits is used.
 
 best: the most accurate on the embedded model at 5 to 10 steps (docs/samplers.md), where order 3
 with an exact corrector, the best on an anisotropic mixture, has 1.0 to 1.6 times the error.
-published: the authors' scripts, unguided for CIFAR-10, below a scale of 5 for ImageNet and Stable
-Diffusion, and from there for Stable Diffusion.
+published: those of the authors' scripts: for CIFAR-10 without guidance, for ImageNet and Stable
+Diffusion at scales below 5, and for Stable Diffusion from 5.
 """
 
 
@@ -71,29 +71,32 @@ def preset(name: Preset, scale: float, steps: int) -> Flags:
 class DPMSolverV3(FittedSampler, frozen=True):
     """DPM-Solver-v3 with empirical model statistics (Zheng et al., arXiv 2310.13268).
 
-    Order 1 to 3, one evaluation a step, and a corrector that costs none. Fields left out are
+    Order 1 to 3, one evaluation a step; the corrector costs no evaluation. Fields left out are
     chosen by the guidance scale of the statistics and the number of steps.
 
-    Where l, s and b are statistics of the model (:mod:`samplers.statistics`), the part of the
-    noise prediction that is linear in x, and the linear part of the change of the rest, are
-    integrated exactly, and differences of what is left, g, are all that is approximated. Without
-    them, ``statistics`` "none", (l, s, b) = (1, 0, 0): order 1 is then DDIM, and order 2 without
-    corrector DPM-Solver++ of order 2, variant taylor.
+    l, s and b are statistics of the model (:mod:`samplers.statistics`). The part of the noise
+    prediction that is linear in x is integrated exactly, and so is the linear part of the change
+    of the rest. Only what then remains, g, is approximated by finite differences. Without
+    statistics (``statistics`` "none"), (l, s, b) = (1, 0, 0): order 1 is then DDIM, and order 2
+    without corrector is DPM-Solver++ of order 2, solver_type taylor.
 
     With ``y = x / alpha``, D the denoised prediction and ``f = (1 - l) y - D``, a step from s to t
     is ``y_t = exp(-L) (y_s - E_0 f_s - C - sum_k M_k c_k)``, where c_k are the Taylor coefficients
-    of g and the rest is in :mod:`samplers.step_integrals`. History holds alpha f, as f alone spans
-    exp(-lam). A correction takes back the predictor's sum and adds one that knows f
-    at the point reached; f itself stays, as in the authors' code.
+    of g; the other symbols are defined in :mod:`samplers.step_integrals`. History holds alpha f,
+    as the magnitude of f itself varies like exp(-lam). A correction subtracts the predictor's sum
+    and adds one that also uses f at the point reached; f itself is not recomputed, as in the
+    authors' code.
 
-    **What moves x from outside.** Guidance (CFG++) and inpainting move x between steps and leave D
-    as it is. With D held, ``dy/dlam = D - y``, so such a move m shrinks exactly as sigma. A step
-    through f would make ``exp(-L) (1 - (1 - l) E_0)`` of it in place of ``exp(-h)``, and the jump
-    of (1 - l) m in f would read as a slope of g: both vanish for l = 1 alone. So the state has
-    two points: z, which the solver alone moves and which f is made of, and x, where the model is
-    evaluated. Their difference m = x - z is carried by sigma, and enters f only through D.
+    **Changes of x from outside the solver.** Guidance (CFG++) and inpainting move x between steps
+    and leave D unchanged. With D held, ``dy/dlam = D - y``, so such a displacement m shrinks
+    exactly as sigma does. A step through f would instead scale it by ``exp(-L) (1 - (1 - l) E_0)``
+    where ``exp(-h)`` is right, and the jump of (1 - l) m in f would be taken for a slope of g; both
+    errors vanish only for l = 1. The state therefore has two points: z, which only the solver moves
+    and from which f is computed, and x, where the model is evaluated. Their difference m = x - z
+    is scaled with sigma, and enters f only through D.
 
-    The last step to the clean picture is of first order, as is one from pure noise, where l is 1.
+    The last step to the clean picture is of first order, as is a step from pure noise, where l is
+    taken as 1.
     """
 
     summary: ClassVar[str] = "Uses statistics of the model; the most accurate at 5 to 10 steps."
@@ -142,18 +145,19 @@ class DPMSolverV3(FittedSampler, frozen=True):
     def convergence_order(self) -> int:
         order, predictor, corrector, _ = self.flags(1.0, 1000)
         reached = order if predictor == "exact" else min(order, 2)
-        # Every point but the last is corrected. A corrector gains one order on its predictor at
-        # most, and as divided differences are wrong from the second derivative on, two in all.
-        # The first step is of order one, and corrector none and exact leave it so: at high noise,
-        # where a run starts, its error is small, and it is what shows at hundreds of steps.
+        # Every point but the last is corrected. A corrector adds at most one order to its
+        # predictor's; a pseudo corrector reaches order 2 at most, as divided differences are wrong
+        # from the second derivative on. The first step is of order one, and the correctors none and
+        # exact leave it so. Its error is small at high noise, where a run starts, and shows only at
+        # hundreds of steps.
         return {"none": reached, "exact": order, "pseudo": 2, "raised": reached + 1}[corrector]
 
     def flags(self, scale: float, steps: int) -> Flags:
-        """The preset's, with those fields that are set in their place.
+        """The preset's flags, overridden by those fields that are set.
 
         Args:
             scale: guidance scale.
-            steps: of the run.
+            steps: number of steps of the run.
         """
         chosen = preset(self.preset, scale, steps)
         own = {name: getattr(self, name) for name in Flags._fields}
@@ -214,15 +218,15 @@ def _plan(grid: Grid, flags: Flags, statistics: Statistics | None) -> Plan:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Run:
-    """The numbers of one run: what each of its steps weighs the state and the history by.
+    """The numbers of one run, from which each step's weights of state and history follow.
 
     Attributes:
-        grid: the points.
-        flags: of the run.
+        grid: the points of the run.
+        flags: how the run is integrated.
         lam: half-log-SNR of the points, with a finite stand-in for pure noise.
-        statistics: those given.
-        l: at each evaluation, ``[steps, ...]``.
-        integrals: over each step but one to the clean picture.
+        statistics: statistics of the model; None for (l, s, b) = (1, 0, 0).
+        l: the statistic l at each evaluation, ``[steps, ...]``.
+        integrals: integrals over each step except one to the clean picture.
     """
 
     grid: Grid
@@ -248,16 +252,16 @@ class _Run:
 
     @property
     def own_point(self) -> tuple[str, ...]:
-        """The slot of z, which is x itself where l is 1."""
+        """The slot of z, if any: without statistics, z is x itself."""
         return ("z",) if self.statistics is not None else ()
 
     @property
     def depth(self) -> int:
-        """Past values of f that predictor and corrector look back on."""
+        """Number of past values of f that predictor and corrector use."""
         return self.flags.order - (self._corrector_order(self.flags.order) < 2)
 
     def scale(self, i: int) -> float:
-        """What history holds f times: alpha, but for f that is -D anyway."""
+        """The factor by which f is multiplied in history: alpha, or 1 where f is just -D."""
         return 1.0 if self._plain(i) else float(self.grid.alpha[i])
 
     def f(self, i: int, z: F64, denoised: F64) -> F64:
@@ -275,7 +279,7 @@ class _Run:
         return held - self._change(i, self._predicted_from(i), self.flags.predictor, f, one)
 
     def correction(self, i: int, f: Mapping[int, F64], one: F64) -> F64:
-        """What the corrector makes of point i, less what the predictor made (equation 12)."""
+        """The corrector's value of point i minus the predictor's (equation 12)."""
         arrived = self._predicted_from(i - 1) if i else []
         order = self._corrector_order(len(arrived) + 1)
         if i == 0 or order < 2:
@@ -296,7 +300,7 @@ class _Run:
         return list(range(i - 1, i - order, -1))
 
     def _corrector_order(self, predictor_order: int) -> int:
-        """Of the corrector after a prediction of that order; below 2 there is none to be made."""
+        """Order of the corrector after a prediction of this order; below 2 nothing is corrected."""
         if self.flags.corrector == "none":
             return 0
         return predictor_order + (self.flags.corrector != "exact")
@@ -309,7 +313,7 @@ class _Run:
         f: Mapping[int, F64],
         one: F64,
     ) -> F64:
-        """``alpha_t sum_k M_k c_k`` of the step from point s, c_k by g at s and at ``points``."""
+        """``alpha_t sum_k M_k c_k`` for the step from point s; c_k from g at s and ``points``."""
         if not points:
             return 0 * one
         r = self.lam[list(points)] - self.lam[s]
@@ -322,9 +326,9 @@ class _Run:
         return self.grid.alpha[s + 1] * total
 
     def _between(self, s: int, j: int) -> tuple[F64, F64]:
-        """S and the drift from point s to j, the next one or an earlier one.
+        """S and the drift from point s to point j, which is the next point or an earlier one.
 
-        ``g_j = exp(-S) f_j - drift`` is f there, taken back along f' = s f + b to s (equation 7).
+        ``g_j = exp(-S) f_j - drift`` is f at j, carried back to s along f' = s f + b (equation 7).
         """
         if j == s + 1:
             return self.integrals[s].growth, self.integrals[s].drift
@@ -336,10 +340,10 @@ class _Run:
 
 
 def _taylor(r: F64, derivatives: Derivatives) -> F64:
-    """The matrix from g at distances r, less g at 0, to its Taylor coefficients there from c_1.
+    """The matrix that takes g at distances r minus g at 0 to the Taylor coefficients c_1, c_2, ...
 
-    Exact solves for the polynomial through all points; pseudo takes the divided difference of the
-    first k points for c_k (appendix B.1).
+    Exact solves for the polynomial through all points; pseudo takes the divided difference over
+    the first k points as c_k (appendix B.1).
     """
     n = len(r)
     if derivatives == "exact":
@@ -353,7 +357,7 @@ def _taylor(r: F64, derivatives: Derivatives) -> F64:
 
 
 def _on_points(grid: Grid, points: F64) -> Grid:
-    """The grid moved to the nearest of the statistics' points, but for its noiseless ends."""
+    """The grid moved to the nearest points of the statistics, except where lam is infinite."""
     lam = grid.half_log_snr
     inner = np.isfinite(lam)
     nearest = points[np.abs(lam[inner, None] - points).argmin(1)]

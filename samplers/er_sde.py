@@ -16,20 +16,20 @@ if TYPE_CHECKING:
     from samplers.levels import F64
 
 POINTS: Final = 200
-"""Of the sums that stand for the integrals of order 2 and 3, as in the authors' code."""
+"""Points of the sums that approximate the integrals of orders 2 and 3, as in the authors' code."""
 
 
 class ERSDE(Sampler, frozen=True):
     """Extended reverse-time SDE solver (Cui et al., arXiv 2309.06169, VP ER-SDE-Solver-1 to 3).
 
-    With ``r = sigma / alpha`` a step to r' keeps ``phi(r') / phi(r)`` of the noise and draws the
-    rest afresh. ``phi(r) = r (exp(r^0.3) + 10)``, the authors' choice: between the ODE, for which
-    it is r, and the reverse diffusion, r^2. One evaluation a step, stochastic; history of up to two
-    predictions. The last step to the clean picture is of first order.
+    With ``r = sigma / alpha``, a step to r' keeps ``phi(r') / phi(r)`` of the noise and draws the
+    rest anew. ``phi(r) = r (exp(r^0.3) + 10)`` is the authors' choice, which lies between the ODE
+    (phi = r) and the reverse diffusion (phi = r^2). One evaluation a step, stochastic. History: up
+    to two predictions. The last step to the clean picture is of first order.
 
-    The integrals are the authors' sums over 200 points of a step. Departures from their code:
-    float64, and from pure noise the limit in which nothing of it is kept, in place of a level a
-    little below.
+    The integrals are the authors' sums over 200 points of a step. Departures from their code: the
+    sums are in float64, and a step from pure noise takes the limit in which none of it is kept,
+    instead of starting from a slightly lower level.
     """
 
     summary: ClassVar[str] = "Stochastic multistep that draws less noise than the reverse SDE."
@@ -57,12 +57,12 @@ class ERSDE(Sampler, frozen=True):
             r = grid.sigma / grid.alpha
         tables: list[F64] = []
         for i in range(grid.steps):
-            # Deviation of the old noise, in units of the new level's; 0 from pure noise.
+            # Deviation of the old noise, in units of the new level's sigma; 0 from pure noise.
             kept = np.exp(_log_excess(r[i + 1]) - _log_excess(r[i]))
             shrink = grid.sigma[i + 1] / grid.sigma[i] * kept
             x = shrink * columns["x"] + (grid.alpha[i + 1] - grid.alpha[i] * shrink) * D
             x = x + grid.sigma[i + 1] * np.sqrt(1 - kept**2) * columns.noise
-            # The polynomial does not see a prediction from pure noise, which is infinitely far.
+            # A prediction at pure noise is infinitely far away, so the polynomial leaves it out.
             known = 1 + int(np.isfinite(r[: i + 1][-3:-1]).sum())
             order = 1 if grid.sigma[i + 1] == 0 else min(self.order, known)
             if order > 1:
@@ -87,7 +87,7 @@ def _log_phi(r: F64) -> F64:
 
 
 def _moments(start: F64, end: F64) -> tuple[float, float]:
-    """Weights of the first and second derivative of the prediction in a step of r."""
+    """Weights of the first and second derivative of the prediction, by r, in a step."""
     length = (start - end) / POINTS
     at = end + np.arange(POINTS) * length
     share = np.exp(_log_phi(end) - _log_phi(at)) * length

@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 class Euler(ChurnedSampler, frozen=True):
     """Euler's method on ``d(x/alpha) / d(sigma/alpha) = eps``.
 
-    First order, one evaluation a step. In exact arithmetic it is DDIM with eta 0 on the same
-    grid, on flow-matching models too; it has its own name because users look for it, and because
-    it has churn.
+    First order, one evaluation a step. In exact arithmetic it equals DDIM with eta 0 on the same
+    grid, on flow-matching models too. It has its own name because users look for it, and because
+    it supports churn.
     """
 
     summary: ClassVar[str] = "First order; the same step as ddim with eta 0. s_churn adds noise."
@@ -44,7 +44,7 @@ class Euler(ChurnedSampler, frozen=True):
 class EulerAncestral(Sampler, frozen=True):
     """Euler steps with fresh noise ("Euler a").
 
-    One evaluation a step, stochastic: does not converge to one picture as steps grow.
+    One evaluation a step, stochastic: the picture does not converge as the number of steps grows.
     """
 
     summary: ClassVar[str] = (
@@ -86,6 +86,6 @@ def _noise_by_level(grid: Grid, eta: float) -> F64:
     s, alpha, sigma = Line.of_schedule(grid).s, grid.alpha[1:], grid.sigma[1:]
     with np.errstate(divide="ignore", invalid="ignore"):
         share = 1 - eta * (1 - s[1:] / s[:-1])
-        # On every schedule alpha / sigma is 1 / s less a constant, so both rise by as much.
+        # On every schedule alpha / sigma is 1 / s minus a constant, so both rise by as much.
         kept = alpha / (alpha / sigma + (1 / share - 1) / s[1:])
     return np.sqrt(np.maximum(sigma**2 - np.where(sigma > 0, kept, 0) ** 2, 0))

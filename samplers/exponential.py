@@ -1,4 +1,4 @@
-"""Even in log sigma, as users' programs count sigma."""
+"""A spacing that is even in log sigma, with sigma as other programs define it."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 class Exponential(LevelSpacing, frozen=True):
     """Even in log sigma (k-diffusion's ``get_sigmas_exponential``).
 
-    What these programs call sigma is sigma / alpha here, so on variance-preserving and EDM
-    schedules this is ``logsnr`` to the last bit but rounding. On flow matching they take sigma
-    itself, and it is not: there the times fall by one factor from 1. That is so with ``rho`` 1.
+    What k-diffusion and programs built on it call sigma is sigma / alpha here, so with ``rho`` 1
+    this equals ``logsnr`` up to rounding on variance-preserving and EDM schedules. On flow matching
+    they use sigma itself, and the two differ: the times then fall from 1 by a constant factor.
     """
 
     summary: ClassVar[str] = "Even in log sigma; differs from logsnr only on flow matching models."

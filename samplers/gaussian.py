@@ -1,7 +1,7 @@
-"""Data whose denoiser and whose flow are known exactly: the truth that samplers are held to.
+"""Data with exactly known denoiser and flow: the ground truth for measuring samplers.
 
 Both classes stand in for a network in :func:`samplers.integrate`. They have no error of their own,
-so what a run misses ``transport`` by is the sampler's error alone.
+so the difference between a run and ``transport`` is the sampler's error alone.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from samplers.noise_schedule import NoiseSchedule
 
 HALVINGS = 80
-"""Halvings of a quantile's bracket: beyond the last digit of float64."""
+"""Bisections of a quantile's bracket: enough for float64."""
 BRACKET = 12.0
-"""Deviations beyond the outermost means within which a quantile is sought."""
+"""Half-width of the search for a quantile, in standard deviations beyond the outermost means."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,14 +51,14 @@ class GaussianDenoiser:
     def __call__(self, x: Tensor, t: float) -> Tensor:
         """The posterior mean of the data given x at time t, of the shape of x."""
         alpha, sigma = _level(self.schedule, t)
-        # Over the marginal variance, so finite at pure noise and at the clean end.
+        # The denominator is the marginal variance, so this is finite at both ends of the schedule.
         variance = (alpha * self.deviation) ** 2 + sigma**2
         return (sigma**2 * self.mean + alpha * self.deviation**2 * x) / variance
 
     def transport(self, x: Tensor, t_from: float, t_to: float) -> Tensor:
-        """Where the probability-flow ODE takes x from one time to another, exactly.
+        """The exact result of the probability-flow ODE from one time to another, started at x.
 
-        The distance from the mean, in deviations of the marginal, never changes.
+        The distance from the mean, in standard deviations of the marginal, stays constant.
         """
         (alpha, sigma), (alpha_to, sigma_to) = (_level(self.schedule, t) for t in (t_from, t_to))
         score = (x - alpha * self.mean) / np.hypot(alpha * self.deviation, sigma)
@@ -69,8 +69,8 @@ class GaussianDenoiser:
 class GaussianMixtureDenoiser:
     """The exact denoiser of data that is a mixture of Gaussians in each element.
 
-    The denoised prediction is not linear in x, so no sampler's order is flattered. Work in
-    float64 to see orders above two.
+    The denoised prediction is not linear in x, so no sampler appears to have a higher order than
+    it has. Use float64 to see orders above two.
 
     Attributes:
         schedule: the noise schedule, of any kind.
@@ -79,8 +79,8 @@ class GaussianMixtureDenoiser:
         deviations: their standard deviations, at least 0.
 
     Raises:
-        ValueError: not as many of the one as of the other, weights that are below 0 or do not sum
-            to 1, deviations below 0, or numbers that are not finite.
+        ValueError: weights, means and deviations differ in number, weights are below 0 or do not
+            sum to 1, deviations are below 0, or numbers are not finite.
     """
 
     schedule: NoiseSchedule
@@ -117,10 +117,10 @@ class GaussianMixtureDenoiser:
         return np.hypot(alpha * np.array(self.deviations), sigma)
 
     def transport(self, x: Tensor, t_from: float, t_to: float) -> Tensor:
-        """Where the probability-flow ODE takes x from one time to another.
+        """The result of the probability-flow ODE from one time to another, started at x.
 
-        In one dimension the flow keeps every quantile, so this inverts the distribution function
-        by bisection: exact to rounding, and no integrator in it.
+        In one dimension the flow preserves quantiles, so this inverts the distribution function
+        by bisection: exact up to rounding, without an integrator.
         """
         quantile = self._distribution(x, t_from)
         alpha, _ = _level(self.schedule, t_to)
@@ -134,7 +134,7 @@ class GaussianMixtureDenoiser:
         return (low + high) / 2
 
     def _score(self, x: Tensor, t: float) -> Tensor:
-        """Distances from the components' means in their deviations, ``[..., components]``."""
+        """Distances from the components' means, in their deviations, ``[..., components]``."""
         alpha, _ = _level(self.schedule, t)
         return (x[..., None] - alpha * x.new_tensor(self.means)) / x.new_tensor(self.spread(t))
 

@@ -1,4 +1,4 @@
-"""Euler's method with an estimate of the slope that leans away from the one before."""
+"""Euler's method with a slope extrapolated away from the previous one."""
 
 from __future__ import annotations
 
@@ -17,12 +17,11 @@ if TYPE_CHECKING:
 
 
 class GradientEstimation(Sampler, frozen=True):
-    """Euler steps along ``gamma slope + (1 - gamma) slope before``.
+    """Euler steps along ``gamma slope + (1 - gamma) previous slope``.
 
-    Permenter and Yuan, arXiv 2306.04848. One evaluation a step, first order; with ``gamma`` 1 it
-    is Euler's method, with 1.5 Adams and Bashforth's of second order where steps are even.
-    History: one slope. The first step is Euler's, and the last one lands on the denoised
-    prediction.
+    Permenter and Yuan, arXiv 2306.04848. One evaluation a step, first order. With ``gamma`` 1 it is
+    Euler's method; with 1.5 and even steps it is second-order Adams-Bashforth. History: one slope.
+    The first step is Euler's, and the last one lands on the denoised prediction.
     """
 
     summary: ClassVar[str] = "Euler's method that leans away from the slope before; few steps."

@@ -1,4 +1,4 @@
-"""The points of a run: where a plan evaluates, and where it lands."""
+"""The points of a run: the levels where a plan evaluates and where it lands."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ if TYPE_CHECKING:
     from samplers.spacing import Spacing
 
 PURE_NOISE = -7.0
-"""Half-log-SNR that stands in for -inf at pure noise, in higher-order weights alone.
+"""Half-log-SNR used in place of -inf at pure noise, in the weights of higher-order terms only.
 
-UniPC with bh2 does not care, from -5 to -30; bh1 overshoots more the lower it is (measured on a
-mixture).
+From -5 to -30 the value makes no difference to UniPC with bh2; bh1 overshoots more the lower it is
+(measured on a mixture).
 """
 
 ROUNDING = 1e-6
-"""Share of the noisiest time by which a time may be above it, as those in float32 are."""
+"""Relative amount by which a time may exceed the noisiest one, as times in float32 may."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Grid:
-    """N steps between N + 1 points of falling noise.
+    """N steps between N + 1 points of decreasing noise.
 
     Attributes:
         schedule: the schedule that the points lie on.
-        t: times that the denoiser is told, ``[N + 1]``. They may be rounded to trained steps
+        t: times that the denoiser is given, ``[N + 1]``. They may be rounded to trained timesteps
             while the levels are not.
         alpha: signal scale at the points, ``[N + 1]``.
-        sigma: noise scale at the points, ``[N + 1]``; the last is 0 unless an end was asked for.
+        sigma: noise scale at the points, ``[N + 1]``; the last is 0 unless an end was requested.
     """
 
     schedule: Levels
@@ -75,16 +75,17 @@ class Grid:
         """A grid on given times, with the clean picture as one more point if ``clean``.
 
         Args:
-            schedule: that the points lie on.
-            t: strictly falling times ``[N]`` with ``clean``, ``[N + 1]`` without; at most the
-                schedule's ``t_start`` and at least 0.
-            spacing: that laid them, if any did: it may have whole timesteps told in their place.
-            clean: whether to end on the clean picture, which is then no point of ``t``.
+            schedule: schedule that the points lie on.
+            t: strictly decreasing times, ``[N]`` with ``clean`` and ``[N + 1]`` without; at most
+                the schedule's ``t_start`` and at least 0.
+            spacing: spacing that chose the times, if any; it decides whether the denoiser is given
+                whole timesteps instead.
+            clean: whether to end on the clean picture, which is then not a point of ``t``.
 
         Raises:
-            ValueError: too few times, times that do not fall strictly or are outside the
-                schedule, a last one without noise where the clean picture follows, or a spacing
-                that wants whole timesteps of a schedule that has none.
+            ValueError: there are too few times; they do not decrease strictly or lie outside the
+                schedule; the last one has no noise although the clean picture follows; or the
+                spacing needs whole timesteps and the schedule has none.
         """
         t = _within(schedule, np.asarray(t, np.float64), least=1 if clean else 2)
         risen = np.flatnonzero(np.diff(t) >= 0)
@@ -118,7 +119,7 @@ class Grid:
     def landed(self) -> Grid:
         """The grid that DDIM and PLMS follow, which may land on the cleanest trained level.
 
-        A schedule says so where diffusers' config has ``set_alpha_to_one: false``.
+        It does so where diffusers' config has ``set_alpha_to_one: false``.
         """
         if self.schedule.clean_end or self.sigma[-1] > 0:
             return self
@@ -143,26 +144,26 @@ class Grid:
 
     @property
     def finite_half_log_snr(self) -> F64:
-        """The same with a finite stand-in at pure noise, for weights that need a step's length.
+        """``half_log_snr`` with a finite value at pure noise, for weights that need step lengths.
 
-        It stays a step below the second point, which may lie as low as it likes.
+        That value is at least 1 below the second point, however low that lies.
         """
         lam = self.half_log_snr
         return np.append(lam[0] if np.isfinite(lam[0]) else min(PURE_NOISE, lam[1] - 1), lam[1:])
 
     @property
     def start_scale(self) -> float:
-        """Deviation of the noise that a run from nothing starts as."""
+        """Standard deviation of the noise from which a run without a start picture begins."""
         return 1.0 if self.schedule.unit_start else float(self.sigma[0])
 
     def tail(self, strength: float) -> Grid:
-        """The last ``strength`` share of the steps, for a start from a noised picture.
+        """The last ``strength`` fraction of the steps, for a start from a noised picture.
 
         Args:
-            strength: in (0, 1]; the steps kept are ``floor(strength * N)``.
+            strength: fraction of the steps, in (0, 1]; ``floor(strength * N)`` steps are kept.
 
         Raises:
-            ValueError: a strength outside that, or so low that no step would be left.
+            ValueError: the strength is outside that range, or so low that no step is left.
         """
         if not 0 < strength <= 1:
             raise PlanError(
@@ -184,7 +185,7 @@ class Grid:
 
 
 def _of_steps(spacing: Spacing, times: F64, count: int) -> F64:
-    """The times of a spacing, as many as were asked for.
+    """Check that a spacing gave as many times as requested, and return them.
 
     Raises:
         ValueError: it gave another number.
@@ -198,7 +199,7 @@ def _of_steps(spacing: Spacing, times: F64, count: int) -> F64:
 
 
 def _within(schedule: Levels, t: F64, least: int) -> F64:
-    """The times, none above the noisiest one by rounding.
+    """The times, of which those that exceed the noisiest one by rounding are set to it.
 
     Raises:
         ValueError: there are fewer than ``least``, or some are not finite or outside the schedule.

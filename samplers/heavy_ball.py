@@ -19,28 +19,29 @@ if TYPE_CHECKING:
     from samplers.levels import F64
 
 LEAST_BETA = 0.1
-"""With less, a velocity remembers more steps than most runs have."""
+"""Smallest beta; below it a velocity remembers more steps than most runs have."""
 LEAST_BETA_OF_VARIABLE = 0.8
-"""With less, what the first steps left in the velocity hides the order up to 320 steps."""
+"""Smallest beta with variable weights; below it the effect of the first steps on the velocity hides
+the order of convergence up to 320 steps."""
 
 
 class MomentumSampler(Sampler, frozen=True):
-    """What the three share: how order and beta are said, and the run along the line.
+    """What the three samplers share: the parameters order and beta, and the integration loop.
 
-    The order is a number: 3.8 stands for r = 4 slopes a step with beta = 0.8, 4 for r = 4 with
-    beta = 1, which is no momentum: the method of Adams and Bashforth. ``{"order": 4, "beta": 0.8}``
-    says the same as ``{"order": 3.8}``.
+    The order is a real number: 3.8 stands for r = 4 slopes a step with beta = 0.8, and 4 for r = 4
+    with beta = 1, which is no momentum: Adams-Bashforth. ``{"order": 4, "beta": 0.8}`` means the
+    same as ``{"order": 3.8}``.
 
-    With constant weights, those of even steps, all begin with one step of DDIM and converge with
-    the second power of the step at most: grids are uneven in sigma / alpha, and the first step is
-    of first order. Variable weights are those of the steps taken, and the first r steps go by the
-    slopes alone, each integrating again what is behind it with the slope now known; that lifts
-    both limits, for orders above 2. They cost accuracy below about 50 steps, where neighbouring
-    steps differ much.
+    Constant weights are those of even steps. With them all three begin with one step of DDIM and
+    converge with at most the second power of the step, for two reasons: grids are uneven in
+    sigma / alpha, and the first step is of first order. Variable weights are those of the actual
+    steps, and the first r steps use the slopes without momentum, each of them integrating again
+    everything before it with the slope now known. This removes both limits, for orders above 2.
+    Variable weights cost accuracy below about 50 steps, where neighbouring steps differ much.
 
-    Departure from the paper: it works with an order of 3.8, and 1.8 is the default. Unguided 3.8
-    is the more accurate, but guided predictions turn faster than a polynomial through four slopes
-    follows, and it overshoots: on the embedded model at guidance 4 even with 25 steps
+    Departure from the paper: it uses an order of 3.8, and the default here is 1.8. Without guidance
+    3.8 is more accurate, but guided predictions turn faster than a polynomial through four slopes
+    can follow, and it overshoots: on the embedded model at guidance 4 even with 25 steps
     (docs/samplers.md).
     """
 
@@ -93,12 +94,12 @@ class MomentumSampler(Sampler, frozen=True):
 
     @property
     def slopes(self) -> int:
-        """r, the slopes that a step uses."""
+        """r, the number of slopes that a step uses."""
         return ceil(self.order)
 
     @property
     def damping(self) -> float:
-        """Beta, the share of the new slope in the velocity."""
+        """Beta, the weight of the new slope in the velocity."""
         return self._fraction if self.beta is None else self.beta
 
     @property
@@ -117,7 +118,7 @@ class MomentumSampler(Sampler, frozen=True):
 
     @property
     def _first_steps(self) -> int:
-        """Steps that go by the slopes alone."""
+        """Number of first steps that use the slopes without momentum."""
         return self.slopes if self.weights == "variable" else 1
 
     @property
@@ -147,7 +148,7 @@ class MomentumSampler(Sampler, frozen=True):
 
     @abstractmethod
     def _begun(self, slopes: list[F64], mean: F64) -> list[F64]:
-        """History after the first steps, from the slopes known, newest first, and their mean."""
+        """History after the first steps, from the known slopes, newest first, and their mean."""
 
     @abstractmethod
     def _moved(self, line: Line, i: int, slope: F64, memory: list[F64]) -> tuple[F64, list[F64]]:
@@ -155,7 +156,7 @@ class MomentumSampler(Sampler, frozen=True):
 
 
 class PushedSampler(MomentumSampler, frozen=True):
-    """What heavy ball and Nesterov share: a velocity that the Adams-Bashforth mean pushes."""
+    """What heavy ball and Nesterov share: a velocity driven by the Adams-Bashforth mean slope."""
 
     @property
     @override
@@ -184,17 +185,17 @@ class PushedSampler(MomentumSampler, frozen=True):
 
     @abstractmethod
     def _along(self, velocity: F64, pushed: F64) -> F64:
-        """What a step goes along."""
+        """The slope that a step follows."""
 
 
 class HB(PushedSampler, frozen=True):
     """Heavy ball momentum on Adams-Bashforth.
 
     ``v <- (1 - beta) v + beta AB_r(slopes)``, and the step goes along v. First order, as v lags
-    behind by ``1 / beta - 1`` steps; with beta 1 the order of Adams-Bashforth. One evaluation a
-    step. History: v and r - 1 slopes. For few steps at high guidance scales, where it suppresses
-    what diverges: on the real axis the stability limit of order 4 grows from 0.3 to 0.45 at beta
-    0.8.
+    behind by ``1 / beta - 1`` steps; with beta 1 it has the order of Adams-Bashforth. One
+    evaluation a step. History: v and r - 1 slopes. Meant for few steps at high guidance scales,
+    where it suppresses divergence: on the real axis the stability limit of order 4 grows from 0.3
+    to 0.45 at beta 0.8.
     """
 
     summary: ClassVar[str] = (
@@ -211,10 +212,10 @@ class HB(PushedSampler, frozen=True):
 class Nesterov(PushedSampler, frozen=True):
     """Nesterov momentum on Adams-Bashforth.
 
-    Heavy ball's velocity, but the step goes along ``(1 - beta) v + beta AB_r(slopes)``: first
-    order, with ``1 - beta`` of the heavy ball's lag. With beta 0.8 that is a twentieth of a step,
-    and hundreds of steps may pass before it outweighs the error of second order. One evaluation a
-    step; the same history.
+    The velocity is that of heavy ball, but the step goes along
+    ``(1 - beta) v + beta AB_r(slopes)``. First order, with ``1 - beta`` times the lag of heavy
+    ball: at beta 0.8 a twentieth of a step, which may take hundreds of steps to outweigh the
+    second-order error. One evaluation a step. The history is that of heavy ball.
     """
 
     summary: ClassVar[str] = "Adams-Bashforth with Nesterov momentum; lags less than hb."
@@ -230,10 +231,11 @@ class GHVB(MomentumSampler, frozen=True):
     """Generalised heavy ball: momentum at the order of the multistep method.
 
     ``v <- (1 - beta) v + beta slope``, and the step goes along
-    ``sum_j (gamma_j + (1 / beta - 1) gamma_{j-1}) (backward difference)^j v``, j < r, which makes
-    up for the lag of v up to the order. One evaluation a step. History: r - 1 velocities, at least
-    one with momentum. Order r with variable weights, and up to 2 with constant ones. Of the
-    published trade-offs 3.8 and 3.9 are the best; here they are without guidance.
+    ``sum_j (gamma_j + (1 / beta - 1) gamma_{j-1}) (backward difference)^j v``, j < r, which
+    compensates for the lag of v up to that order. One evaluation a step. History: r - 1
+    velocities, and at least one where there is momentum. Order r with variable weights, at most 2
+    with constant ones. Of the orders in the paper, 3.8 and 3.9 are the best trade-offs; here that
+    holds only without guidance.
     """
 
     summary: ClassVar[str] = "Heavy ball momentum that keeps its order; stable at few steps."
@@ -253,16 +255,18 @@ class GHVB(MomentumSampler, frozen=True):
 
     @override
     def _begun(self, slopes: list[F64], mean: F64) -> list[F64]:
-        """The velocities that a run would have which had come along the line from before.
+        """The velocities of a run that had been following the line before its first point.
 
-        slope = v + c (v - v before), c = 1 / beta - 1, so v is a series in differences of slopes.
+        slope = v + c (v - previous v) with c = 1 / beta - 1, so v is a series in the backward
+        differences of the slopes.
         """
         lag = 1 / self.damping - 1
         series = np.array([(-lag) ** k for k in range(len(slopes))])
         velocities: list[F64] = []
         for _ in slopes:
             velocities.append(combined(of_differences(series), slopes))
-            # One step back is 1 less a difference; what the slopes cannot tell is dropped.
+            # A shift by one step back is 1 minus a difference; the series is cut off at the number
+            # of slopes.
             series = series - np.append(0, series[:-1])
         return velocities
 
@@ -276,11 +280,11 @@ class GHVB(MomentumSampler, frozen=True):
         return combined(self._of_velocities(of_slopes), velocities), velocities
 
     def _of_velocities(self, of_slopes: F64) -> F64:
-        """Weights of velocities, from those of the slopes that made them.
+        """Weights of velocities, from the weights of the slopes that produced them.
 
-        A slope is ``(v - (1 - beta) v before) / beta``. The velocity before the oldest slope is
-        not known, and is where the last difference of velocities would be 0. For even steps this
-        is the published gamma_j + (1 / beta - 1) gamma_{j-1}.
+        A slope is ``(v - (1 - beta) previous v) / beta``. The velocity before the oldest slope is
+        unknown; it is chosen so that the last difference of velocities is 0. For even steps this
+        gives the published gamma_j + (1 / beta - 1) gamma_{j-1}.
         """
         count = len(of_slopes)
         found = np.convolve(of_slopes, [1, self.damping - 1]) / self.damping

@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 class Heun(ChurnedSampler, frozen=True):
     """Heun's method: an Euler step, then the mean of the slopes at both ends.
 
-    Second order, two evaluations a step (one in the last step to the clean picture). Works along
-    the schedule's own line: ``x / alpha`` over ``sigma / alpha``, or ``x`` over ``sigma`` on
-    flow-matching models. With ``s_churn`` it is EDM's stochastic sampler.
+    Second order, two evaluations a step (one in the last step to the clean picture). It integrates
+    along the schedule's own line: ``x / alpha`` as a function of ``sigma / alpha``, or ``x`` as a
+    function of ``sigma`` on flow-matching models. With ``s_churn`` it is EDM's stochastic sampler.
     """
 
     summary: ClassVar[str] = (

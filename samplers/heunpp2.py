@@ -1,4 +1,4 @@
-"""Heun++: slopes of up to three levels, weighted by their noise."""
+"""Heun++: a mean of the slopes at up to three levels, weighted by their noise."""
 
 from __future__ import annotations
 
@@ -20,11 +20,12 @@ if TYPE_CHECKING:
 class HeunPP2(Sampler, frozen=True):
     """Heun++ 2: a step along a weighted mean of the slopes at three levels.
 
-    Two Euler steps look ahead to the next level and the one after it. The slopes there weigh as
-    much as their noise beside three times the noise that the run started with, and the slope at the
-    start takes the rest, so the method becomes Euler's as the noise falls: first order. Three
-    evaluations a step, two in the last but one (where the second slope weighs half of its noise)
-    and one in the last. Works along the schedule's own line, as ``heun`` does.
+    Two Euler steps look ahead to the next level and the one after it. The weight of each slope
+    found there is its level's noise divided by three times the noise at the start of the run; the
+    slope at the start of the step has the remaining weight. The method therefore approaches Euler's
+    as the noise falls: first order. Three evaluations a step, two in the last but one (where the
+    noise is divided by twice the initial noise) and one in the last. It integrates along the
+    schedule's own line, as ``heun`` does.
     """
 
     summary: ClassVar[str] = "Looks two levels ahead, less and less as noise falls; first order."
@@ -54,14 +55,14 @@ class HeunPP2(Sampler, frozen=True):
         points: list[int] = []
         step: list[int] = []
         for i in range(grid.steps):
-            # The last step lands where no further level is, as may the one before it.
+            # Near the end there are fewer than two further levels.
             seen = min(3, grid.steps - i)
             weights = line.s[i + 1 : i + seen] / (seen * line.s[0])
             euler = first_order(grid, i, x, columns.denoised)
             tables.append(columns.table(x=euler, base=x, slope=line.slope(i, columns)))
             for j in range(i + 1, i + seen):
                 here = line.slope(j, columns)
-                # In terms of differences, so that the weights need not add up to one.
+                # Written with differences, so that the weights need not sum to one.
                 turn = weights[j - i - 1] * (here - slope)
                 if j + 1 < i + seen:
                     on = first_order(grid, j, x, columns.denoised)

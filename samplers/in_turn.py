@@ -1,4 +1,4 @@
-"""Descents one after another, with fresh noise that takes the state up between them."""
+"""Several descents in sequence, with fresh noise that raises the state between them."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 
 
 def in_turn(grids: Sequence[Grid], solve: Callable[[Grid], Plan], noise_scale: float = 1.0) -> Plan:
-    """One plan of several descents, each of which begins at or above the level the last reached.
+    """One plan of several descents, each starting at or above the level that the last one reached.
 
-    A solver with history begins each of them anew, and each counts as steps of its own.
+    A solver with history starts afresh in each descent, and the steps of all descents count.
 
     Args:
-        grids: of the descents.
-        solve: plans one of them.
-        noise_scale: factor on the deviation of the noise between them.
+        grids: grids of the descents.
+        solve: makes the plan of one descent.
+        noise_scale: factor on the standard deviation of the noise added between descents.
     """
     plans = [solve(grid) for grid in grids]
     tables = [
@@ -49,12 +49,12 @@ def in_turn(grids: Sequence[Grid], solve: Callable[[Grid], Plan], noise_scale: f
 
 
 def _then_noised(tables: F64, descent: Grid, following: Grid, noise_scale: float) -> F64:
-    """The tables of a descent whose last stage goes on up to the start of the next one."""
+    """The tables of a descent whose last stage also goes up to the start of the next descent."""
     decay = following.alpha[0] / descent.alpha[-1]
     variance = following.sigma[0] ** 2 - (decay * descent.sigma[-1]) ** 2
     climbing = tables.copy()
     climbing[-1, 0] *= decay
-    # A stage draws once: its own noise and that of the way up add as variances do.
+    # A stage draws noise once, so the variances of its own noise and of the way up are added.
     fresh = noise_scale * np.sqrt(np.maximum(variance, 0))
     climbing[-1, 0, -2] = np.hypot(climbing[-1, 0, -2], fresh)
     return climbing

@@ -1,4 +1,4 @@
-"""Steps that are even in the arc tangent of sigma."""
+"""A spacing that is even in the arctangent of sigma."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 class KLOptimal(LevelSpacing, frozen=True):
     """Even in ``arctan(sigma)``, the closed form of Align Your Steps for Gaussian data.
 
-    Sabour et al. (arXiv 2404.14507) choose levels that bound the divergence from the data; of
-    Gaussian data with deviation 1 these are the best.
+    Sabour et al. (arXiv 2404.14507) choose levels that minimise a bound on the divergence from the
+    data. For Gaussian data with standard deviation 1 these levels are optimal.
     """
 
     summary: ClassVar[str] = "Even in arctan(sigma): optimal for Gaussian data."

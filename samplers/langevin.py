@@ -1,4 +1,4 @@
-"""The Langevin corrector of Score SDE: the one stage that is no fixed matrix."""
+"""The Langevin corrector of Score SDE: the only stage that is not a fixed matrix."""
 
 from __future__ import annotations
 
@@ -9,22 +9,23 @@ if TYPE_CHECKING:
 
 
 def corrected(columns: Tensor, langevin: Tensor) -> Tensor:
-    """Move x along its score and by fresh noise, at the same level of noise.
+    """Move x along its score and by fresh noise, at a constant noise level.
 
     ``x' = x + e score + sqrt(2 e) z`` with ``e = 2 (snr |z| / |score|)^2`` and
     ``score = (alpha D - x) / sigma^2`` (Song et al., arXiv 2011.13456, algorithms 4 and 5).
-    Written in ``n = x - alpha D`` and ``q = snr sigma |z| / |n|``, that is
-    ``x' = x - 2 q^2 n + 2 q sigma z``, which divides by no small sigma.
+    With ``n = x - alpha D`` and ``q = snr sigma |z| / |n|`` this is
+    ``x' = x - 2 q^2 n + 2 q sigma z``, which avoids a division by a small sigma.
 
-    The norms are those of each row. The published code takes the mean of the norms over its batch,
-    which would let company change a result.
+    Norms are taken per row. The published code takes the mean of the norms over its batch, which
+    would make a result depend on the other rows.
 
     Args:
-        columns: ``[rows, K + 2, C, h, w]``: the state's slots with x first, D, and z.
-        langevin: snr, alpha and sigma, ``[rows, 3]``. Where snr is 0 or the score is, x stays.
+        columns: ``[rows, K + 2, C, h, w]``: the state's slots (x first), D and z.
+        langevin: snr, alpha and sigma, ``[rows, 3]``. Where the snr or the score is 0, x does not
+            change.
 
     Returns:
-        Columns of the same shape with x moved.
+        Columns of the same shape, with x moved.
     """
     x, denoised, noise = columns[:, 0], columns[:, -2], columns[:, -1]
     snr, alpha, sigma = (scalar.view(-1, *[1] * (x.ndim - 1)) for scalar in langevin.unbind(1))
@@ -37,5 +38,5 @@ def corrected(columns: Tensor, langevin: Tensor) -> Tensor:
 
 
 def _norm(x: Tensor) -> Tensor:
-    """Of each row, shaped to multiply rows."""
+    """The norm of each row, shaped to broadcast over it."""
     return x.reshape(len(x), -1).norm(dim=1).view(-1, *[1] * (x.ndim - 1))

@@ -1,4 +1,4 @@
-"""Levels at the quantiles of a Laplace distribution."""
+"""A spacing at the quantiles of a Laplace distribution."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ if TYPE_CHECKING:
 
 
 FLOOR = 1e-5
-"""Added to probabilities, as in the source: the tails end 11.5 scales from the middle."""
+"""Added to probabilities, as in the source, so that tails end 11.5 scales from the middle."""
 
 
 class Laplace(LevelSpacing, frozen=True):
-    """log(sigma / alpha) at even quantiles of a Laplace distribution.
+    """log(sigma / alpha) at evenly spaced quantiles of a Laplace distribution.
 
-    Most steps lie about ``mean``, as the levels at which Hang et al. train do (arXiv 2407.03297).
-    Where the first or the last one lies outside the model's range it is put at the end of it.
-    Where more of them would, which the source puts there too, so that steps have no length, the
-    distribution is cut off at the range instead.
+    Most steps lie near ``mean``, as do the levels at which Hang et al. train (arXiv 2407.03297).
+    If only the first or the last level lies outside the model's range, it is moved to the end of
+    the range. If others do as well, the distribution is truncated to the range instead; the source
+    moves them all to its end, which gives steps of length 0.
     """
 
     summary: ClassVar[str] = "Most steps at middle noise: quantiles of a Laplace distribution."
@@ -51,7 +51,7 @@ class Laplace(LevelSpacing, frozen=True):
         return self._times(schedule, np.clip(spread, last, first))
 
     def _range(self, schedule: Levels, t_start: float, t_end: float) -> F64:
-        """Both ends in scales from the middle."""
+        """Both ends of the range, in scales from the mean."""
         ends = -schedule.half_log_snr(np.array([finite_start(schedule, t_start), t_end]))
         return (ends - self.mean) / self.scale
 
@@ -60,15 +60,15 @@ class Laplace(LevelSpacing, frozen=True):
 
 
 def _quantiles(count: int) -> F64:
-    """Even quantiles of the whole distribution, falling, in scales from its middle."""
+    """Evenly spaced quantiles of the whole distribution, decreasing, in scales from its mean."""
     off_middle = np.linspace(0.5, -0.5, count)
     return -np.sign(off_middle) * np.log(1 - 2 * np.abs(off_middle) + FLOOR)
 
 
 def _between(first: float, last: float, count: int) -> F64:
-    """Even quantiles between two points, which are the first and the last.
+    """Evenly spaced quantiles between two points, both included.
 
-    Of the probabilities below and above a point the smaller one is used, which keeps its digits.
+    Of the probabilities below and above a quantile the smaller one is used, to avoid cancellation.
     """
     done = np.linspace(0, 1, count)
     above = (1 - done) * _tail(first) + done * _tail(last)
@@ -78,6 +78,6 @@ def _between(first: float, last: float, count: int) -> F64:
 
 
 def _tail(spread: float) -> float:
-    """The probability above a point, in scales from the middle."""
+    """The probability above a point that is given in scales from the mean."""
     half = np.exp(-abs(spread)) / 2
     return float(half if spread > 0 else 1 - half)

@@ -20,14 +20,15 @@ TIMESTEP_SCALING = 10.0
 class LCM(Sampler, frozen=True):
     """Latent consistency sampling (Luo et al., arXiv 2310.04378, algorithm 3).
 
-    Each step jumps to the clean picture through the consistency function and noises it again to
-    the next level; the last jump is kept. One evaluation a step, stochastic, for models distilled
-    so, at 1 to 8 steps: LCM, DMD2 (arXiv 2405.14867) and, on their own schedules, flow-matching
-    consistency models and SANA-Sprint (arXiv 2503.09641).
+    Each step jumps to the clean picture through the consistency function and noises the result to
+    the next level; the last jump gives the final picture. One evaluation a step, stochastic, 1 to
+    8 steps, for models distilled for it: LCM, DMD2 (arXiv 2405.14867) and, on their own schedules,
+    flow-matching consistency models and SANA-Sprint (arXiv 2503.09641).
 
-    A model with whole trained timesteps keeps a share of x that vanishes but near the clean end,
-    the boundary condition of equation 6. Networks of continuous time contain theirs, and nothing
-    is kept beside the denoised prediction.
+    For models with whole trained timesteps, the consistency function keeps a fraction of x that
+    vanishes except near the clean end: the boundary condition of equation 6. Continuous-time
+    networks contain their boundary condition, so for them the function is the denoised prediction
+    alone.
     """
 
     summary: ClassVar[str] = "Few-step sampler for latent consistency models, LCM LoRAs and DMD2."
@@ -58,7 +59,7 @@ class LCM(Sampler, frozen=True):
 
 
 def _boundary(grid: Grid, i: int) -> tuple[float, float]:
-    """Shares of x and of the denoised prediction in the consistency function at point i."""
+    """Weights of x and of the denoised prediction in the consistency function at point i."""
     if not grid.schedule.whole_timesteps:
         return 0.0, 1.0
     tau = TIMESTEP_SCALING * float(grid.t[i])

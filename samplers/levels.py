@@ -1,4 +1,4 @@
-"""The levels of noise: signal and noise scales over time."""
+"""Noise levels: the signal and noise scales of a schedule over time."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Levels(ABC):
     """Signal and noise scales over a schedule's own time, and their inverse."""
 
     unit_start: ClassVar[bool] = False
-    """Whether start noise has deviation 1 (variance preserving) instead of sigma."""
+    """Whether start noise has standard deviation 1 (variance preserving) instead of sigma."""
 
     @property
     @abstractmethod
@@ -35,7 +35,7 @@ class Levels(ABC):
 
     @property
     def whole_timesteps(self) -> int | None:
-        """T of a schedule trained at the times 0 .. T - 1 alone; None where time is continuous."""
+        """T of a schedule trained only at the times 0 .. T - 1; None where time is continuous."""
         return None
 
     @abstractmethod
@@ -51,15 +51,15 @@ class Levels(ABC):
         """``log(alpha / sigma)`` at times ``t``."""
 
     def level_of_half_log_snr(self, half_log_snr: F64) -> tuple[F64, F64]:
-        """Alpha and sigma at given ``log(alpha / sigma)``, which may be beyond all trained ones."""
+        """Alpha and sigma at given ``log(alpha / sigma)``, possibly outside the trained range."""
         return self.level(self.time_of_half_log_snr(half_log_snr))
 
     def conditioning(self, t: F64) -> F64:
-        """What the network is told in place of ``t``; the time itself by default."""
+        """The number that the network is conditioned on at time ``t``; by default ``t`` itself."""
         return t
 
     def noise_level(self, t: F64) -> F64:
-        """What users' programs call sigma: ``sigma / alpha``; on flow matching, sigma itself."""
+        """What other programs call sigma: ``sigma / alpha``; on flow matching, sigma itself."""
         return np.exp(-self.half_log_snr(t))
 
     def time_of_noise_level(self, noise_level: F64) -> F64:
@@ -67,21 +67,21 @@ class Levels(ABC):
         return self.time_of_half_log_snr(-np.log(noise_level))
 
     def line_scale(self, alpha: F64) -> F64:
-        """The scale of the line that solvers of the probability flow follow.
+        """The scale of the line along which solvers integrate the probability-flow ODE.
 
-        With ``y = x / scale`` the flow is ``dy / ds = (x - scale D) / sigma``, ``s = sigma /
+        With ``y = x / scale`` the ODE is ``dy / ds = (x - scale D) / sigma``, ``s = sigma /
         scale``. By default the scale is alpha, and the slope is eps.
 
         Args:
             alpha: signal scales of the points.
 
         Returns:
-            The scale at each of them, of the shape of ``alpha``.
+            The scale at each point, of the shape of ``alpha``.
         """
         return alpha
 
     def measure(self, t: F64) -> F64:
-        """The schedule's own measure of time, in which its spacings by time are even."""
+        """The variable in which spacings that are even in time are even; by default time itself."""
         return t
 
     def time_of_measure(self, measure: F64) -> F64:
@@ -89,6 +89,6 @@ class Levels(ABC):
         return measure
 
     def uniform(self, count: int, t_start: float, t_end: float) -> F64:
-        """``count`` times from ``t_start`` to ``t_end``, even in the schedule's own measure."""
+        """``count`` times from ``t_start`` to ``t_end``, evenly spaced in :meth:`measure`."""
         first, last = self.measure(np.array([t_start, t_end]))
         return self.time_of_measure(np.linspace(first, last, count))

@@ -1,13 +1,13 @@
 """What linear multistep samplers share: the line they integrate along, and weights of slopes.
 
-With ``y = x / scale`` the probability flow is ``dy / ds = slope``, ``s = sigma / scale`` and
-``slope = (x - scale D) / sigma``. The schedule says which scale to take: alpha, whose slope is eps,
-or 1 on flow matching, whose slope is the velocity.
+With ``y = x / scale`` the probability-flow ODE is ``dy / ds = slope``, ``s = sigma / scale`` and
+``slope = (x - scale D) / sigma``. The schedule chooses the scale: alpha, for which the slope is
+eps, or 1 on flow matching, for which the slope is the velocity.
 
-Past slopes are kept as the signal ``x - sigma slope`` that they imply at the present point. If
-guidance or inpainting moves x, all of them then move as the slope at the moved point does; kept as
-they were, the jump between old slopes and the new one would be extrapolated as if it were the
-flow's.
+Past slopes are stored as the signal ``x - sigma slope`` that they imply at the current point. If
+guidance or inpainting then moves x, they all change as the slope at the moved point does. Stored
+directly, they would stay, and the jump between old slopes and the new one would be extrapolated as
+if the flow had caused it.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ if TYPE_CHECKING:
 Weights: TypeAlias = Literal["constant", "variable"]
 
 BACKWARD_DIFFERENCES = np.array([1, 1 / 2, 5 / 12, 3 / 8, 251 / 720])
-"""Weights of the backward differences of the slope in Adams and Bashforth's even steps."""
+"""Weights of the backward differences of the slope in Adams-Bashforth with even steps."""
 
 POINTS, SHARES = np.polynomial.legendre.leggauss(3)
-"""Three points of Gauss and Legendre, which are exact to degree 5."""
+"""Gauss-Legendre quadrature with three points, which is exact up to degree 5."""
 
 SOUND_START = 1.5
-"""Sum of absolute weights above which the first steps are not redone, see :meth:`Line.redone`."""
+"""Sum of absolute weights above which the first steps are not redone; see :meth:`Line.redone`."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,8 @@ class Line:
 
     Attributes:
         grid: the points.
-        scale: ``x / y`` there, ``[N + 1]``.
-        s: the independent variable there, ``[N + 1]``; inf where there is no signal.
+        scale: ``x / y`` at the points, ``[N + 1]``.
+        s: the independent variable at the points, ``[N + 1]``; inf where there is no signal.
     """
 
     grid: Grid
@@ -62,28 +62,28 @@ class Line:
 
     @classmethod
     def of_schedule(cls, grid: Grid) -> Line:
-        """The line that the grid's schedule offers."""
+        """The line that the grid's schedule chooses."""
         scale = grid.schedule.line_scale(grid.alpha)
         with np.errstate(divide="ignore"):
             return cls(grid, scale, grid.sigma / scale)
 
     def slope(self, i: int, columns: Columns) -> F64:
-        """The slope that was just evaluated at point i."""
+        """The slope at point i, from the prediction just made there."""
         return (columns["x"] - self.scale[i] * columns.denoised) / self.grid.sigma[i]
 
     def recalled(self, i: int, columns: Columns, slots: Sequence[str]) -> list[F64]:
-        """The slopes kept in ``slots``, at point i."""
+        """The slopes stored in ``slots``, at point i."""
         return [(columns["x"] - columns[slot]) / self.grid.sigma[i] for slot in slots]
 
     def kept(self, i: int, x: F64, slopes: Sequence[F64], slots: Sequence[str]) -> dict[str, F64]:
-        """New contents of the first of ``slots``: slopes, kept at point i where the state is x."""
+        """New contents of ``slots``, in order: ``slopes``, stored at point i with state x."""
         signals = (x - self.grid.sigma[i] * slope for slope in slopes)
         return dict(zip(slots, signals, strict=False))
 
     def step(self, i: int, columns: Columns, mean: F64) -> F64:
-        """The state at point i + 1, for the mean slope over the step.
+        """The state at point i + 1, given the mean slope over the step.
 
-        At the first point the mean is the slope itself, the only one that is known.
+        At the first point the mean is the slope itself, the only one known.
         """
         held = first_order(self.grid, i, columns["x"], columns.denoised)
         if i == 0:
@@ -91,42 +91,43 @@ class Line:
         return held + self.reach(i) * (mean - self.slope(i, columns))
 
     def reach(self, i: int) -> float:
-        """What a unit of slope over the step from point i moves x at point i + 1 by."""
+        """How far a unit of slope over the step from point i moves x at point i + 1."""
         return self.scale[i + 1] * (self.s[i + 1] - self.s[i])
 
     def mean_weights(self, i: int, order: int, weights: Weights) -> F64:
-        """Weights of the slopes at points i, i - 1, ... in their mean over the next step.
+        """Adams-Bashforth weights of the slopes at points i, i - 1, ... for the next step.
 
-        They are Adams and Bashforth's: the mean of the polynomial through the slopes.
+        They give the mean over that step of the polynomial through the slopes.
 
         Args:
-            i: index of the point that is left.
-            order: slopes to use, at most ``i + 1``.
-            weights: for even steps, or for the grid's own.
+            i: index of the point where the step starts.
+            order: number of slopes to use, at most ``i + 1``.
+            weights: "constant" for even steps, "variable" for those of the grid.
         """
         if weights == "constant":
             return of_differences(BACKWARD_DIFFERENCES[:order])
         nodes = self.s[i::-1][:order]
-        # The polynomial does not see a node that is infinitely far.
+        # A node that is infinitely far away is left out of the polynomial.
         seen = np.isfinite(nodes)
         found = np.zeros(order)
         found[seen] = mean_of_interpolant(nodes[seen], nodes[0], self.s[i + 1])
         return found
 
     def redone(self, i: int, slopes: Sequence[F64]) -> F64:
-        """What x at point i + 1 changes by if the steps up to point i are made again.
+        """The change of x at point i + 1 if the steps up to point i are made again.
 
-        A run knows but one slope at first, and two at its second point: its first step is of first
-        order and its global error of the second, whatever follows. So at point i, each new slope
-        known, all that was integrated from the first point on is integrated again, at no
-        evaluation. As a change of x, so that what guidance moved stays moved.
+        A run knows only one slope at its first point and two at its second, so its first step is of
+        first order and its global error of second order, whatever follows. At each point i where
+        the order still grows, everything from the first point on is therefore integrated again with
+        the new slope, which takes no evaluation. The result is expressed as a change of x, so that
+        what guidance changed in x is preserved.
 
-        Where the first steps shrink s by more than about half, the polynomial through points so
-        uneven swings, and nothing is redone.
+        Where the first steps shrink s by more than about half, the polynomial through such uneven
+        points oscillates, and nothing is redone.
 
         Args:
-            i: a point up to which the order grew with each step.
-            slopes: at points i, i - 1, ..., 0.
+            i: index of a point up to which the order grew with each step.
+            slopes: slopes at points i, i - 1, ..., 0.
         """
         if i == 0 or not all(self._soundly_redone(j) for j in range(1, i + 1)):
             return 0 * slopes[0]
@@ -164,12 +165,12 @@ def _signed_binomials(count: int) -> F64:
 
 
 def mean_of_interpolant(nodes: F64, start: float, end: float) -> F64:
-    """Weights of values at ``nodes`` in the mean of the polynomial through them.
+    """Weights of values at ``nodes`` in the mean of the interpolating polynomial over an interval.
 
     Args:
-        nodes: at most 6, all different.
-        start: where the mean begins.
-        end: where it ends.
+        nodes: at most 6 distinct nodes.
+        start: start of the interval.
+        end: end of the interval.
     """
     at = start + (POINTS + 1) / 2 * (end - start)
     factors = np.ones((len(at), len(nodes), len(nodes)))

@@ -1,4 +1,4 @@
-"""Small even steps at high noise, then steps that grow."""
+"""A spacing with small even steps at high noise, then growing steps."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
 
 class LinearQuadratic(LevelSpacing, frozen=True):
-    """Half of the steps in the first 2.5 % of sigma, evenly; the others grow as a square.
+    """Half of the steps evenly in the first 2.5 % of sigma; the others grow quadratically.
 
-    The two halves meet with one slope. Made for flow-matching video models, whose first steps
-    decide the motion (Polyak et al., Movie Gen, arXiv 2410.13720).
+    The two halves meet with equal slope. Made for flow-matching video models, whose first steps
+    determine the motion (Polyak et al., Movie Gen, arXiv 2410.13720).
     """
 
     summary: ClassVar[str] = "Many small steps at the noisiest levels; for flow-matching models."
@@ -41,7 +41,7 @@ class LinearQuadratic(LevelSpacing, frozen=True):
         return times_of_shares(schedule, self._left(steps)[:steps])
 
     def _left(self, steps: int) -> F64:
-        """Shares of sigma that are left after 0 to ``steps`` steps, from 1 to 0."""
+        """Fractions of sigma that remain after 0 to ``steps`` steps, from 1 to 0."""
         even = steps // 2
         i = np.arange(steps + 1, dtype=np.float64)
         if not even:

@@ -1,4 +1,4 @@
-"""LMS: Adams and Bashforth's method along the noise level."""
+"""LMS: Adams-Bashforth over the noise level."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 
 
 class LMS(Sampler, frozen=True):
-    """The linear multistep method of k-diffusion: the polynomial through the last slopes.
+    """The linear multistep method of k-diffusion: integrates a polynomial through the last slopes.
 
-    One evaluation a step, history of up to three slopes. Its first steps are of lower order, whose
-    error shows only after some hundred steps; ``hb`` with ``beta`` 1 and variable weights makes
-    them again once the slopes are known. Works along the schedule's own line, as ``heun`` does.
-    Four slopes overshoot where a guided prediction turns fast, as the high orders of ``hb`` do: few
-    guided steps want order 2.
+    One evaluation a step. History: up to three slopes. The first steps are of lower order, an error
+    that shows only from about a hundred steps on; ``hb`` with ``beta`` 1 and variable weights
+    repeats them once the slopes are known. It integrates along the schedule's own line, as ``heun``
+    does. Four slopes overshoot where a guided prediction turns fast, as do the high orders of
+    ``hb``; with guidance and few steps, use order 2.
     """
 
     summary: ClassVar[str] = "Adams-Bashforth: the polynomial through the last slopes."

@@ -1,6 +1,6 @@
 """Empirical model statistics, computed from a model and samples of its data.
 
-The recipe of arXiv 2310.13268, section 3.1 and appendix C, in the denoised prediction D. With
+The method of arXiv 2310.13268, section 3.1 and appendix C, for the denoised prediction D. With
 ``m = 1 - l`` and ``y = x / alpha``,
 
     m  = alpha E[v * (dD/dx v)]       v of random signs (Hutchinson's diagonal)
@@ -8,14 +8,15 @@ The recipe of arXiv 2310.13268, section 3.1 and appendix C, in the denoised pred
     f' = m' y - m (y - D) - D'        ' is d/dlam along the flow
     s  = cov(f, f') / var(f),  b = E f' - s E f
 
-which is the paper's in other letters: along the flow ``alpha D' + sigma eps' = 0``, and written so
+which equals the paper's formulas, since ``alpha D' + sigma eps' = 0`` along the flow; in this form
 nothing cancels at high noise.
 
-One departure: ' is a difference over ``lam +- reach`` along the flow, and not a derivative. A
-network that was trained at whole timesteps and told of them by sines may ripple between them. On
-the embedded model the derivative in t is up to four times as long as what the prediction changes
-by over lam +- 0.1, and points elsewhere; a difference over 0.2 is mostly the trend.
-``reach`` 0 takes derivatives, as the paper does: the flow obeys
+One departure: ' is a difference over ``lam +- reach`` along the flow and not a derivative. A
+network that was trained at whole timesteps, embedded as sines, may ripple between them. On the
+embedded model the derivative in t is up to four times as long as the change of the prediction over
+lam +- 0.1, and points in another direction; a difference over 0.2 is mostly the trend.
+
+``reach`` 0 takes derivatives, as in the paper: the flow obeys
 ``dy/dlam = -(sigma / alpha) eps``, so ``dx/dlam = alpha D - (1 - g) x`` with
 ``g = d log(alpha) / dlam``: sigma^2 on a variance-preserving schedule, sigma in flow matching, 0
 where alpha is 1.
@@ -58,29 +59,31 @@ logger = logging.getLogger(__name__)
 __all__ = ["Mixture", "SamplesDone", "along_time", "compute_statistics", "drop_checkpoint"]
 
 LOWEST = -7.0
-"""lam in place of -inf at pure noise, where y is not defined."""
+"""lam used in place of -inf at pure noise, where y is undefined."""
 REACH = 0.2
-"""In lam, to either side, of differences along the flow: less than half a step of a short run."""
+"""Reach in lam, to either side, of differences along the flow: under half a step of a short run."""
 HALF_WINDOW = 5
-"""Points to either side in the moving average of l' where derivatives are taken."""
+"""Points to either side in the moving average of l', used where derivatives are taken."""
 SMALL_STEP = 1e-5
-"""Of lam, and of time as a share of the schedule's range, in numerical derivatives."""
+"""Step of numerical derivatives: in lam, and in time as a fraction of the schedule's range."""
 VANISHING = 1e-12
-"""Share of the variances of its two terms below which var(f) is the network's rounding, and s 0."""
+"""Fraction of the variances of its two terms below which var(f) is rounding, and s is set to 0."""
 ROUNDING = 1e-14
-"""The same of their mean squares, which cancel in variances."""
+"""The same as a fraction of their mean squares, which cancel in variances."""
 SUMS = ("vJv", "y", "D", "D'", "yy", "yD", "DD", "yD'", "DD'")
 
 
 @dataclass(frozen=True, slots=True)
 class Mixture:
-    """A guided prediction as a sum of the model's branches.
+    """A guided prediction as a weighted sum of the model's branches.
+
+    A branch is one prediction of the model, such as that for the prompt.
 
     Attributes:
-        rule: name of the guidance rule that it is.
-        scale: its scale, 1 where it has none.
-        weights: one a branch, summing to 1; guidance of scale w over the prompt and the
-            unconditional is ``(w, 1 - w)``.
+        rule: name of the guidance rule that the mixture represents.
+        scale: guidance scale, 1 where the rule has none.
+        weights: one weight per branch, summing to 1; guidance with scale w over the prompt and the
+            unconditional branch is ``(w, 1 - w)``.
     """
 
     rule: str = "none"
@@ -90,7 +93,7 @@ class Mixture:
 
 @dataclass(frozen=True, slots=True)
 class SamplesDone:
-    """``done`` of ``total`` noised samples, all points together; they include resumed ones."""
+    """Progress: ``done`` of ``total`` noised samples over all points, including resumed ones."""
 
     done: int
     total: int
@@ -106,16 +109,16 @@ class Moments:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Points:
-    """Where the statistics are taken, all ``[points]``.
+    """The points where statistics are taken; all arrays are ``[points]``.
 
     Attributes:
-        half_log_snr: lam, evenly rising.
-        t: the schedule's time.
+        half_log_snr: lam, evenly spaced and increasing.
+        t: time of the schedule.
         alpha: signal scale.
         sigma: noise scale.
         growth: ``d log(alpha) / dlam``.
         t_slope: ``dt / dlam``.
-        step: points to either side that differences are taken between; 0 for derivatives.
+        step: reach of differences, in points to either side; 0 for derivatives.
     """
 
     half_log_snr: F64
@@ -133,15 +136,15 @@ class Points:
         """``count`` points even in lam from ``t_start`` to ``t_end``.
 
         Args:
-            schedule: that they lie on.
-            count: of points.
+            schedule: schedule that the points lie on.
+            count: number of points.
             t_start: the noisiest time.
             t_end: the cleanest time.
-            reach: of differences, in lam; it is rounded to whole points.
+            reach: reach of differences, in lam; rounded to whole points.
         """
         first, last = schedule.half_log_snr(np.array([t_start, t_end]))
         lam = np.linspace(first, last, count)
-        # One-sided at the ends of the range, beyond which the schedule may not be defined.
+        # One-sided at the ends of the range, beyond which the schedule may be undefined.
         near = np.clip(np.stack([lam - SMALL_STEP, lam + SMALL_STEP]), first, last)
         times = schedule.time_of_half_log_snr(near)
         growth, t_slope = (
@@ -153,7 +156,7 @@ class Points:
         return cls(lam, t, *schedule.level(t), growth, t_slope, step)
 
     def sides(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Numbers of the points below and above each: nearer ones at the ends of the range."""
+        """Indices of the points below and above each: nearer ones at the ends of the range."""
         numbers = np.arange(len(self))
         return np.maximum(numbers - self.step, 0), np.minimum(numbers + self.step, len(self) - 1)
 
@@ -162,18 +165,18 @@ class Points:
 
 
 def along_time(schedule: NoiseSchedule, function: Callable[[F64], F64], t: Tensor) -> Tensor:
-    """A schedule's numbers at the times ``t``, differentiable in forward mode.
+    """Numbers of a schedule at the times ``t``, differentiable in forward mode.
 
-    For denoisers given to ``compute_statistics``: alpha, sigma, and all that follows from them,
-    must change with t.
+    For denoisers passed to ``compute_statistics``, in which alpha, sigma and everything derived
+    from them must depend on t differentiably.
 
     Args:
-        schedule: bounds the times at which ``function`` is asked.
-        function: numpy ``[rows]`` times to ``[..., rows]`` numbers.
+        schedule: bounds the times at which ``function`` is evaluated.
+        function: maps numpy times ``[rows]`` to numbers ``[..., rows]``.
         t: times, ``[rows]``.
 
     Returns:
-        ``function(t)`` in the type of ``t``, with central differences as its derivative.
+        ``function(t)`` in the dtype of ``t``, with central differences as its derivative.
     """
     values, _ = _AlongTime.apply(t, schedule, function)
     return values
@@ -187,7 +190,7 @@ class _AlongTime(torch.autograd.Function):
     def forward(
         t: Tensor, schedule: NoiseSchedule, function: Callable[[F64], F64]
     ) -> tuple[Tensor, Tensor]:
-        """The values, and their slopes for ``jvp``."""
+        """The values, and their derivatives for ``jvp``."""
         now = t.double().cpu().numpy()
         step = SMALL_STEP * (schedule.t_start - schedule.t_end)
         low, high = np.maximum(now - step, schedule.t_end), np.minimum(now + step, schedule.t_start)
@@ -227,45 +230,46 @@ def compute_statistics(
 ) -> list[Statistics]:
     """Statistics of a model: l by forward-mode differentiation of its denoiser, s and b by a fit.
 
-    Sample k carries the same noise and the same signs to every point, so that what is left of
-    chance in l is smooth in lam, as l' and differences of f need. A sample's noise depends on the
-    seed and k alone.
+    Sample k has the same noise and the same random signs at every point, so that the remaining
+    sampling error of l is smooth in lam, as l' and differences of f require. The noise of a sample
+    depends only on the seed and k.
 
-    Costs, a point and sample: a forward with a tangent, and two forwards a mixture. Only torch's
-    own mathematics is used for attention, as its faster kernels have no forward mode; layouts
-    other than contiguous ones may fail in torch's normalisations.
+    Cost per point and sample: one forward pass with a tangent, and two forward passes per mixture.
+    Attention uses torch's MATH backend only, as the faster kernels do not support forward mode;
+    non-contiguous layouts may fail in torch's normalisations.
 
     Args:
-        denoiser_of: from the numbers of some samples to their denoiser, which is thus free to give
-            each its own prompt: ``(x [rows, C, h, w], t [rows]) -> [rows, C, h, w]``, or
+        denoiser_of: maps the indices of some samples to their denoiser, which can thus give each
+            sample its own prompt: ``(x [rows, C, h, w], t [rows]) -> [rows, C, h, w]``, or
             ``[branches, rows, C, h, w]`` where mixtures have several weights. It must be
-            differentiable in forward mode in x; for ``reach`` 0 in t as well, the factors that
-            follow from t included (``along_time`` makes them so).
-        schedule: the model's, of any kind.
+            differentiable in forward mode in x; for ``reach`` 0 also in t, including the factors
+            that follow from t (``along_time`` makes them so).
+        schedule: noise schedule of the model, of any kind.
         samples: clean latents ``[count or more, C, h, w]`` in float32 or float64, on the device to
-            compute on; or a callable that gives those of the numbers it is asked for.
-        count: K, samples to use at each point, at least 2. 64 is a start, the authors take 1024
-            and more.
-        points: N + 1, even in lam, at least 3. The authors take 250 (Stable Diffusion) to 1200.
-        model: the model's revision, for the identity.
-        mixtures: guided predictions whose statistics are wanted; they share most of the cost.
+            compute on; or a callable that returns the latents of the indices it is given.
+        count: K, number of samples to use at each point, at least 2. 64 is a start; the authors
+            use 1024 and more.
+        points: N + 1, number of points, evenly spaced in lam, at least 3. The authors use 250
+            (Stable Diffusion) to 1200.
+        model: revision of the model, for the identity.
+        mixtures: guided predictions to compute statistics for; they share most of the cost.
         t_start: the noisiest time; by default the schedule's, or where lam is -7.
         t_end: the cleanest time; by default the schedule's.
-        reach: in lam, of the differences that f' is made of, rounded to whole points; 0 for
-            derivatives.
-        chunk: samples in one forward, at least 1.
-        seed: of noise and signs, at least 0.
-        checkpoint: folder that keeps each point's sums, from which another run with the same
-            arguments, or with a higher ``count``, goes on.
-        tell: called after each chunk.
+        reach: reach in lam of the differences from which f' is computed, rounded to whole points;
+            0 for derivatives.
+        chunk: number of samples in one forward pass, at least 1.
+        seed: seed of noise and signs, at least 0.
+        checkpoint: folder that keeps the sums of each point; another run with the same arguments,
+            or with a higher ``count``, continues from them.
+        tell: called with the progress after each chunk.
 
     Returns:
         The statistics of each mixture, elementwise.
 
     Raises:
-        ValueError: an argument outside its range, fewer samples than ``count``, samples of another
-            type or not finite, a model that predicts values that are not, or a checkpoint of
-            another run.
+        ValueError: an argument is outside its range, there are fewer samples than ``count``,
+            samples have another dtype or are not finite, the model's predictions are not finite,
+            or the checkpoint belongs to another run.
     """
     for name, value, least in (
         ("count", count, 2),
@@ -314,12 +318,12 @@ def compute_statistics(
 
 
 def drop_checkpoint(folder: Path) -> None:
-    """Remove the sums that :func:`compute_statistics` kept, and their folder if it is empty then.
+    """Remove the sums that :func:`compute_statistics` kept, and their folder if it is then empty.
 
     Args:
-        folder: the checkpoint of a run whose statistics have been saved.
+        folder: checkpoint of a run whose statistics have been saved.
     """
-    # With what a killed process had written half.
+    # Including files that a killed process left half written.
     for file in [*folder.glob("point-*.safetensors"), *folder.glob(".point-*.writing")]:
         file.unlink()
     with suppress(OSError):
@@ -335,7 +339,7 @@ def _sums(
     signs: Tensor,
     weights: Sequence[Sequence[float]],
 ) -> Tensor:
-    """What some samples add to a point's sums."""
+    """The contribution of some samples to the sums of a point."""
     alpha, sigma = float(places.alpha[index]), float(places.sigma[index])
     W = clean.new_tensor(weights)
     x = alpha * clean + sigma * noise
@@ -366,11 +370,11 @@ def _summed(y: Tensor, D: Tensor, D_prime: Tensor, vJv: Tensor) -> Tensor:
 def _difference(
     branches: Denoise, places: Points, index: int, x: Tensor, D: Tensor, W: Tensor
 ) -> Tensor:
-    """What D of each mixture changes by per lam, between two points on its flow."""
+    """The change of D of each mixture per unit of lam, between two points on its flow."""
     sides = [int(side[index]) for side in places.sides()]
     found: list[Tensor] = []
     for end in sides:
-        # The exact step with D held; what it misses is of even order, and nearly cancels.
+        # The exact step for constant D; its error is of even order and nearly cancels.
         shrunk = float(places.sigma[end] / places.sigma[index])
         kept = float(places.alpha[end]) - shrunk * float(places.alpha[index])
         moved = shrunk * x + kept * D
@@ -384,7 +388,7 @@ def _difference(
 def _derivative(
     branches: Denoise, places: Points, index: int, x: Tensor, D: Tensor, W: Tensor
 ) -> Tensor:
-    """The derivative of D of each mixture along its flow, by lam."""
+    """The derivative of D of each mixture along its flow, with respect to lam."""
     t = x.new_full((x.shape[0],), float(places.t[index]))
     flow = float(places.alpha[index]) * D - (1 - float(places.growth[index])) * x
     t_flow = torch.full_like(t, float(places.t_slope[index]))
@@ -392,8 +396,8 @@ def _derivative(
     def pushed(flow: Tensor) -> Tensor:
         return jvp(branches, (x, t), (flow, t_flow))[1]
 
-    # vmap shares the forward between the mixtures; not all models can be mapped, so one goes
-    # without.
+    # vmap shares the forward pass between the mixtures. Not all models support vmap, so a single
+    # mixture does without it.
     along_flow = pushed(flow[0])[None] if len(W) == 1 else vmap(pushed)(flow)
     return torch.einsum("mb,mb...->m...", W, along_flow)
 
@@ -401,7 +405,7 @@ def _derivative(
 def _statistics(
     places: Points, moments: Sequence[Moments], identities: Sequence[StatisticsIdentity]
 ) -> list[Statistics]:
-    """From all points' sums to l, s and b of each mixture."""
+    """Compute l, s and b of each mixture from the sums of all points."""
     means = np.stack([(point.sums / point.count).numpy() for point in moments], axis=1)
     alpha = places.alpha.reshape(-1, *[1] * (means.ndim - 3))
     all_statistics: list[Statistics] = []
@@ -421,13 +425,13 @@ def _statistics(
 
 
 def _change(m: F64, places: Points) -> tuple[F64, F64]:
-    """What f changes by per lam as ``f' = A y + B D - D'``: A and B, ``[points, ...]``."""
+    """A and B of the change of f per unit of lam, ``f' = A y + B D - D'``; ``[points, ...]``."""
     lam = places.half_log_snr
     if places.step == 0:
         # y' = D - y, so f' = m' y + m (D - y) - D'.
         return _smoothed_derivative(m, lam) - m, m
     (m_low, m_high), (lam_low, lam_high) = ([a[side] for side in places.sides()] for a in (m, lam))
-    # With D held, y - D decays as exp(-lam), from the one side to the other.
+    # With constant D, y - D decays as exp(-lam) from one side to the other.
     shape = (-1, *[1] * (m.ndim - 1))
     low, high = (np.exp(lam - end).reshape(shape) for end in (lam_low, lam_high))
     width = (lam_high - lam_low).reshape(shape)
@@ -445,7 +449,7 @@ def _smoothed_derivative(values: F64, lam: F64) -> F64:
 
 
 def _noise_and_signs(rows: range, seed: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Unit noise and random signs of each sample, whatever the point, the chunk and the device."""
+    """Unit noise and random signs of each sample, independent of point, chunk and device."""
     noise, signs = [], []
     for k in rows:
         rng = np.random.default_rng((seed, k))
@@ -496,7 +500,7 @@ def _taken_from(samples: Tensor, count: int) -> Callable[[range], Tensor]:
 
 
 def _checked(clean: Tensor, rows: range) -> Tensor:
-    """The samples of these numbers, unless they are not what was asked for."""
+    """Check that the samples of these indices are as requested, and return them."""
     if len(clean) != len(rows):
         raise ValueError(
             f"samples gave {len(clean)} latents for the numbers {rows.start} to {rows.stop - 1}; "
@@ -515,23 +519,23 @@ def _description(
     reach: float,
     seed: int,
 ) -> str:
-    """All that sums depend on, but for the number of samples."""
+    """Everything that the sums depend on except the number of samples."""
     described = [asdict(identity) | {"samples": None} for identity in identities]
     return json.dumps([described, weights, reach, seed])
 
 
 class _Store:
-    """Each point's sums in a file of its own, in a folder that may be none."""
+    """The sums of each point in a file of its own; without a folder, nothing is stored."""
 
     def __init__(self, folder: Path | None, description: str) -> None:
         self._folder = folder
         self._description = description
 
     def read(self, index: int, most: int) -> Moments | None:
-        """What an earlier run summed up at a point; None if that cannot be read.
+        """The sums of an earlier run at a point; None if there are none or they cannot be read.
 
         Raises:
-            ValueError: it was another run, or used more than ``most`` samples.
+            ValueError: they belong to another run, or used more than ``most`` samples.
         """
         if self._folder is None or not (file := self._file(self._folder, index)).exists():
             return None
@@ -555,7 +559,7 @@ class _Store:
         return Moments(count, sums)
 
     def write(self, index: int, moments: Moments) -> None:
-        """Keep a point's sums, whole or not at all."""
+        """Store the sums of a point atomically."""
         if self._folder is None:
             return
         metadata = {"description": self._description, "count": str(moments.count)}

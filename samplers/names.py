@@ -1,4 +1,4 @@
-"""What other programs call the samplers and spacings of this one, and what they then are here."""
+"""Translation of other programs' names for samplers and spacings into those of this library."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 Kind = TypeVar("Kind", Sampler, Spacing)
 
 _NOT_HERE: Final[Mapping[str, Any]] = {"thresholding": True, "final_sigmas_type": "sigma_min"}
-"""Options of diffusers' schedulers that no sampler here has."""
+"""Options of diffusers' schedulers that no sampler here supports."""
 
 
 _LABELS: Final[Mapping[str, Label]] = {**AUTOMATIC1111, **FORGE}
@@ -37,14 +37,14 @@ _TYPES: Final[Mapping[str, Fields]] = {**SCHEDULE_TYPES, **FORGE_SCHEDULE_TYPES}
 
 
 class NoEqual(ValueError):
-    """What another program has under this name, this one has not."""
+    """Another program has something under this name that has no equivalent here."""
 
 
 class UnknownName(ValueError):
-    """No program calls anything so.
+    """No known program uses this name.
 
     Attributes:
-        near: names that are like it, nearest first.
+        near: similar names, most similar first.
     """
 
     def __init__(self, field: str, text: str, known: Iterable[str]) -> None:
@@ -58,19 +58,19 @@ class UnknownName(ValueError):
 
 
 def named(text: str) -> tuple[Sampler, Spacing | None]:
-    """What another program's name for a sampler stands for.
+    """The sampler, and spacing if any, that another program's name for a sampler stands for.
 
     Args:
-        text: a sampler of AUTOMATIC1111 or Forge, alone or with a schedule type after it ("DPM++
-            2M Karras"), a class of diffusers' schedulers at its defaults, or a sampler of ComfyUI.
-            Case does not count. Where two programs have a name, it is AUTOMATIC1111's.
+        text: a sampler of AUTOMATIC1111 or Forge, alone or followed by a schedule type ("DPM++
+            2M Karras"), a scheduler class of diffusers with its defaults, or a sampler of ComfyUI.
+            Case is ignored. A name that two programs use means AUTOMATIC1111's.
 
     Returns:
-        The sampler, and the spacing if the name says one.
+        The sampler, and the spacing if the name includes one.
 
     Raises:
-        NoEqual: it is known, and nothing here is equal.
-        UnknownName: no program calls anything so; near names are listed.
+        NoEqual: the name is known but has no equivalent here.
+        UnknownName: no known program uses the name; similar names are listed.
     """
     wanted = text.strip().casefold()
     for label, known in _LABELS.items():
@@ -92,10 +92,10 @@ def named(text: str) -> tuple[Sampler, Spacing | None]:
 
 
 def automatic(text: str) -> Spacing | None:
-    """The spacing that AUTOMATIC1111 or Forge choose for a sampler of theirs; None for others.
+    """The spacing that "Automatic" means for a sampler of AUTOMATIC1111 or Forge; None for others.
 
     Args:
-        text: their label or alias of the sampler; case does not count.
+        text: label or alias of the sampler in those programs; case is ignored.
     """
     wanted = text.strip().casefold()
     for label, known in _LABELS.items():
@@ -105,12 +105,12 @@ def automatic(text: str) -> Spacing | None:
 
 
 def schedule_type(text: str) -> Spacing:
-    """What AUTOMATIC1111's, Forge's or ComfyUI's name for a schedule stands for.
+    """The spacing that AUTOMATIC1111's, Forge's or ComfyUI's name for a schedule stands for.
 
-    Case does not count. Where two have a name, it is AUTOMATIC1111's.
+    Case is ignored. A name that two programs use means AUTOMATIC1111's.
 
     Raises:
-        UnknownName: there is no such schedule type; near names are listed.
+        UnknownName: there is no such schedule type; similar names are listed.
     """
     for label, fields in _TYPES.items():
         if text.strip().casefold() in (label.casefold(), label.casefold().replace(" ", "_")):
@@ -123,15 +123,15 @@ def schedule_type(text: str) -> Spacing:
 def of_diffusers(config: Mapping[str, Any]) -> tuple[Sampler, Spacing]:
     """The sampler and spacing that a diffusers scheduler config stands for.
 
-    The noise schedule is :meth:`samplers.NoiseSchedule.from_diffusers`'s to read.
+    The noise schedule is read by :meth:`samplers.NoiseSchedule.from_diffusers`.
 
     Args:
-        config: as in `scheduler_config.json`, with `_class_name`; what it leaves out is at their
+        config: as in `scheduler_config.json`, with `_class_name`; missing entries have diffusers'
             defaults.
 
     Raises:
-        NoEqual: the class, or an option of it, has no equal here.
-        UnknownName: the class is not known; near names are listed.
+        NoEqual: the class, or one of its options, has no equivalent here.
+        UnknownName: the class is unknown; similar names are listed.
     """
     name = str(config.get("_class_name", ""))
     _refuse_lacking(name)
@@ -155,7 +155,7 @@ def of_diffusers(config: Mapping[str, Any]) -> tuple[Sampler, Spacing]:
 
 
 def label_of(sampler: Sampler) -> str:
-    """AUTOMATIC1111's label of a sampler, or our name where it has none."""
+    """AUTOMATIC1111's label for a sampler, or our name where it has none."""
     labels = {label: known.fields for label, known in AUTOMATIC1111.items()}
     free = [
         key
@@ -167,15 +167,16 @@ def label_of(sampler: Sampler) -> str:
 
 
 def schedule_type_of(spacing: Spacing) -> str:
-    """AUTOMATIC1111's label of a spacing, or our name where it has none."""
-    # Rounding makes no picture of another kind, and is the same where the steps divide the times.
+    """AUTOMATIC1111's label for a spacing, or our name where it has none."""
+    # Rounding makes no essential difference to the picture, and none where the steps divide the
+    # timesteps.
     return _label(spacing, SCHEDULE_TYPES, ("rounding",))
 
 
 def _spacing_of(config: Mapping[str, Any], known: Scheduler) -> Fields:
     if known.spacing["name"] == "lcm":
-        # Their times are a selection of these, whatever other entries say: a config that was made
-        # from another scheduler's keeps that one's.
+        # Times of these schedulers are a selection of the distilled ones, whatever other entries
+        # say: a config made from another scheduler's keeps entries of that scheduler.
         return {"name": "lcm", "distilled_steps": config.get("original_inference_steps", 50)}
     by_option: Mapping[str, Fields] = {
         "use_karras_sigmas": {"name": "karras", "whole": known.multistep},
@@ -201,7 +202,7 @@ def _spacing_of(config: Mapping[str, Any], known: Scheduler) -> Fields:
 
 
 def _label(ours: Sampler | Spacing, labels: Mapping[str, Fields], free: Collection[str]) -> str:
-    """The first label that agrees in every field by which labels of this name differ."""
+    """The first label that agrees in every field in which labels of this name differ."""
     built = {
         label: type(ours).model_validate(fields)
         for label, fields in labels.items()

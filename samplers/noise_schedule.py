@@ -1,8 +1,9 @@
 """Noise schedules: the signal and noise scales of a model, and their inverse.
 
 Every model is put in the form ``x = alpha * x0 + sigma * eps``. A schedule maps its own time ``t``
-to ``(alpha, sigma)``, back from a half-log-SNR ``log(alpha / sigma)``, and to the number that the
-network is conditioned on. All of it is float64 numpy: tables are built once per request.
+to ``(alpha, sigma)`` and to the number that the network is conditioned on, and maps a half-log-SNR
+``log(alpha / sigma)`` back to a time. Everything is float64 numpy, as tables are built only once
+per request.
 """
 
 from __future__ import annotations
@@ -26,15 +27,15 @@ if TYPE_CHECKING:
 
 TRAINED_STEPS = 1000
 MOST_TRAINED_STEPS = 100_000
-"""A hundred times what is usual. A schedule with betas holds a number for each, so that a count
-without a bound in a model's config would take all memory."""
+"""Upper limit, a hundred times the usual number. A schedule with betas stores one number for each
+timestep, so an unlimited count in a model's config could exhaust memory."""
 
 ENDS_WITHOUT_SIGNAL = "DDIM", "DDPM", "LCM", "TCD"
-"""Schedulers of diffusers whose last alpha is 0 with zero terminal SNR; others have 2^-12."""
+"""Schedulers of diffusers whose last alpha is 0 with zero terminal SNR; others use 2^-12."""
 
 
 class NoiseSchedule(Levels):
-    """The levels of a model, and how a run is laid over them; the five kinds say all there is."""
+    """The noise levels of a model, and the grids of runs over them; there are five kinds."""
 
     def grid(
         self,
@@ -43,19 +44,19 @@ class NoiseSchedule(Levels):
         t_start: float | None = None,
         t_end: float | None = None,
     ) -> Grid:
-        """The times of ``steps`` steps.
+        """The grid of a run of ``steps`` steps.
 
         Args:
-            spacing: how the steps are laid out; a bare name stands for its defaults.
+            spacing: how the steps are placed; a bare name means that spacing with its defaults.
             steps: number of steps, at least 1.
-            t_start: time to start from; default the schedule's own.
+            t_start: time to start from; by default the schedule's noisiest.
             t_end: time to land on, with sigma > 0. By default the last step lands on the clean
-                picture. The last evaluation then stands where the spacing puts it, and after a
-                ``t_start`` of one's own at the cleanest trained level.
+                picture. The last evaluation is then where the spacing places it or, if ``t_start``
+                is given, at the cleanest trained level.
 
         Raises:
-            ValueError: ``steps`` below 1, times outside the schedule or out of order, a name that
-                is not known, or a spacing that does not suit the schedule.
+            ValueError: ``steps`` is below 1, times lie outside the schedule or out of order, the
+                name is unknown, or the spacing does not suit the schedule.
         """
         if isinstance(spacing, str):
             # Not at the top: the spacings of installed packages import this one.
@@ -69,15 +70,15 @@ class NoiseSchedule(Levels):
         """The schedule that a diffusers scheduler config describes.
 
         Raises:
-            ValueError: the config names a beta schedule that is not known here, a shift that
-                follows the size of the picture, or numbers that no schedule has.
+            ValueError: the config has an unknown beta schedule, a shift that depends on the size
+                of the picture, or numbers that are not valid for a schedule.
         """
         if config.get("use_dynamic_shifting"):
             raise ValueError(
                 "use_dynamic_shifting is true; only a shift that is the same for all sizes, "
                 "`shift` or `flow_shift`, is allowed."
             )
-        # A scheduler that was built and not loaded does not name its class in its config.
+        # The config of a scheduler that was constructed, not loaded, does not name its class.
         name = str(config.get("_class_name", ""))
         has_betas = "beta_schedule" in config
         if (
@@ -99,13 +100,13 @@ class NoiseSchedule(Levels):
                 sigma_min=config.get("sigma_min", 0.002),
                 sigma_max=config.get("sigma_max", 80.0),
             )
-        # A PNDMScheduler that leaves it out lands on the first trained step, unlike all others,
-        # and a TCDScheduler whatever it says.
+        # Without the entry a PNDMScheduler lands on the first trained step, unlike all others; a
+        # TCDScheduler always does.
         clean = config.get("set_alpha_to_one", not name.startswith("PNDM"))
         clean = clean and not name.startswith("TCD")
         kind, log_alphas = DiscreteVP, _log_alphas_of(config)
         if config.get("rescale_betas_zero_snr"):
-            # Noise tells nothing of a picture where there is no signal.
+            # Where there is no signal, a noise prediction says nothing about the picture.
             of_noise = config.get("prediction_type", "epsilon") == "epsilon"
             exact = name.startswith(ENDS_WITHOUT_SIGNAL) and not of_noise
             kind = ZeroTerminalVP if exact else DiscreteVP
@@ -128,14 +129,14 @@ class NoiseSchedule(Levels):
         """Rectified flow, alpha = 1 - sigma; ``shift`` > 1 spends more steps at high noise.
 
         Args:
-            shift: of even times, ``shift u / (1 + (shift - 1) u)``.
-            terminal: sigma of the last evaluation of a run of ``steps`` steps of spacing
-                ``trailing``, to which all its levels are stretched; None stretches nothing.
-            steps: of that run; a run of 1 step has nothing to stretch.
+            shift: shift of even times u, ``shift u / (1 + (shift - 1) u)``.
+            terminal: sigma of the last evaluation of a run of ``steps`` steps with spacing
+                ``trailing``; all levels are stretched to reach it. None for no stretching.
+            steps: number of steps of that run; a run of 1 step is not stretched.
 
         Raises:
-            ValueError: unless ``shift`` is above 0, ``terminal`` within (0, 1) and given together
-                with ``steps``.
+            ValueError: ``shift`` is not above 0, ``terminal`` is not within (0, 1), or only one of
+                ``terminal`` and ``steps`` is given.
         """
         if terminal is not None and steps == 1:
             terminal = steps = None
@@ -143,9 +144,9 @@ class NoiseSchedule(Levels):
 
     @staticmethod
     def trigflow() -> NoiseSchedule:
-        """Consistency models of continuous time: alpha = cos t, sigma = sin t (arXiv 2410.11081).
+        """Continuous-time consistency models: alpha = cos t, sigma = sin t (arXiv 2410.11081).
 
-        Latents are those of the model over its ``sigma_data``.
+        Latents are those of the model divided by its ``sigma_data``.
         """
         return TrigFlow()
 
@@ -160,13 +161,13 @@ class NoiseSchedule(Levels):
 
 
 def leaves_out_pure_noise(config: Mapping[str, Any]) -> bool:
-    """Whether a diffusers scheduler runs a flow from its second noisiest trained level."""
+    """Whether a diffusers scheduler starts a flow at its second noisiest trained level."""
     solver = str(config.get("_class_name", "")).startswith(("DEIS", "DPMSolver", "SASolver"))
     return solver and bool(config.get("use_flow_sigmas"))
 
 
 class VariancePreserving(NoiseSchedule):
-    """What the two variance-preserving kinds share: everything follows from log alpha."""
+    """What the variance-preserving kinds share: everything follows from log alpha."""
 
     unit_start: ClassVar[bool] = True
 
@@ -186,7 +187,7 @@ class VariancePreserving(NoiseSchedule):
 
     @override
     def half_log_snr(self, t: F64) -> F64:
-        # Not log(1 - alpha^2): that loses every digit near t = 0.
+        # Not log(1 - alpha^2), which cancels completely near t = 0.
         return -0.5 * np.log(np.expm1(-2 * self.log_alpha(t)))
 
 
@@ -208,7 +209,7 @@ class DiscreteVP(VariancePreserving):
     @property
     @override
     def clean_end(self) -> bool:
-        """What ``set_alpha_to_one`` of diffusers' configs says."""
+        """The value of ``set_alpha_to_one`` in diffusers' configs."""
         return self.set_alpha_to_one
 
     @property
@@ -242,12 +243,12 @@ class DiscreteVP(VariancePreserving):
 class ZeroTerminalVP(DiscreteVP):
     """A schedule whose last trained step is pure noise (Lin et al., arXiv 2305.08891).
 
-    Alpha is 2^-20 there, which moves no float32 number of a prediction.
+    Alpha is 2^-20 there, too little to change a float32 prediction.
     """
 
     @override
     def noise_level(self, t: F64) -> F64:
-        """Sigma of the flow between the same data and noise, at most 1."""
+        """Sigma of the flow-matching schedule at the same SNR, at most 1."""
         alpha, sigma = self.level(t)
         return sigma / (alpha + sigma)
 
@@ -258,7 +259,7 @@ class ZeroTerminalVP(DiscreteVP):
 
     @override
     def line_scale(self, alpha: F64) -> F64:
-        # The line of that flow: sigma / alpha is a million at pure noise.
+        # The line of that flow-matching schedule, as sigma / alpha is a million at pure noise.
         return alpha + np.sqrt(1 - alpha**2)
 
 
@@ -286,7 +287,7 @@ class LinearVP(VariancePreserving):
     @property
     @override
     def t_end(self) -> float:
-        """The usual cut-off, where log alpha still has digits."""
+        """The usual cut-off, where log alpha is still accurate."""
         return 1e-3
 
     @override
@@ -298,18 +299,18 @@ class LinearVP(VariancePreserving):
     def time_of_half_log_snr(self, half_log_snr: F64) -> F64:
         slope = self.beta_max - self.beta_min
         twice = -2 * log_alpha_of_half_log_snr(half_log_snr)
-        # The root of slope/2 t^2 + beta_min t = twice, in the form that does not cancel.
+        # The root of slope/2 t^2 + beta_min t = twice, in a form without cancellation.
         return 2 * twice / (self.beta_min + np.sqrt(self.beta_min**2 + 2 * slope * twice))
 
 
 @dataclass(frozen=True)
 class FlowMatching(NoiseSchedule):
-    """Rectified flow: sigma = t, alpha = 1 - t on t in [0, 1]; the network reads T * t.
+    """Rectified flow: sigma = t, alpha = 1 - t on t in [0, 1]; the network is given T * t.
 
-    With a ``terminal``, the shifted levels from pure noise to the last evaluation of ``steps``
-    trailing ones are stretched so that this one has the sigma ``terminal`` (``shift_terminal`` of
-    diffusers' config); from there sigma falls evenly to 0. ``noisiest`` is the even time of the
-    noisiest level, before the shift.
+    With a ``terminal``, the shifted levels from pure noise to the last evaluation of a run of
+    ``steps`` trailing steps are stretched so that this evaluation has the sigma ``terminal``
+    (``shift_terminal`` of diffusers' config); from there sigma falls linearly to 0. ``noisiest``
+    is the time of the noisiest level before the shift.
     """
 
     shift: float = 1.0
@@ -342,7 +343,7 @@ class FlowMatching(NoiseSchedule):
         return float(self.shifted(np.array(1 / self.trained_steps)))
 
     def shifted(self, u: F64) -> F64:
-        """Sigma of an even time u (SD3, arXiv 2403.03206, section 5.3.2), stretched."""
+        """Sigma at the unshifted time u (SD3, arXiv 2403.03206, section 5.3.2), stretched."""
         sigma = self._unstretched(u)
         if self.terminal is None or self.steps is None:
             return sigma
@@ -396,7 +397,8 @@ class FlowMatching(NoiseSchedule):
 
     @override
     def line_scale(self, alpha: F64) -> F64:
-        # x over sigma, whose slope is the velocity: sigma / alpha is infinite at pure noise.
+        # x as a function of sigma, whose slope is the velocity; sigma / alpha is infinite at pure
+        # noise.
         return np.ones_like(alpha)
 
     @override
@@ -408,9 +410,10 @@ class FlowMatching(NoiseSchedule):
 class TrigFlow(NoiseSchedule):
     """alpha = cos t, sigma = sin t on t in [0, pi/2] (Lu and Song, arXiv 2410.11081, section 3).
 
-    Of latents over ``sigma_data``, which is a factor of both x and the noise there. A network's
-    output F is then ``v_prediction``'s: ``D = cos(t) x - sin(t) F``. SANA-Sprint's network is
-    told ``sin t / (cos t + sin t)``, its own flow-matching time, which is for its family to say.
+    Applies to latents divided by ``sigma_data``, a factor of both x and the noise in the paper. The
+    network's output F is then a ``v_prediction``: ``D = cos(t) x - sin(t) F``. SANA-Sprint's
+    network is conditioned on its flow-matching time ``sin t / (cos t + sin t)``, which its model
+    family provides.
     """
 
     unit_start: ClassVar[bool] = True
@@ -429,7 +432,7 @@ class TrigFlow(NoiseSchedule):
 
     @override
     def level(self, t: F64) -> tuple[F64, F64]:
-        # The sine of the rest of the angle is exactly 0 at pure noise, the cosine is not.
+        # The sine of the complementary angle is exactly 0 at pure noise; the cosine is not.
         return np.sin(np.pi / 2 - np.asarray(t, np.float64)), np.sin(t)
 
     @override
@@ -444,7 +447,7 @@ class TrigFlow(NoiseSchedule):
 
     @override
     def noise_level(self, t: F64) -> F64:
-        """Sigma of the flow between the same data and noise, finite at pure noise."""
+        """Sigma of the flow-matching schedule at the same SNR, finite at pure noise."""
         alpha, sigma = self.level(t)
         return sigma / (alpha + sigma)
 
@@ -454,13 +457,13 @@ class TrigFlow(NoiseSchedule):
 
     @override
     def line_scale(self, alpha: F64) -> F64:
-        # The line of that flow: sigma / alpha is infinite at pure noise.
+        # The line of that flow-matching schedule, as sigma / alpha is infinite at pure noise.
         return alpha + np.sqrt(1 - alpha**2)
 
 
 @dataclass(frozen=True)
 class EDM(NoiseSchedule):
-    """Variance exploding: alpha = 1, sigma = t; the network reads log(sigma) / 4."""
+    """Variance exploding: alpha = 1, sigma = t; the network is given log(sigma) / 4."""
 
     sigma_min: float = 0.002
     sigma_max: float = 80.0
@@ -552,13 +555,13 @@ def _listed_betas(listed: Any) -> F64:
 
 
 def _without_final_signal(log_alphas: F64, last: float) -> F64:
-    """Alpha shifted and scaled until the last one is 0 (Lin et al., arXiv 2305.08891, algorithm 1).
+    """Alpha shifted and scaled so that the last is 0 (Lin et al., arXiv 2305.08891, algorithm 1).
 
     Args:
-        log_alphas: logarithms of alpha, falling.
-        last: in place of 0, so that its logarithm is finite; 2^-12 in most of diffusers. But half
-            of the one before where that is lower already, as with linear betas, so that alpha
-            always falls.
+        log_alphas: logarithms of alpha, decreasing.
+        last: last alpha in place of 0, so that its logarithm is finite; 2^-12 in most of diffusers.
+            Where the alpha before it is already no higher, as with linear betas, half of that one
+            is used instead, so that alpha always decreases.
     """
     alphas = np.exp(log_alphas)
     alphas = (alphas - alphas[-1]) * alphas[0] / (alphas[0] - alphas[-1])

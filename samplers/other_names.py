@@ -1,4 +1,4 @@
-"""Tables of what other programs call the samplers and spacings of this library."""
+"""Tables of the names that other programs use for the samplers and spacings of this library."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import Any, Final, TypeAlias
 
 Fields: TypeAlias = Mapping[str, Any]
-"""An object as a request has it: a name, and the fields that differ from the defaults."""
+"""An object as in a request: a name, and the fields that differ from the defaults."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,9 +17,9 @@ class Label:
 
     Attributes:
         fields: our sampler.
-        automatic: the schedule type that "Automatic" stands for with it.
-        aliases: its other names there.
-        settings: fields of ours that are settings of the program there, and no part of the name.
+        automatic: schedule type that "Automatic" means with it.
+        aliases: its other names in that program.
+        settings: fields of ours that are program settings there, not part of the name.
     """
 
     fields: Fields
@@ -33,12 +33,12 @@ class Scheduler:
     """A scheduler of diffusers.
 
     Attributes:
-        fields: our sampler, at their defaults.
-        spacing: our spacing, at their defaults.
-        options: their option, by its values the fields of our sampler that it sets; values that
-            are not here have no equal.
-        multistep: whether it has the multistep solvers' ways: ``linspace`` without its end, and
-            whole timesteps over Karras levels.
+        fields: our sampler for diffusers' defaults.
+        spacing: our spacing for diffusers' defaults.
+        options: for each option of diffusers, its values and the fields of our sampler that each
+            value sets; values not listed have no equivalent.
+        multistep: whether it follows the conventions of the multistep solvers: ``linspace`` without
+            its endpoint, and whole timesteps with Karras levels.
     """
 
     fields: Fields
@@ -88,13 +88,13 @@ AUTOMATIC1111: Final[Mapping[str, Label]] = MappingProxyType(
         "Heun": Label({"name": "heun"}, "Uniform", ("k_heun",)),
         "DPM2": Label({"name": "dpm_2"}, "Karras", ("k_dpm_2",)),
         "DPM2 a": Label({"name": "dpm_2", "eta": 1.0}, "Karras", ("k_dpm_2_a",)),
-        # There it is given the eta of ancestral samplers.
+        # AUTOMATIC1111 passes it the eta of ancestral samplers.
         "DPM fast": Label({"name": "dpm_fast", "eta": 1.0}, "Exponential", ("k_dpm_fast",)),
         "Restart": Label({"name": "restart"}, "Karras", ("restart",)),
         "DDIM": Label({"name": "ddim"}, "DDIM", ("ddim",)),
         "LMS": Label({"name": "lms"}, "Uniform", ("k_lms",)),
         "PLMS": Label({"name": "plms"}, "DDIM", ("plms",)),
-        # Order 3, bh1 and a lowered order are the settings there unless a user changes them.
+        # Order 3, bh1 and a lowered final order are AUTOMATIC1111's default settings.
         "UniPC": Label(
             {"name": "unipc", "order": 3, "variant": "bh1", "lower_order_final": "always"},
             "DDIM",
@@ -123,29 +123,29 @@ SCHEDULE_TYPES: Final[Mapping[str, Fields]] = MappingProxyType(
         "LCM": {"name": "lcm"},
     }
 )
-"""Schedule types of AUTOMATIC1111 by their label; LCM is the one that its sampler LCM brings."""
+"""Schedule types of AUTOMATIC1111 by their label; LCM is the one that its LCM sampler uses."""
 
 FORGE: Final[Mapping[str, Label]] = MappingProxyType(
     {
         "DDPM": Label({"name": "ddim", "eta": 1.0}, "Uniform", ("ddpm",)),
         "HeunPP2": Label({"name": "heunpp2"}, "Uniform", ("heunpp2",)),
         "IPNDM": Label({"name": "hb", "order": 4.0, "beta": 1.0}, "Uniform", ("ipndm",)),
-        # Their weights of orders 3 and 4 miss those of the formula, which are lms's.
+        # Forge's weights of orders 3 and 4 deviate from the formula, which lms follows.
         "IPNDM_V": Label({"name": "lms"}, "Uniform", ("ipndm_v",)),
     }
 )
-"""Samplers that Forge has beside those of AUTOMATIC1111."""
+"""Samplers that Forge has in addition to those of AUTOMATIC1111."""
 
 FORGE_SCHEDULE_TYPES: Final[Mapping[str, Fields]] = MappingProxyType(
     {
         "Turbo": {"name": "trailing"},
-        # Its table of eleven levels is the authors' of ten steps, which is also the other's.
+        # Forge's table of eleven levels is the authors' table for ten steps.
         "Align Your Steps 11": {"name": "align_your_steps"},
         "Align Your Steps 32": {"name": "align_your_steps", "table": "sd15_32"},
         "Align Your Steps GITS": {"name": "align_your_steps", "table": "gits_sd15"},
     }
 )
-"""Schedule types that Forge has beside those of AUTOMATIC1111."""
+"""Schedule types that Forge has in addition to those of AUTOMATIC1111."""
 
 COMFYUI_SAMPLERS: Final[Mapping[str, Fields]] = MappingProxyType(
     {
@@ -340,7 +340,7 @@ CFG_PLUS_PLUS: Final[Mapping[str, Fields]] = MappingProxyType(
         "DDIM CFG++": {"name": "ddim"},
     }
 )
-"""Samplers whose steps are those of ours under the guidance `cfg_plus_plus`."""
+"""Samplers whose steps equal those of our samplers with the guidance `cfg_plus_plus`."""
 
 _DEIS: Final = (
     "it fits the noise over time there, and ours over log sigma; nearest is deis with order 3"
@@ -375,4 +375,4 @@ LACKING: Final[Mapping[str, str]] = MappingProxyType(
         " weights of its own; nearest is lms with the guidance cfg_plus_plus",
     }
 )
-"""What the three programs have and this one lacks, with why or what comes nearest."""
+"""Samplers of the three programs that are missing here, with the reason or the nearest match."""

@@ -1,4 +1,7 @@
-"""A sampler compiled to a table, and the one function that applies a stage of it."""
+"""A sampler compiled to a table, and the one function that applies a stage of it.
+
+A stage is one evaluation of the guided model and the move of the state that follows it.
+"""
 
 from __future__ import annotations
 
@@ -24,12 +27,12 @@ class Columns:
 
     A sampler writes its step as arithmetic on them: ``0.5 * columns["x"] + 0.5 * columns.denoised``
     is the row of the matrix that averages x and the denoised prediction. Composed formulas (a
-    corrector, then a predictor) come out as one matrix by themselves.
+    corrector followed by a predictor) thus become one matrix.
 
     Args:
         slots: names of the state's slots; the first holds x.
-        latent_dims: axes of a latent, for coefficients that differ over its elements; 0 for
-            scalar ones.
+        latent_dims: number of axes of a latent, for coefficients that differ over its elements; 0
+            for scalar coefficients.
     """
 
     def __init__(self, *slots: str, latent_dims: int = 0) -> None:
@@ -45,10 +48,10 @@ class Columns:
         return self._of_slot[slot]
 
     def table(self, **slots: F64) -> F64:
-        """The matrix whose rows are the new slots, ``[K, K + 3, ...]``; unnamed ones become 0.
+        """The matrix whose rows are the new slots, ``[K, K + 3, ...]``; unnamed slots become 0.
 
         Raises:
-            KeyError: a name that is no slot.
+            KeyError: a name is not that of a slot.
         """
         if unknown := slots.keys() - self._of_slot.keys():
             raise KeyError(f"{sorted(unknown)} are no slots; they are {list(self._slots)}.")
@@ -62,24 +65,24 @@ class Columns:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Plan:
-    """One image's whole run as data: where to evaluate, and how each evaluation moves the state.
+    """The whole run of one image as data: where to evaluate, and how each stage moves the state.
 
     With state slots S, guided prediction D and fresh noise xi, stage i is
     ``S <- tables[i] @ [S_0 .. S_{K-1}, D, xi, 1]``, and slot 0 is the point of evaluation i + 1.
 
     Attributes:
-        t: time that the denoiser is told at each stage, and of the landing, ``[stages + 1]``.
-        alpha: signal scale of slot 0 there, ``[stages + 1]``.
-        sigma: noise scale of slot 0 there, ``[stages + 1]``.
+        t: time that the denoiser is given at each stage, then the final time, ``[stages + 1]``.
+        alpha: signal scale of slot 0 at these points, ``[stages + 1]``.
+        sigma: noise scale of slot 0 at these points, ``[stages + 1]``.
         tables: float64 ``[stages, K, K + 3]``, or ``[stages, K, K + 3, C, h, w]`` elementwise.
-        step: the sampler step that a stage belongs to, from 0, ``[stages]``.
-        start_scale: deviation of the start noise of a run from nothing.
+        step: sampler step that each stage belongs to, from 0, ``[stages]``.
+        start_scale: standard deviation of the start noise of a run without a start picture.
         langevin: signal-to-noise ratio of the Langevin move that a stage makes before its matrix,
-            ``[stages]``; 0 where a stage is linear, as all are by default. The move spends the
-            stage's noise, so the matrix of such a stage asks for none.
+            ``[stages]``; 0 where a stage is linear, as all are by default. The move uses up the
+            stage's noise, so the matrix of such a stage must not use noise.
 
     Raises:
-        ValueError: it has no stages, or shapes do not agree.
+        ValueError: there are no stages, or shapes do not agree.
     """
 
     t: F64
@@ -114,7 +117,7 @@ class Plan:
 
     @classmethod
     def of_steps(cls, grid: Grid, tables: Sequence[F64]) -> Plan:
-        """A plan of one evaluation a step, at the points of the grid."""
+        """A plan with one evaluation a step, at the points of the grid."""
         return cls(
             grid.t,
             grid.alpha,
@@ -126,12 +129,12 @@ class Plan:
 
     @property
     def evaluations(self) -> int:
-        """Stages, each one evaluation of the guided model."""
+        """Number of stages, each of which is one evaluation of the guided model."""
         return len(self.tables)
 
     @property
     def steps(self) -> int:
-        """Sampler steps; fewer than the evaluations where a step takes two."""
+        """Number of sampler steps; fewer than the evaluations where a step takes several."""
         return self.step[-1] + 1
 
     @property
@@ -142,15 +145,15 @@ class Plan:
 
     @property
     def progress(self) -> NDArray[np.float64]:
-        """Share of the steps done before each stage, in [0, 1), ``[stages]``."""
+        """Fraction of the steps done before each stage, in [0, 1), ``[stages]``."""
         return np.array(self.step, np.float64) / self.steps
 
     @property
     def weights(self) -> F64:
-        """What each evaluation's prediction counts in the landing, ``[stages]``; not elementwise.
+        """The weight of each evaluation's prediction in the result, ``[stages]``; not elementwise.
 
-        They add up to 1. Without their signs, their sum is how many times as large an error of all
-        predictions can become.
+        The weights sum to 1. The sum of their absolute values is the largest factor by which an
+        error common in size to all predictions can grow.
         """
         found = np.empty(self.evaluations)
         landing = np.eye(self.slots)[0]
@@ -162,9 +165,9 @@ class Plan:
     def opens_step(self, stage: int) -> bool:
         """Whether a stage's evaluation is the first one of its step.
 
-        Guidance that moves x moves it there and nowhere else. The other evaluations of a step
-        belong to the same move of the sampler: a second slope, a point between, a corrector at
-        the level that was reached.
+        Guidance that moves x does so only there. The other evaluations of a step belong to the
+        same move of the sampler: a second slope, an inner point, or a corrector at the level that
+        was reached.
         """
         return stage == 0 or self.step[stage] != self.step[stage - 1]
 
@@ -174,7 +177,7 @@ class Plan:
 
     @property
     def slots(self) -> int:
-        """K, slots of the state."""
+        """K, the number of slots of the state."""
         return self.tables.shape[1]
 
     @property
@@ -184,7 +187,7 @@ class Plan:
 
     @property
     def noisy(self) -> tuple[bool, ...]:
-        """Which stages ask for fresh noise, ``[stages]``."""
+        """Which stages use fresh noise, ``[stages]``."""
         column = self.tables[:, :, -2].reshape(self.evaluations, -1)
         return tuple(
             bool(drawn) or snr > 0
@@ -193,14 +196,14 @@ class Plan:
 
 
 def advance(columns: Tensor, tables: Tensor, langevin: Tensor | None = None) -> Tensor:
-    """Apply one stage to each row: the only place where a state moves.
+    """Apply one stage to each row: the only place where states move.
 
     Args:
-        columns: ``[rows, K + 2, C, h, w]``: the state's K slots, the guided denoised prediction,
-            fresh noise. Where a stage asks for no noise, that column may hold any finite values.
+        columns: ``[rows, K + 2, C, h, w]``: the state's K slots, the guided denoised prediction
+            and fresh noise. Where a stage uses no noise, that column may hold any finite values.
         tables: ``[rows, K, K + 3]``, or ``[rows, K, K + 3, C, h, w]`` where elementwise.
-        langevin: ``[rows, 3]``, snr, alpha and sigma of the stages, for the nonlinear move of
-            those rows whose snr is not 0; none where all are linear.
+        langevin: snr, alpha and sigma of the stages, ``[rows, 3]``, for the nonlinear move of
+            those rows whose snr is not 0; None where all stages are linear.
 
     Returns:
         The new states ``[rows, K, C, h, w]``.
@@ -223,19 +226,19 @@ def integrate(
     """Run a plan on a batch that shares it: the reference loop, for use without the server.
 
     Args:
-        plan: what ``Sampler.plan`` gave.
-        denoise: ``(x [rows, ...], t) -> denoised [rows, ...]``, guided if wanted; where
-            ``plan.opens_step`` it may move x, which is the state itself, in place, as CFG++ does.
-        x_start: ``[rows, ...]`` in any floating type; at the plan's first level, so
-            ``plan.start_scale`` times unit noise for a run from nothing.
-        noise: stage -> unit noise ``[rows, ...]``; needed where the plan asks for noise.
+        plan: result of ``Sampler.plan``.
+        denoise: ``(x [rows, ...], t) -> denoised [rows, ...]``, with guidance if wanted. Where
+            ``plan.opens_step`` it may move x in place, as CFG++ does; x is the state itself.
+        x_start: start state ``[rows, ...]`` of any floating dtype at the plan's first level:
+            ``plan.start_scale`` times unit noise for a run without a start picture.
+        noise: maps a stage to unit noise ``[rows, ...]``; required where the plan uses noise.
 
     Returns:
-        x where the plan lands, ``[rows, ...]``, in the type of ``x_start``.
+        x at the end of the plan, ``[rows, ...]``, in the dtype of ``x_start``.
 
     Raises:
-        ValueError: ``x_start`` holds no elements or is of no floating type, or the plan asks for
-            noise and none is given.
+        ValueError: ``x_start`` has no elements or no floating dtype, or the plan uses noise and
+            none is given.
     """
     if not x_start.is_floating_point():
         raise ValueError(f"x_start is of type {x_start.dtype}; a floating type is needed.")

@@ -1,14 +1,14 @@
-"""The error of a sampler, spacing and schedule that do not fit together."""
+"""The error for a sampler, spacing and schedule that are incompatible."""
 
 from __future__ import annotations
 
 
 class PlanError(ValueError):
-    """No plan can be made of these settings; the message is a sentence for the user.
+    """No plan can be made from these settings; the message is a sentence for the user.
 
     Args:
-        field: what to change, as a request names it: ``steps``, ``strength``, ``sampler`` or
-            ``spacing``, or a field within one of the last two, such as ``spacing.times``.
+        field: request field to change: ``steps``, ``strength``, ``sampler`` or ``spacing``, or a
+            field of one of the last two, such as ``spacing.times``.
         message: one sentence that says what is allowed.
     """
 

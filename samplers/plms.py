@@ -21,12 +21,15 @@ ORDER = 4
 class PLMS(Sampler, frozen=True):
     """Pseudo linear multistep (Liu et al., arXiv 2202.09778), as Stable Diffusion shipped with it.
 
-    Adams-Bashforth of order 4 on eps with the weights of even steps, on flow matching on the
-    velocity. The first step is made twice, the second time with the mean of the slopes at both of
+    Adams-Bashforth of order 4 with the weights of even steps, on eps, or on the velocity for flow
+    matching. The first step is made twice, the second time with the mean of the slopes at both of
     its ends, so a run takes one evaluation more than it has steps; orders 2 and 3 follow. History:
     three slopes. As grids are uneven in sigma / alpha, it converges with the second power of the
-    step. diffusers' ``PNDMScheduler`` with ``skip_prk_steps`` is this over ``leading``, and over
-    ``trailing`` if the steps divide 1000: it counts back a fixed stride to find the next level.
+    step.
+
+    diffusers' ``PNDMScheduler`` with ``skip_prk_steps`` equals this sampler with the spacing
+    ``leading``, and with ``trailing`` if the number of steps divides 1000: it finds the next level
+    by counting back a fixed stride.
     """
 
     summary: ClassVar[str] = (
@@ -72,9 +75,9 @@ class PLMS(Sampler, frozen=True):
 
 
 def _first_step_again(line: Line, columns: Columns, slots: tuple[str, ...]) -> F64:
-    """The stage at point 1 that gives the first step the mean of the slopes at both ends.
+    """The stage at point 1 that repeats the first step with the mean of the slopes at both ends.
 
-    As a change of x, so that what guidance moved stays moved.
+    It is expressed as a change of x, so that what guidance changed in x is preserved.
     """
     there, here = line.slope(1, columns), line.recalled(1, columns, slots[:1])[0]
     x = columns["x"] + 0.5 * line.reach(0) * (there - here)

@@ -1,4 +1,4 @@
-"""From what a network puts out to the denoised prediction, by scalars."""
+"""Conversion of a network's raw output to the denoised prediction."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PredictionType = Literal["epsilon", "v_prediction", "sample", "flow", "edm"]
 
 
 class Preconditioning(NamedTuple):
-    """``denoised = skip * x + out * network(scale_in * x)``; each of the shape of alpha."""
+    """Scalars of ``denoised = skip * x + out * network(scale_in * x)``, of the shape of alpha."""
 
     scale_in: F64
     skip: F64
@@ -31,10 +31,10 @@ def preconditioning(
             preconditioned network of arXiv 2206.00364, table 1, at alpha = 1.
         alpha: signal scale, any shape.
         sigma: noise scale, same shape.
-        sigma_data: deviation of the data, for ``edm`` alone.
+        sigma_data: standard deviation of the data, for ``edm`` only.
 
     Raises:
-        ValueError: an unknown prediction type.
+        ValueError: the prediction type is unknown.
     """
     one, zero = np.ones_like(alpha), np.zeros_like(alpha)
     match prediction:
@@ -57,11 +57,11 @@ def preconditioning(
 
 
 def as_velocity(prediction: PredictionType, alpha: F64, sigma: F64) -> Preconditioning:
-    """The scalars of a network that predicts the velocity, in the place of one that may not.
+    """The scalars of an equivalent network that predicts the velocity.
 
-    ``flow`` and ``v_prediction`` do. The predictions of any other network are those of some network
-    of ``v_prediction`` at x scaled to ``alpha^2 + sigma^2 = 1``, whose output is
-    ``(denoised - skip * x) / out``.
+    Networks of ``flow`` and ``v_prediction`` do so themselves. The predictions of any other network
+    equal those of a ``v_prediction`` network at x scaled to ``alpha^2 + sigma^2 = 1``, whose output
+    is ``(denoised - skip * x) / out``.
 
     Args:
         prediction: what the network predicts.

@@ -1,4 +1,4 @@
-"""Restart sampling: descend, go back up with fresh noise, descend again."""
+"""Restart sampling: reduce the noise, add fresh noise, reduce it again."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from samplers.plan import Plan
 
 RHO = 7.0
-"""A descent's levels lie even in (sigma / alpha)^(1 / RHO)."""
+"""The levels of a further descent are even in (sigma / alpha)^(1 / RHO)."""
 BASES: dict[str, Sampler] = {
     "heun": Heun(),
     "euler": Euler(),
@@ -30,16 +30,15 @@ BASES: dict[str, Sampler] = {
 class Restart(Sampler, frozen=True):
     """Restart sampling (Xu et al., arXiv 2306.14878, algorithm 1).
 
-    A deterministic solver comes down the grid to the point whose sigma / alpha is nearest to
-    ``low``; from there the
-    state is noised back up to ``high`` and comes down again, ``restarts`` times, and the rest of
-    the grid follows. The noise contracts errors made so far, the descents are as exact as an ODE's.
-    Levels rise within the run; each descent counts as steps of its own, and a solver with history
-    begins each one anew. Stochastic.
+    A deterministic solver descends the grid to the point whose sigma / alpha is nearest to
+    ``low``. From there the state is noised back up to ``high`` and descends again, ``restarts``
+    times; then the rest of the grid follows. The noise contracts the errors made so far, while
+    each descent is as accurate as an ODE solver. The noise level thus rises within the run. The
+    steps of every descent count, and a solver with history starts afresh in each. Stochastic.
 
-    Departures from the source: one interval; where no point of the grid is below ``high``, the way
-    up goes to the point before; steps of a descent are a share of the run's, so that more steps
-    refine both, and lie even in sigma^(1/7) as in the source.
+    Departures from the source: there is only one interval. Where ``high`` is not above the point
+    turned at, the state is noised up to the point before it. The steps of a descent are a fraction
+    of the run's, so that more steps refine both; they are even in sigma^(1/7), as in the source.
     """
 
     summary: ClassVar[str] = (
@@ -81,7 +80,7 @@ class Restart(Sampler, frozen=True):
 
     @override
     def steps_taken(self, steps: int) -> int:
-        """Steps down the grid and of all further descents; a single step leaves nothing to mend."""
+        """Steps down the grid plus those of all further descents; a run of one step has none."""
         return steps if steps == 1 else steps + self.restarts * self._descent(steps)
 
     @override

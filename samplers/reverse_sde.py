@@ -1,4 +1,4 @@
-"""Whether a plan draws a path of the reverse diffusion, with all of its noise."""
+"""A check whether a plan samples a path of the reverse diffusion, with all of its noise."""
 
 from __future__ import annotations
 
@@ -11,18 +11,19 @@ if TYPE_CHECKING:
 
 
 def follows_reverse_sde(plan: Plan) -> bool:
-    """Whether each step goes down by the noise of the reverse diffusion, and is one evaluation.
+    """Whether each step adds the noise of the reverse diffusion, and takes one evaluation.
 
-    From r to r' = sigma' / alpha' that noise is of deviation ``sigma' sqrt(1 - (r' / r)^2)``: what
-    the posterior of x' has, given x and the clean picture. Samplers that draw less are nearer to
-    the probability-flow ODE, those that draw more (LCM) forget what they came from.
+    From r = sigma / alpha to r' = sigma' / alpha', the standard deviation of that noise is
+    ``sigma' sqrt(1 - (r' / r)^2)``, that of the posterior of x' given x and the clean picture.
+    Samplers that draw less noise are nearer to the probability-flow ODE; those that draw more (LCM)
+    lose their dependence on the previous state.
 
     Args:
-        plan: of any sampler.
+        plan: plan of any sampler.
     """
     if plan.evaluations != plan.steps or any(plan.langevin):
         return False
-    # The inverse of r: 0 at pure noise, infinite only where the run lands.
+    # The inverse of r: 0 at pure noise, infinite only at the end of the run.
     with np.errstate(divide="ignore"):
         clean = plan.alpha / plan.sigma
     if not np.all(np.diff(clean) > 0):

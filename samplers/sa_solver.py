@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from samplers.levels import F64
 
 SERIES_TERMS = 20
-"""Of the moments at short steps: beyond the last digit of float64."""
+"""Terms of the series for the moments at short steps: enough for float64."""
 SERIES = np.array(
     [[factorial(k) / factorial(k + j + 1) for j in range(SERIES_TERMS)] for k in range(4)]
 )
@@ -26,15 +26,16 @@ SERIES = np.array(
 class SASolver(Sampler, frozen=True):
     """SA-Solver in the denoised prediction (Xue et al., arXiv 2309.05019, algorithm 1).
 
-    Solves the SDE whose noise is ``tau`` times that of the reverse diffusion, at every level, by
-    Adams steps: one evaluation a step, up to three predictions of history. The evaluation at the
-    predicted point corrects that point, with the same noise in it, so corrector and predictor are
-    one matrix. Deterministic at ``tau`` 0. The last step to the clean picture is of first order,
-    and the last point is not corrected.
+    Solves, by Adams steps, the SDE whose noise at every level is ``tau`` times that of the reverse
+    diffusion. One evaluation a step. History: up to three predictions. The evaluation at the
+    predicted point corrects that point, which keeps its noise, so corrector and predictor are one
+    matrix. Deterministic at ``tau`` 0. The last step to the clean picture is of first order, and
+    the last point is not corrected.
 
-    Departure from the authors' code: weights of order 2 are exact by default. Theirs, which
-    ``second_order`` rounded selects, hold for short steps, and overshoot where few steps are even
-    in log SNR. No order is lowered at the end, which would change no step but one of order 3.
+    Departures from the authors' code: weights of order 2 are exact by default. Theirs, which
+    ``second_order`` rounded selects, are an approximation for short steps that overshoots where few
+    steps are even in log SNR. The order is not lowered at the end, which would affect only one step
+    of order 3.
     """
 
     summary: ClassVar[str] = (
@@ -63,7 +64,7 @@ class SASolver(Sampler, frozen=True):
         if self.stochastic:
             return 0
         if self.corrector_order == 0:
-            # The first step is of order 1, for want of history.
+            # The first step has no history and is of order 1.
             return min(self.predictor_order, 2)
         return min(self.corrector_order, self.predictor_order + 1)
 
@@ -81,8 +82,8 @@ class SASolver(Sampler, frozen=True):
         for i in range(grid.steps):
             x = columns["x"]
             if i > 0 and self.corrector_order > 0:
-                # The predictor's terms go and the corrector's come; the noise stays. Starting from
-                # x keeps what guidance or inpainting moved x by.
+                # Replace the predictor's terms by the corrector's; the noise stays. Starting from x
+                # preserves what guidance or inpainting changed in x.
                 corrector = self._weights(grid, i - 1, i, min(self.corrector_order, i + 1))
                 x = x - weighted(predictor, history) + weighted(corrector, [D, *history])
             order = 1 if grid.sigma[i + 1] == 0 else min(self.predictor_order, i + 1)
@@ -98,7 +99,7 @@ class SASolver(Sampler, frozen=True):
 
 
 def linear_part(grid: Grid, i: int, tau: float) -> tuple[float, float]:
-    """Factor of x, and deviation of the noise, in the step from point i."""
+    """The factor of x and the standard deviation of the noise in the step from point i."""
     ratio = float(grid.sigma[i + 1] / grid.sigma[i])
     if tau == 0:
         return ratio, 0.0
@@ -110,21 +111,21 @@ def linear_part(grid: Grid, i: int, tau: float) -> tuple[float, float]:
 def adams_weights(
     grid: Grid, i: int, newest: int, order: int, tau: float, *, rounded: bool = False
 ) -> list[float]:
-    """Of the predictions at ``newest`` and before it, in the step from point i.
+    """Weights, in the step from point i, of the predictions at ``newest`` and the points before it.
 
-    Those of ``c alpha' int e^(-c (lam' - lam)) D(lam) dlam``, c = 1 + tau^2, with D the polynomial
-    through them.
+    They integrate ``c alpha' int e^(-c (lam' - lam)) D(lam) dlam``, c = 1 + tau^2, for D the
+    polynomial through these predictions.
 
     Args:
-        grid: the points.
-        i: index of the point that is left.
-        newest: index of the newest prediction's point, i for a predictor and i + 1 for a corrector.
-        order: predictions to use, 1 to 4.
-        tau: noise of the step, relative to the reverse diffusion's.
-        rounded: whether those of order 2 are rounded as in the authors' code.
+        grid: the points of the run.
+        i: index of the point where the step starts.
+        newest: index of the newest prediction's point: i for a predictor, i + 1 for a corrector.
+        order: number of predictions to use, 1 to 4.
+        tau: noise of the step relative to the reverse diffusion.
+        rounded: whether weights of order 2 are rounded as in the authors' code.
     """
     shrink, _ = linear_part(grid, i, tau)
-    # What a constant prediction adds, finite also at pure noise and at the clean end.
+    # The contribution of a constant prediction, finite also at pure noise and at the clean end.
     total = float(grid.alpha[i + 1] - grid.alpha[i] * shrink)
     if order == 1:
         return [total]

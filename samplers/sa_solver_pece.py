@@ -1,4 +1,4 @@
-"""SA-Solver that evaluates again what it has corrected."""
+"""SA-Solver with a second evaluation at each corrected point."""
 
 from __future__ import annotations
 
@@ -24,11 +24,12 @@ class SASolverPECE(Sampler, frozen=True):
     """SA-Solver in its PECE form (Xue et al., arXiv 2309.05019, algorithm 1 and appendix).
 
     Predict, evaluate, correct, evaluate: a step ends with an evaluation at the predicted point,
-    which corrects that point with the same noise in it, and the next one begins with an evaluation
-    there. The predictor is of order 3, the corrector of order 4; both are lowered in the last steps
-    to the clean picture. Two evaluations a step, and one in the last. History of three predictions.
-    Noise is drawn between 20 and 80 % of the schedule's time, or throughout; with ``tau`` 0 it is
-    deterministic, and of fourth order until the error of the first steps shows.
+    which corrects that point and keeps its noise; the next step begins with an evaluation at the
+    corrected point. The predictor is of order 3 and the corrector of order 4; both orders are
+    lowered in the last steps to the clean picture. Two evaluations a step, and one in the last.
+    History: three predictions. Noise is drawn between 20 and 80 % of the schedule's time, or
+    throughout. With ``tau`` 0 it is deterministic, and of fourth order until the error of the first
+    steps shows.
     """
 
     summary: ClassVar[str] = "SA-Solver that evaluates each corrected point again; few steps."
@@ -84,8 +85,8 @@ class SASolverPECE(Sampler, frozen=True):
                 continue
             order = min(CORRECTOR, i + 2, left) if clean else min(CORRECTOR, i + 2)
             corrector = adams_weights(grid, i, i + 1, order, tau)
-            # The predictor's terms go and the corrector's come. Starting from x keeps what guidance
-            # or inpainting moved x by.
+            # Replace the predictor's terms by the corrector's. Starting from x preserves what
+            # guidance or inpainting changed in x.
             corrected = x - weighted(predictor, history) + weighted(corrector, [D, *history])
             kept = dict(zip(("D1", "D2", "D3"), history, strict=True))
             tables.append(columns.table(x=corrected, **kept))
@@ -102,7 +103,7 @@ class SASolverPECE(Sampler, frozen=True):
         )
 
     def _tau(self, grid: Grid, i: int) -> float:
-        """Of the step from point i."""
+        """The tau of the step from point i."""
         if grid.sigma[i + 1] == 0:
             return 0.0
         if self.noise == "throughout":

@@ -1,4 +1,4 @@
-"""What every sampler declares."""
+"""The interface that every sampler implements."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
 
 class Sampler(BaseModel, frozen=True, extra="forbid", strict=True, allow_inf_nan=False):
-    """A sampler's parameters, and their compilation to a table.
+    """A sampler's parameters and their compilation to a table.
 
-    The class attributes are claims that one contract test holds every sampler to.
+    The declared properties are claims that one contract test verifies for every sampler.
     """
 
     summary: ClassVar[str]
@@ -31,37 +31,37 @@ class Sampler(BaseModel, frozen=True, extra="forbid", strict=True, allow_inf_nan
     @property
     @abstractmethod
     def convergence_order(self) -> int:
-        """Order of the global error in the step, 0 for a sampler that solves no equation.
+        """Order of the global error in the step size; 0 for a sampler that solves no equation.
 
-        Multistep methods make their first step with order one. It is not counted: where a run
-        starts at high noise its error hides below the others' for hundreds of steps.
+        The first step of a multistep method, which is of order one, is disregarded: where a run
+        starts at high noise, its error is below that of the other steps up to hundreds of steps.
         """
 
     @property
     def evaluations_per_step(self) -> int:
-        """Evaluations of the model in a full step; the last step takes one."""
+        """Number of evaluations of the model in a full step; the last step takes one."""
         return 1
 
     @property
     def stochastic(self) -> bool:
-        """Whether the run draws fresh noise on the way."""
+        """Whether the run draws fresh noise after its start."""
         return False
 
     @property
     def uses_statistics(self) -> bool:
-        """Whether ``plan`` is given statistics of the model, as a :class:`FittedSampler`'s is."""
+        """Whether ``plan`` needs statistics of the model; see :class:`FittedSampler`."""
         return False
 
     def steps_taken(self, steps: int) -> int:
-        """Steps of a run over a grid of ``steps``: more where a sampler goes back up."""
+        """Steps of a run over a grid of ``steps`` steps: more where a sampler restarts."""
         return steps
 
     def evaluations(self, steps: int) -> int:
-        """Evaluations of the model in a run over a grid of ``steps``."""
+        """Evaluations of the model in a run over a grid of ``steps`` steps."""
         return self.evaluations_per_step * (self.steps_taken(steps) - 1) + 1
 
     def evaluations_of_full_steps(self, steps: int) -> int:
-        """The same if the last step were a full one: AUTOMATIC1111 counts times of prompts so."""
+        """``evaluations`` with a full last step, as AUTOMATIC1111 counts for prompt editing."""
         return self.evaluations_per_step * self.steps_taken(steps)
 
     @abstractmethod
@@ -74,7 +74,7 @@ class Sampler(BaseModel, frozen=True, extra="forbid", strict=True, allow_inf_nan
 
 
 class FittedSampler(Sampler, frozen=True):
-    """A sampler whose tables are fitted to the guided model by its empirical statistics."""
+    """A sampler whose tables are fitted to empirical statistics of the guided model."""
 
     statistics: Literal["exact", "nearest", "none"] = Field(
         default="exact",
@@ -95,10 +95,11 @@ class FittedSampler(Sampler, frozen=True):
         """The table of a run over ``grid``.
 
         Args:
-            grid: the points.
-            statistics: of the guided model at the latent's shape, elementwise or broadcastable to
-                it; ``tables`` end in that shape. Not read where the field is "none".
+            grid: the points of the run.
+            statistics: statistics of the guided model, elementwise at the latent's shape or
+                broadcastable to it; ``tables`` end in the statistics' shape. Not used where the
+                field ``statistics`` is "none".
 
         Raises:
-            PlanError: they are missing, or the grid does not suit them or this sampler.
+            PlanError: statistics are missing, or the grid does not suit them or this sampler.
         """

@@ -19,21 +19,22 @@ if TYPE_CHECKING:
 class ScoreSDEPC(Sampler, frozen=True):
     """Predictor and Langevin corrector (Song et al., arXiv 2011.13456, algorithms 1, 4 and 5).
 
-    Each step goes to the next level by ancestral sampling, then moves along the score there by
-    ``corrector_steps`` Langevin moves, each with an evaluation of its own; the last step has
-    none. Stochastic.
+    Each step goes to the next level by ancestral sampling, then makes ``corrector_steps`` Langevin
+    moves along the score there, each with its own evaluation; the last step makes none.
+    Stochastic.
 
-    Over many elements one move leaves the mean of a Gaussian as it is and multiplies its variance
-    by 1 + 4 snr^4; many take it to 1 + snr^2. In few dimensions d moves have heavy tails, as
-    they are ``2 (snr sigma |z|)^2 / |x - alpha D|`` long where x happens to lie close to alpha D:
-    the chance of one longer than r falls only as r^-d, so its mean is infinite in one dimension
-    and its variance in two. Latents have thousands.
+    In high dimensions one move preserves the mean of a Gaussian and multiplies its variance by
+    1 + 4 snr^4; repeated moves take the factor to 1 + snr^2. In a small number of dimensions d,
+    moves have heavy tails: where x happens to lie close to alpha D their length is
+    ``2 (snr sigma |z|)^2 / |x - alpha D|``, and the probability of a length above r falls only as
+    r^-d. Its mean is therefore infinite in one dimension and its variance in two. Latents have
+    thousands of dimensions.
 
     Departures from the source: norms are those of each image, not means over a batch. The
-    predictor is ancestral sampling with the posterior's variance (their appendix F), on every
+    predictor is ancestral sampling with the posterior's variance (their appendix F) on every
     schedule, as their reverse-diffusion predictor leaves too much noise at few steps. The
-    corrector's step has no factor 1 - beta of one trained step, which is 0.98 or more but for the
-    noisiest levels.
+    corrector's step size lacks the factor 1 - beta of one trained step, which is 0.98 or more
+    except at the noisiest levels.
     """
 
     summary: ClassVar[str] = (

@@ -1,4 +1,4 @@
-"""SEEDS: exponential Runge-Kutta steps of the reverse SDE, with its exact noise inside a step."""
+"""SEEDS: exponential Runge-Kutta steps of the reverse SDE, with exact noise within a step."""
 
 from __future__ import annotations
 
@@ -23,18 +23,19 @@ POINTS: Final = {
     "heun": (0.0, 1.0),
     "three": (0.0, 1 / 3, 2 / 3),
 }
-"""Where in a step's log SNR each method evaluates."""
+"""Where each method evaluates, as fractions of a step in log SNR."""
 
 
 class SEEDS(Sampler, frozen=True):
     """SEEDS-2 and SEEDS-3 in the denoised prediction (Gonzalez et al., arXiv 2305.14267).
 
-    Two evaluations a step, or three, and one in the last step to the clean picture. Solves the SDE
-    whose noise is ``eta`` times that of the reverse diffusion; the noise at the points of a step is
-    that of one path, with its exact covariance. ComfyUI's seeds_2 is ``midpoint``, its
-    exp_heun_2_x0_sde is ``heun`` (with ``eta`` 0 exp_heun_2_x0), and seeds_3 ``three``. With
-    ``eta`` 0, ``midpoint`` and ``taylor`` are ``dpm_solver_pp_singlestep`` of order 2, and
-    ``three`` that of order 3.
+    Two or three evaluations a step, and one in the last step to the clean picture. Solves the SDE
+    whose noise is ``eta`` times that of the reverse diffusion. The noise at the points within a
+    step belongs to one path, with its exact covariance.
+
+    ComfyUI's seeds_2 is ``midpoint`` and its seeds_3 is ``three``; its exp_heun_2_x0_sde is
+    ``heun``, and exp_heun_2_x0 is ``heun`` with ``eta`` 0. With ``eta`` 0, ``midpoint`` and
+    ``taylor`` equal ``dpm_solver_pp_singlestep`` of order 2, and ``three`` that of order 3.
     """
 
     summary: ClassVar[str] = "Exponential Runge-Kutta steps of the reverse SDE; few steps."
@@ -80,7 +81,8 @@ class SEEDS(Sampler, frozen=True):
             evaluations = len(levels) - 1
             for k in range(evaluations):
                 start = columns["x"] if k == 0 else columns["base"]
-                # The path's noise, in units of sigma: it fades, and new noise fills up.
+                # The path's noise in units of sigma: the old noise decays, and new noise restores
+                # unit variance.
                 faded = self._faded(levels[k], levels[k + 1])
                 path = np.sqrt(1 - faded**2) * columns.noise
                 path = path if k == 0 else faded * columns["path"] + path
@@ -112,24 +114,24 @@ class SEEDS(Sampler, frozen=True):
         if shares[-1] == 1:
             return [start, end, end]
         times = grid.schedule.time_of_half_log_snr(lam[i] + shares * (lam[i + 1] - lam[i]))
-        # Read back from the times, which a schedule may clip to its own.
+        # Levels are read back from the times, which the schedule may have clipped.
         inner = zip(
             times, *grid.schedule.level(times), grid.schedule.half_log_snr(times), strict=True
         )
         return [start, *(_Level(*values) for values in inner), end]
 
     def _faded(self, start: _Level, end: _Level) -> float:
-        """What is left of the noise between two levels: ``e^(-eta h)``, 0 from pure noise."""
+        """The decay factor of noise between two levels: ``e^(-eta h)``, 0 from pure noise."""
         shrink = end.sigma * start.alpha / (start.sigma * end.alpha)
         return float(shrink**self.eta)
 
     def _terms(self, levels: Sequence[_Level], known: Sequence[F64], total: float) -> F64:
-        """What the predictions add to x at the last of these levels, from a step's start.
+        """The contribution of the predictions to x at the last of these levels.
 
         Args:
-            levels: those evaluated so far, and the one to go to.
-            known: the predictions.
-            total: what a constant prediction adds.
+            levels: the levels evaluated so far in the step, and the one to go to.
+            known: the predictions at the levels evaluated.
+            total: the contribution of a constant prediction of 1.
         """
         first = total * known[0]
         if len(known) == 1:

@@ -1,4 +1,4 @@
-"""What every spacing declares: how the steps of a run are laid out over the noise levels."""
+"""The interface of spacings, which place the steps of a run over the noise levels."""
 
 from __future__ import annotations
 
@@ -18,40 +18,40 @@ class Spacing(BaseModel, frozen=True, extra="forbid", strict=True, allow_inf_nan
     """One way to choose the times of a run.
 
     ``evaluated`` gives the times of the N evaluations of a run that ends on the clean picture;
-    ``fill`` fills a given range, both ends included.
+    ``fill`` gives times over a given range, including both ends.
     """
 
     summary: ClassVar[str]
     source: ClassVar[str]
     needs_whole_timesteps: ClassVar[bool] = False
-    """Whether it suits only models that were trained at whole timesteps."""
+    """Whether the spacing suits only models trained at whole timesteps."""
     name: str
 
     @property
     def integer_timesteps(self) -> bool:
-        """Whether the denoiser is told whole timesteps, whatever the levels are."""
+        """Whether the denoiser is given whole timesteps, whatever the levels are."""
         return False
 
     @property
     def own_steps(self) -> int | None:
-        """The one number of steps that this layout has; None where any will do."""
+        """The only number of steps that this spacing supports; None if it supports any."""
         return None
 
     def fill(self, schedule: Levels, count: int, t_start: float, t_end: float) -> F64:
-        """``count`` falling times from ``t_start`` to ``t_end``."""
+        """``count`` decreasing times from ``t_start`` to ``t_end``."""
         return schedule.uniform(count, t_start, t_end)
 
     def evaluated(self, schedule: Levels, steps: int) -> F64:
-        """The ``steps`` falling times at which a run to the clean picture evaluates.
+        """The ``steps`` decreasing times at which a run to the clean picture evaluates.
 
         Raises:
-            ValueError: the schedule or so many steps do not suit this spacing.
+            ValueError: the schedule or the number of steps does not suit this spacing.
         """
         return self.fill(schedule, steps, schedule.t_start, schedule.t_end)
 
 
 class LevelSpacing(Spacing, frozen=True):
-    """A spacing that places noise levels, so that its times fall between the trained ones."""
+    """A spacing that places noise levels, so its times generally lie between trained timesteps."""
 
     whole: bool = Field(
         default=False,
@@ -78,18 +78,18 @@ class ListedSpacing(Spacing, frozen=True):
 
 
 def finite_start(schedule: Levels, t_start: float) -> float:
-    """Flow matching has no signal at all at t = 1: logarithmic spacings start just below."""
+    """The start time, or one just below it where there is no signal (flow matching at t = 1)."""
     if np.isfinite(schedule.half_log_snr(np.array(t_start))):
         return t_start
     return t_start * (1 - 1e-3)
 
 
 def times_between(schedule: Levels, shares: F64, t_start: float, t_end: float) -> F64:
-    """Times on the way from one noise level to another, at which these shares of it are left.
+    """Times between two noise levels at which given fractions of the way are still ahead.
 
     Args:
-        schedule: of the model.
-        shares: falling from 1 to 0, ``[times]``.
+        schedule: schedule of the model.
+        shares: fractions of the difference of the levels, decreasing from 1 to 0, ``[times]``.
         t_start: time of the first level.
         t_end: time of the last level.
     """
@@ -98,12 +98,12 @@ def times_between(schedule: Levels, shares: F64, t_start: float, t_end: float) -
 
 
 def times_of_shares(schedule: Levels, shares: F64) -> F64:
-    """Times at which these shares of the noisiest level are left.
+    """Times at which the noise level is a given fraction of the noisiest one.
 
     Args:
-        schedule: of the model.
-        shares: falling from 1, ``[steps]``. Where the last would be below the cleanest trained
-            level they are stretched to end there.
+        schedule: schedule of the model.
+        shares: fractions, decreasing from 1, ``[steps]``. If the last one would be below the
+            cleanest trained level, the levels are stretched to end there.
     """
     first, last = schedule.noise_level(np.array([schedule.t_start, schedule.t_end]))
     levels = first * shares
@@ -113,7 +113,7 @@ def times_of_shares(schedule: Levels, shares: F64) -> F64:
 
 
 def refuse_more_than_trained(trained: int, steps: int, field: str = "steps") -> None:
-    """Refuse a number beyond the trained timesteps.
+    """Refuse a number above that of the trained timesteps.
 
     Raises:
         PlanError: ``steps`` is above ``trained``.

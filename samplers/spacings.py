@@ -52,10 +52,10 @@ SPACINGS: tuple[type[Spacing], ...] = with_installed(
 
 
 def spacing_named(name: str) -> Spacing:
-    """The spacing of that name, with its defaults.
+    """The spacing with this name, with its defaults.
 
     Raises:
-        ValueError: no spacing has it.
+        ValueError: no spacing has this name.
     """
     by_name = {kind.model_fields["name"].default: kind for kind in SPACINGS}
     if name not in by_name:

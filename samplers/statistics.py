@@ -1,9 +1,10 @@
-"""Empirical model statistics: what DPM-Solver-v3 knows of a model beforehand, and its file.
+"""Empirical model statistics, which DPM-Solver-v3 needs of a model, and their file format.
 
 With ``y = x / alpha``, ``lam = log(alpha / sigma)`` and the noise prediction ``eps`` of the guided
-model, ``l`` makes ``f = (sigma eps - l x) / alpha`` depend on x as little as it can, and ``s`` and
-``b`` are the line ``f' = s f + b`` that its change along the flow follows best, each of them a
-function of lam for every element of a latent (Zheng et al., arXiv 2310.13268, section 3).
+model, ``l`` is chosen so that ``f = (sigma eps - l x) / alpha`` depends on x as little as possible.
+``s`` and ``b`` are those of the line ``f' = s f + b`` that best fits the change of f along the
+flow. Each is a function of lam for every element of a latent (Zheng et al., arXiv 2310.13268,
+section 3).
 """
 
 from __future__ import annotations
@@ -27,12 +28,12 @@ if TYPE_CHECKING:
 
 FORMAT = "weft.statistics.1"
 TIMES = 33
-"""Times at which two schedules are told apart."""
+"""Number of times at which schedules are compared."""
 CHANNEL_AXES = (2, 3)
 
 
 def schedule_fingerprint(schedule: Levels) -> str:
-    """The kind of a schedule, and 16 hexadecimal digits that follow its levels."""
+    """The class name of a schedule and 16 hexadecimal digits derived from its levels."""
     times = np.linspace(schedule.t_end, schedule.t_start, TIMES)
     # Rounded, as the last digits of exp and log differ between machines.
     digest = hashlib.sha256(np.round(schedule.half_log_snr(times), 6).astype("<f8").tobytes())
@@ -41,18 +42,18 @@ def schedule_fingerprint(schedule: Levels) -> str:
 
 @dataclass(frozen=True, slots=True)
 class StatisticsIdentity:
-    """What statistics were computed for; they mean nothing for anything else.
+    """What statistics were computed for; they are not valid for anything else.
 
     Attributes:
-        model: the model's revision, or any name for a callable of one's own.
+        model: revision of the model, or any name for a callable of your own.
         schedule: ``schedule_fingerprint`` of its noise schedule.
         t_start: the noisiest time, in the schedule's own time.
         t_end: the cleanest time.
         rule: name of the guidance rule; ``none`` for the prompt alone.
-        scale: its scale, 1 for ``none``.
-        shape: of the latents, ``(C, h, w)``.
-        samples: K, noised samples at each point.
-        points: points in lam.
+        scale: guidance scale, 1 for ``none``.
+        shape: shape of the latents, ``(C, h, w)``.
+        samples: K, number of noised samples at each point.
+        points: number of points in lam.
     """
 
     model: str
@@ -69,11 +70,11 @@ class StatisticsIdentity:
         """Refuse statistics of another model or schedule.
 
         Args:
-            model: revision of the weights that are to be sampled.
+            model: revision of the weights that will be sampled.
             schedule: schedule_fingerprint of their schedule.
 
         Raises:
-            ValueError: they differ, with a sentence for the user.
+            ValueError: the model or the schedule differs; the message is a sentence for the user.
         """
         for what, own, asked in (
             ("model revision", self.model, model),
@@ -88,18 +89,18 @@ class StatisticsIdentity:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Statistics:
-    """l, s and b over lam.
+    """l, s and b as functions of lam.
 
     Attributes:
-        half_log_snr: lam of the points, strictly rising, ``[points]``.
+        half_log_snr: lam of the points, strictly increasing, ``[points]``.
         l: ``[points, C, h, w]`` elementwise, ``[points, C, 1, 1]`` per channel, or ``[points]``.
-        s: like ``l``.
-        b: like ``l``.
-        identity: what they are of; None for closed forms.
+        s: of the same shape as ``l``.
+        b: of the same shape as ``l``.
+        identity: what they were computed for; None for closed forms.
 
     Raises:
-        ValueError: arrays that differ in shape, no points or some that do not rise, or values that
-            are not finite.
+        ValueError: the arrays differ in shape, there are no points, points do not increase, or
+            values are not finite.
     """
 
     half_log_snr: F64
@@ -124,17 +125,17 @@ class Statistics:
             raise ValueError("half_log_snr must rise from each point to the next.")
 
     def per_channel(self) -> Statistics:
-        """Means over the elements of each channel, which serve latents of any size."""
+        """Means over the elements of each channel, usable for latents of any size."""
         if self.l.ndim == 1:
             return self
         l, s, b = (a.mean(CHANNEL_AXES, keepdims=True) for a in (self.l, self.s, self.b))  # noqa: E741
         return replace(self, l=l, s=s, b=b)
 
     def for_shape(self, shape: tuple[int, ...]) -> Statistics:
-        """Those for a latent ``(C, h, w)``: elementwise where they are of it, else per channel.
+        """Statistics for a latent ``(C, h, w)``: elementwise if of its shape, else per channel.
 
         Raises:
-            ValueError: the latent has other channels.
+            ValueError: the latent has another number of channels.
         """
         own = self.l.shape[1:]
         if not own or own == shape:
@@ -146,7 +147,7 @@ class Statistics:
         return self.per_channel()
 
     def save(self, path: Path) -> None:
-        """Write a safetensors file, whole or not at all.
+        """Write a safetensors file atomically.
 
         The arrays are stored in float32; lam stays float64.
         """
@@ -161,7 +162,7 @@ class Statistics:
         """Read a file that ``save`` wrote, as float64.
 
         Raises:
-            ValueError: it holds no statistics, or such as no model has.
+            ValueError: the file holds no statistics, or invalid ones.
         """
         identity = read_identity(path)
         with safe_open(path, "np") as content:
@@ -170,7 +171,7 @@ class Statistics:
                     content.get_tensor(name).astype(np.float64)
                     for name in ("half_log_snr", "l", "s", "b")
                 )
-            # The others of types of numbers that numpy has not.
+            # TypeError and AttributeError are raised for dtypes that numpy does not have.
             except (SafetensorError, TypeError, AttributeError) as error:
                 raise ValueError(f"statistics file {str(path)!r} is incomplete: {error}.") from None
         try:
@@ -180,10 +181,10 @@ class Statistics:
 
 
 def read_identity(path: Path) -> StatisticsIdentity | None:
-    """What the statistics in a file are of, from its header alone; None for closed forms.
+    """What the statistics in a file were computed for, read from its header; None for closed forms.
 
     Raises:
-        ValueError: it holds no statistics.
+        ValueError: the file holds no statistics.
     """
     try:
         with safe_open(path, "np") as content:

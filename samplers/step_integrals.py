@@ -1,9 +1,9 @@
-"""The integrals over one step that an exponential integrator with linear coefficients needs.
+"""The integrals over one step for an exponential integrator with linear coefficients.
 
 With ``y = x / alpha`` and ``lam = log(alpha / sigma)`` the flow is ``dy/dlam = -l y - f``, and f
 nearly follows ``f' = s f + b`` (DPM-Solver-v3, arXiv 2310.13268, equations 5 and 8), where l, s
-and b are functions of lam. All here is relative to the step's own start, so that no digits are
-lost to differences of sums over the whole run.
+and b are functions of lam. All integrals are relative to the start of the step, so that no accuracy
+is lost in differences of sums over the whole run.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from samplers.statistics import Statistics
 
 POWERS = 4
-"""Moments 0 to 3: what the highest order, with three derivatives, asks for."""
+"""Number of moments, 0 to 3: the highest order uses three derivatives."""
 NODES = 3
-"""Gauss points a panel: at 250 points over lam moments are off by 4e-11, with two by 1e-6."""
+"""Gauss points per panel: at 250 points over lam the error of moments is 4e-11; with two, 1e-6."""
 WIDEST = 0.05
-"""Panels between points that lie further apart in lam are divided."""
+"""Width in lam above which a panel between two points is divided."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -30,9 +30,9 @@ class StepIntegrals:
     """The integrals over one step from lam_s to lam_t; arrays of the statistics' shape.
 
     Attributes:
-        decay: ``exp(-L)``, L the integral of l over the step.
-        moments: ``exp(-L)`` times the integrals of ``exp((L + S)(r)) (r - lam_s)^k``, L and S from
-            lam_s to r, for k = 0 to 3, ``[4, ...]``.
+        decay: ``exp(-L)``, with L the integral of l over the step.
+        moments: ``exp(-L)`` times the integrals of ``exp((L + S)(r)) (r - lam_s)^k``, with L and S
+            from lam_s to r, for k = 0 to 3, ``[4, ...]``.
         constant: ``exp(-L)`` times the integral of ``exp((L + S)(r)) drift(r)``.
         growth: S, the integral of s over the step.
         drift: integral of ``exp(-S(r)) b(r)`` over the step.
@@ -57,7 +57,7 @@ class StepIntegrals:
     def of(cls, statistics: Statistics, lam_s: float, lam_t: float) -> StepIntegrals:
         """For statistics linear between their points, and constant beyond the first and last.
 
-        L and S are then exact, and the rest is by Gauss's rule between breaks.
+        L and S are then exact; the other integrals use Gauss quadrature between breaks.
         """
         breaks = _breaks(statistics.half_log_snr, lam_s, lam_t)
         width = np.diff(breaks)
@@ -85,7 +85,7 @@ class StepIntegrals:
 
 
 def interpolated(points: F64, values: F64, at: F64) -> F64:
-    """``values [points, ...]`` read at lam ``at [n]``: linear between, constant beyond the ends."""
+    """Interpolate ``values [points, ...]`` at lam ``at [n]``: linear, constant beyond the ends."""
     position = np.interp(at, points, np.arange(len(points)))
     low = np.minimum(position.astype(np.intp), len(points) - 2)
     share = (position - low).reshape(-1, *[1] * (values.ndim - 1))
@@ -93,12 +93,12 @@ def interpolated(points: F64, values: F64, at: F64) -> F64:
 
 
 def _breaks(points: F64, lam_s: float, lam_t: float) -> F64:
-    """The ends of the step and all points of the statistics between, no two far apart."""
+    """The ends of the step and all statistics points between, subdivided to at most ``WIDEST``."""
     inner = points[(points > lam_s) & (points < lam_t)]
     ends = np.concatenate([[lam_s], inner, [lam_t]])
     widths = np.diff(ends)
     parts = np.ceil(widths / WIDEST).astype(np.intp)
-    # Of each part its piece, and its number in there.
+    # For each part, the piece it belongs to and its index within the piece.
     piece = np.repeat(np.arange(len(parts)), parts)
     number = np.arange(len(piece)) - (np.cumsum(parts) - parts)[piece]
     return np.append(ends[piece] + number * (widths / parts)[piece], lam_t)
@@ -116,7 +116,7 @@ def _at_nodes(a: F64) -> F64:
 
 
 def _running(a: F64, width: F64) -> tuple[F64, F64]:
-    """Its integral from the step's start to each node ``[panels, NODES, e]``, and over all."""
+    """Integrals of a from the step's start to each node, ``[panels, NODES, e]``, and in total."""
     whole = width[:, None] * (a[:-1] + a[1:]) / 2
     u = POINTS[:, None]
     inside = u * a[:-1, None] + u**2 / 2 * (a[1:] - a[:-1])[:, None]
@@ -124,12 +124,12 @@ def _running(a: F64, width: F64) -> tuple[F64, F64]:
 
 
 def _before(of_panels: F64) -> F64:
-    """Sums over the panels before each, as a product, which is faster than a running sum."""
+    """Sums over the panels before each, as a matrix product, which is faster than a running sum."""
     return np.tri(len(of_panels), k=-1) @ of_panels
 
 
 def _collocation() -> tuple[F64, F64, F64]:
-    """Gauss's points and weights on [0, 1], and the matrix of integrals from 0 to each point."""
+    """Gauss points and weights on [0, 1], and the matrix of integrals from 0 to each point."""
     points, weights = np.polynomial.legendre.leggauss(NODES)
     points, weights = (points + 1) / 2, weights / 2
     powers = np.arange(NODES)

@@ -1,4 +1,4 @@
-"""The order of a multistep sampler's step, lowered at the end where its history does not reach."""
+"""The order of each step of a multistep sampler, which is lowered at both ends of a run."""
 
 from __future__ import annotations
 
@@ -8,46 +8,47 @@ if TYPE_CHECKING:
     from samplers.grid import Grid
 
 LowerOrder: TypeAlias = Literal[True, False, "below_15_steps", "always"]
-"""When the last steps are of lower order than asked for, see :func:`step_order`."""
+"""When the last steps are of a lower order than requested; see :func:`step_order`."""
 
 LOWER_ORDER = (
     "Lower the order of the last two steps: true, to 2, and to 1 where a step is long beside the"
     " one before it; below_15_steps, in shorter runs alone, as DPM-Solver's authors and diffusers"
     " do; always, as UniPC's authors do; false, never."
 )
-"""The description of a field of that type."""
+"""Description of a field of type :data:`LowerOrder`."""
 
 FEW_STEPS = 15
-"""Below as many, DPM-Solver's authors lower the order of the last steps."""
+"""Number of steps below which DPM-Solver's authors lower the order of the last steps."""
 
 LAST = 2
-"""Steps at the end that are lowered: the one to the clean picture, of order 1 anyway, and the one
-before it, where spacings have their one long step."""
+"""Number of steps at the end whose order is lowered: the one to the clean picture, of order 1
+anyway, and the one before it, which in many spacings is the only long one."""
 
 LONGEST = 2.5
-"""Times the step before, in log SNR, above which one of the last steps is of order 1.
+"""Ratio of a step's length to the one before, in log SNR, above which a last step is of order 1.
 
-A line through two predictions that is followed over r times their distance weighs them by
-``1 + r / 2`` and ``-r / 2`` on average. The step before the clean picture has an r of 1 to 2.2 over
-most spacings and of 3 to 6 over ``linspace`` and ``leading``, with up to 40 steps. On the mixture
-of docs/mathematics.md bounds from 2 to 3.5 differ by 1 %.
+A line through two predictions, extrapolated over r times their distance, weights them by
+``1 + r / 2`` and ``-r / 2`` on average. The step before the one to the clean picture has an r of 1
+to 2.2 in most spacings and of 3 to 6 in ``linspace`` and ``leading``, with up to 40 steps. On the
+mixture of docs/mathematics.md, bounds from 2 to 3.5 differ by 1 %.
 """
 
 
 def step_order(grid: Grid, i: int, order: int, lower: LowerOrder) -> int:
-    """Predictions that the step from point i uses.
+    """The number of predictions that the step from point i uses.
 
-    No more than the run knows by then, and one in the step to the clean picture, where the weights
-    of others are infinite.
+    It is at most the number known by then, and one in the step to the clean picture, where the
+    weights of others would be infinite.
 
     Args:
-        grid: the points.
-        i: index of the point that is left.
-        order: the most predictions.
-        lower: whether the last steps use fewer: true, the last two no more than 2, and 1 where a
-            step is above :data:`LONGEST` times as long as the one before it; "below_15_steps", in
-            such runs no more than there are steps left, as DPM-Solver's authors do; "always", that
-            in every run, as UniPC's authors do; or false, never.
+        grid: the points of the run.
+        i: index of the point where the step starts.
+        order: maximum number of predictions.
+        lower: whether the last steps use fewer. True: the last two use at most 2, and 1 where a
+            step is more than :data:`LONGEST` times as long as the one before it.
+            "below_15_steps": in runs of fewer than 15 steps, at most the number of steps left, as
+            DPM-Solver's authors do. "always": the same in every run, as UniPC's authors do. False:
+            never.
     """
     if grid.sigma[i + 1] == 0:
         return 1

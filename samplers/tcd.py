@@ -1,4 +1,4 @@
-"""Strategic stochastic sampling: jumps along a trajectory, and fresh noise for a share of it."""
+"""Strategic stochastic sampling: jumps along a trajectory, followed by fresh noise."""
 
 from __future__ import annotations
 
@@ -19,14 +19,15 @@ if TYPE_CHECKING:
 class TCD(Sampler, frozen=True):
     """Trajectory consistency sampling (Zheng et al., arXiv 2402.19159, algorithm 4).
 
-    Each step jumps along the trajectory below the next point and noises what it finds up to it.
-    One evaluation a step, for models distilled so, at 1 to 8 steps; the last step draws no noise.
-    With ``gamma`` 0 the step is DDIM's; with 1 the picture is noised again from (nearly) nothing.
+    Each step jumps along the trajectory to a point below the next one and noises the result up to
+    the next one. One evaluation a step, 1 to 8 steps, for models distilled for it; the last step
+    draws no noise. With ``gamma`` 0 the step is DDIM's; with 1 it jumps to the (nearly) clean
+    picture and all noise is fresh.
 
-    ``measure`` says where below: at the time ``s = (1 - gamma) t'``, rounded down where trained
-    timesteps are whole, as TCD and Hyper-SD (arXiv 2404.13686) are sampled; or at the noise
-    level ``sqrt(1 - gamma^2)`` times the next one, as consistency trajectory models are (Kim et
-    al., arXiv 2310.02279, gamma-sampling).
+    ``measure`` determines the point below: the time ``s = (1 - gamma) t'``, rounded down where
+    trained timesteps are whole, as for TCD and Hyper-SD (arXiv 2404.13686); or the noise level
+    ``sqrt(1 - gamma^2)`` times the next one, as for consistency trajectory models (Kim et al.,
+    arXiv 2310.02279, gamma-sampling).
     """
 
     summary: ClassVar[str] = "Few-step sampler for trajectory consistency models and Hyper LoRAs."
@@ -74,7 +75,7 @@ class TCD(Sampler, frozen=True):
         return Plan.of_steps(grid, tables)
 
     def _kept(self, grid: Grid, i: int) -> float:
-        """Noise that comes from the trajectory, in what is noised up to point i."""
+        """Sigma at point i of the noise from the trajectory, as opposed to fresh noise."""
         if self.gamma == 0:
             return float(grid.sigma[i])
         if self.measure == "noise":

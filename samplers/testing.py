@@ -1,8 +1,8 @@
-"""What samplers and spacings promise, as checks that the author of a new one calls from a test.
+"""The contract of samplers and spacings, as checks to call from the tests of a new one.
 
-``check_sampler(MySampler())`` and ``check_spacing(MySpacing())`` make all of them. Each raises
-AssertionError with a sentence that says which promise is broken, and where. Weft holds its own
-samplers and spacings to the same checks.
+``check_sampler(MySampler())`` and ``check_spacing(MySpacing())`` run all checks. Each raises
+AssertionError with a sentence that says which promise is broken, and where. Weft applies the same
+checks to its own samplers and spacings.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class SlopeRange(NamedTuple):
-    """A schedule, and the times between which a sampler's order is measured on it."""
+    """A schedule and the times between which the order of a sampler is measured on it."""
 
     schedule: NoiseSchedule
     t_start: float
@@ -36,24 +36,24 @@ FLOWS: Final = (
 )
 """One schedule of each kind: variance preserving, flow matching, variance exploding."""
 STEPS: Final = (1, 2, 3, 5, 20)
-"""Runs that plans are checked for; one step and two are what samplers forget most easily."""
+"""Numbers of steps for which plans are checked; samplers most easily fail with one or two."""
 SLOPE_STEPS: Final = (81, 324)
-"""Runs that an order is measured by: multiples of 3, after which dpm_fast ends alike. A third run
-halfway between them would not change the slope of a line through the three."""
+"""Numbers of steps of the runs that measure an order: multiples of 3, for which dpm_fast ends with
+the same orders. A third run halfway between would not change the slope of a line through all."""
 
 
 def check_sampler(sampler: Sampler, flows: Sequence[SlopeRange] = FLOWS) -> None:
-    """All promises of a sampler, over schedules of each kind and few and many steps.
+    """Check all promises of a sampler, on schedules of each kind and with few and many steps.
 
     Call it once for each setting that behaves differently. A field that lowers the order of the
-    last steps hides the order, so switch it off where the order is above 1.
+    last steps hides the order of convergence, so switch it off where the order is above 1.
 
     Args:
-        sampler: with its parameters.
+        sampler: the sampler, with its parameters.
         flows: schedules to check it on; leave out those that its default spacing does not suit.
 
     Raises:
-        AssertionError: a promise is broken; says which.
+        AssertionError: a promise is broken; the message says which.
     """
     check_description(type(sampler))
     for flow in flows:
@@ -69,17 +69,17 @@ def check_sampler(sampler: Sampler, flows: Sequence[SlopeRange] = FLOWS) -> None
 
 
 def check_spacing(spacing: Spacing, flows: Sequence[SlopeRange] = FLOWS) -> None:
-    """All promises of a spacing, over schedules of each kind and few and many steps.
+    """Check all promises of a spacing, on schedules of each kind and with few and many steps.
 
-    It gives as many times as there are steps, strictly falling and within the schedule, and fills
-    a given range from its first time to its last.
+    It must give as many times as there are steps, strictly decreasing and within the schedule, and
+    fill a given range from its first time to its last.
 
     Args:
-        spacing: with its parameters; not one whose times are listed.
+        spacing: the spacing, with its parameters; not one whose times are listed.
         flows: schedules to check it on, with ranges to fill; leave out those that it does not suit.
 
     Raises:
-        AssertionError: a promise is broken; says which.
+        AssertionError: a promise is broken; the message says which.
     """
     check_description(type(spacing))
     for schedule, t_start, t_end in flows:
@@ -97,9 +97,9 @@ def check_spacing(spacing: Spacing, flows: Sequence[SlopeRange] = FLOWS) -> None
 
 
 def check_description(kind: type[Sampler | Spacing]) -> None:
-    """A name, a summary, a source and a docstring, and a sentence for each field.
+    """Check for a name, a summary, a source, a docstring and a description of each field.
 
-    They reach the API's documentation, the catalog and the command line.
+    These reach the API's documentation, the catalog and the command line.
 
     Raises:
         AssertionError: one of them is missing.
@@ -114,14 +114,16 @@ def check_description(kind: type[Sampler | Spacing]) -> None:
 
 
 def check_plan(plan: Plan, where: str) -> None:
-    """A plan is finite, of agreeing shapes, lands on the clean picture, and never steps back.
+    """Check that a plan is finite and consistent, and ends on the clean picture.
+
+    The shapes of its arrays must agree, and the steps of its stages must never decrease.
 
     Args:
-        plan: of a run to the clean picture.
-        where: said in the error.
+        plan: plan of a run to the clean picture.
+        where: description of the plan for the error message.
 
     Raises:
-        AssertionError: it is not.
+        AssertionError: the plan violates one of these.
     """
     stages, slots = plan.evaluations, plan.slots
     _hold(np.isfinite(plan.tables).all(), f"{where}: its tables are not finite")
@@ -144,10 +146,10 @@ def check_plan(plan: Plan, where: str) -> None:
 
 
 def check_evaluations(sampler: Sampler, schedule: NoiseSchedule, steps: int) -> None:
-    """A run takes as many steps and evaluations as declared.
+    """Check that a run takes as many steps and evaluations as declared.
 
     Raises:
-        AssertionError: it takes others.
+        AssertionError: it takes another number.
     """
     plan = _plan(sampler, schedule, steps)
     for name, declared, found in (
@@ -161,10 +163,10 @@ def check_evaluations(sampler: Sampler, schedule: NoiseSchedule, steps: int) -> 
 
 
 def check_noise(sampler: Sampler, schedule: NoiseSchedule, steps: int = 5) -> None:
-    """Fresh noise is drawn exactly where ``stochastic`` is declared, and none in the last stage.
+    """Check that noise is drawn if and only if ``stochastic``, and never in the last stage.
 
     Raises:
-        AssertionError: noise is drawn that is not declared, or declared and not drawn.
+        AssertionError: noise is drawn but not declared, declared but not drawn, or drawn last.
     """
     noisy = _plan(sampler, schedule, steps).noisy
     _hold(
@@ -176,7 +178,7 @@ def check_noise(sampler: Sampler, schedule: NoiseSchedule, steps: int = 5) -> No
 
 
 def check_one_step(sampler: Sampler, schedule: NoiseSchedule) -> None:
-    """A run of a single step gives the denoised prediction.
+    """Check that a run of a single step gives the denoised prediction.
 
     Raises:
         AssertionError: it gives another picture.
@@ -197,21 +199,21 @@ def check_one_step(sampler: Sampler, schedule: NoiseSchedule) -> None:
 
 
 def check_moves(sampler: Sampler, schedule: NoiseSchedule, t_end: float = 0.1) -> None:
-    """A point that is moved before a step stays moved.
+    """Check that a move of x before a step is preserved.
 
     Guidance such as CFG++ and inpainting move x between steps. A solver that steps from a stored
-    point loses the move, and one that compares the new slope with a stored one takes it for a turn
-    of the flow. Keep a past slope as the signal ``x - sigma slope`` that it implies at the new
-    point, which moves along. With a constant prediction the distance from it shrinks with sigma,
-    and the move with it.
+    point loses the move, and one that compares the new slope with a stored one takes the move for
+    a turn of the flow. Store a past slope as the signal ``x - sigma slope`` that it implies at the
+    new point, so that it moves along. With a constant prediction, the distance of x from it shrinks
+    as sigma does, and so must the move.
 
     Args:
-        sampler: without fresh noise.
-        schedule: to run on.
+        sampler: a sampler without fresh noise.
+        schedule: schedule to run on.
         t_end: time at which the run ends, with noise left.
 
     Raises:
-        AssertionError: a move is lost or comes out longer or shorter.
+        AssertionError: a move is lost, or ends up longer or shorter than sigma implies.
     """
     grid = schedule.grid("logsnr", 6, t_end=t_end)
     plan = sampler.plan(grid)
@@ -233,15 +235,15 @@ def check_moves(sampler: Sampler, schedule: NoiseSchedule, t_end: float = 0.1) -
 def measured_order(
     sampler: Sampler, flow: SlopeRange = FLOWS[0], steps: Sequence[int] = SLOPE_STEPS
 ) -> float:
-    """The power of the step with which the error falls, against a flow that is known exactly.
+    """The power of the step size with which the error decreases, on an exactly known flow.
 
     The data are a mixture of Gaussians (:class:`samplers.gaussian.GaussianMixtureDenoiser`), in
-    float64, over steps that are even in log SNR.
+    float64, and steps are even in log SNR.
 
     Args:
-        sampler: without fresh noise.
-        flow: schedule and range.
-        steps: of the runs, rising.
+        sampler: a sampler without fresh noise.
+        flow: schedule and range of times.
+        steps: numbers of steps of the runs, increasing.
     """
     from torch import float64, linspace
 
@@ -259,7 +261,7 @@ def measured_order(
 
 
 def check_order(sampler: Sampler, flow: SlopeRange = FLOWS[0], tolerance: float = 0.25) -> None:
-    """The order of convergence is the declared one; a sampler that declares 0 passes.
+    """Check that the order of convergence is the declared one; a sampler that declares 0 passes.
 
     Raises:
         AssertionError: the measured slope differs by more than the tolerance.

@@ -1,4 +1,4 @@
-"""Spacings by rule: even in time, in log SNR, or in a power of sigma."""
+"""The common spacings: even in time, in log SNR, or in a power of sigma."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class Leading(Spacing, frozen=True):
-    """Whole strides counted up from the clean end."""
+    """Equal whole strides counted up from the clean end."""
 
     summary: ClassVar[str] = "Equal strides that start just above the clean end."
     source: ClassVar[str] = "DDIM (arXiv 2010.02502); Lin et al. (arXiv 2305.08891), table 2."
@@ -106,9 +106,9 @@ class Linspace(Spacing, frozen=True):
 
 
 class SGMUniform(Spacing, frozen=True):
-    """Equal strides that stop one above the cleanest level, between whole timesteps.
+    """Equal strides that stop one above the cleanest level, without rounding to whole timesteps.
 
-    ``linspace`` without its endpoint, but for the rounding to trained timesteps; with it, what
+    Apart from the rounding this is ``linspace`` without its endpoint; with ``endpoint`` it is what
     ComfyUI and AUTOMATIC1111 call normal.
     """
 
@@ -131,8 +131,8 @@ class SGMUniform(Spacing, frozen=True):
 class TimeQuadratic(Spacing, frozen=True):
     """Even in the square root of time: strides that shrink towards the clean end.
 
-    With ``reach`` 0.8 these are DDIM's quadratic timesteps before they are rounded, with 1 those
-    that the DPM-Solver authors call `time_quadratic`. On an EDM schedule it is karras of rho 2.
+    With ``reach`` 0.8 these are DDIM's quadratic timesteps before rounding; with 1 they are those
+    that the DPM-Solver authors call `time_quadratic`. On an EDM schedule this is karras with rho 2.
     """
 
     summary: ClassVar[str] = "Even in the square root of time; good for 7 to 10 steps."

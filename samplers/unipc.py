@@ -1,4 +1,4 @@
-"""UniPC: a predictor whose corrector costs no evaluation."""
+"""UniPC: a predictor-corrector whose corrector costs no evaluation."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ class UniPC(Sampler, frozen=True):
 
     Order 1 to 3, one evaluation a step: the evaluation at the predicted point corrects that point
     before the next prediction, so corrector and predictor are one matrix. History: up to three
-    predictions. The last point is not corrected. The order of the last two steps is lowered, to
-    the first where a step is long beside the one before it; ``lower_order_final`` "always" lowers
-    it as the authors do.
+    predictions. The last point is not corrected. The order of the last two steps is lowered, to 1
+    where a step is long compared with the one before it; ``lower_order_final`` "always" lowers it
+    as the authors do.
 
     With ``beta`` below 1 it has heavy ball momentum (Wizadwongsa et al., arXiv 2307.11118): a step
-    is ``x' = (sigma'/sigma) x + alpha' (1 - e^(-h)) d``, and d is blended into a velocity, the
-    predictor's for the point predicted and the corrector's for good. It then converges with the
-    first power of the step, for fewer divergence artifacts in few steps at high guidance scales,
-    and keeps one slot more. (The authors' code gives the predictor no momentum, and blends
-    ``d / sigma'``, whose scale changes from step to step.)
+    is ``x' = (sigma'/sigma) x + alpha' (1 - e^(-h)) d``, and d is blended into a velocity. The
+    predictor's d enters only the predicted point; the corrector's d is kept in the velocity. It
+    then converges only with the first power of the step, in exchange for fewer divergence artifacts
+    in few steps at high guidance scales, and keeps one more slot. (The authors' code gives the
+    predictor no momentum, and blends ``d / sigma'``, whose scale changes from step to step.)
     """
 
     summary: ClassVar[str] = (
@@ -64,10 +64,10 @@ class UniPC(Sampler, frozen=True):
     def convergence_order(self) -> int:
         if self.beta < 1:
             return 1
-        # The corrector adds one order. The last point goes without, but that is one local error of
-        # the same power. At order 3 the first two steps are of lower order; from high noise, where
-        # the prediction hardly moves, slopes of 3.8 to 4.2 are measured, from sigma / alpha 4 on
-        # flow matching 3.2 to 3.5, and 3.0 with bh1.
+        # The corrector adds one order. The last point is not corrected, but its local error is of
+        # the same power. At order 3 the first two steps are of lower order: from high noise, where
+        # the prediction hardly changes, the measured slopes are 3.8 to 4.2; from sigma / alpha 4 on
+        # flow matching they are 3.2 to 3.5, and 3.0 with bh1.
         return self.order + 1
 
     @override
@@ -81,8 +81,8 @@ class UniPC(Sampler, frozen=True):
             x = columns["x"]
             velocity: dict[str, F64] = {}
             if i > 0:
-                # The predictor's terms go and the corrector's come. Starting from x, and not from
-                # the point before it, keeps what guidance or inpainting moved x by.
+                # Replace the predictor's terms by the corrector's. Starting from x, and not from
+                # the previous point, preserves what guidance or inpainting changed in x.
                 share = self.beta if i > 1 else 1.0
                 arrived = self._correction(grid, lam, i - 1, order, [D1, D2, D3], D)
                 x = x - share * self._correction(grid, lam, i - 1, order, [D1, D2, D3], None)
@@ -130,7 +130,7 @@ class UniPC(Sampler, frozen=True):
 def _weights(nodes: F64, z: float, B: float) -> F64:
     """Solve ``sum_m weights_m nodes_m^(k-1) = k! phi_{k+1}(z) z / B`` for k = 1 .. len(nodes).
 
-    With one unknown the authors take one half in place of the solution (section 3.4).
+    With one unknown the authors use one half instead of the solution (section 3.4).
     """
     if len(nodes) == 1:
         return np.array([0.5])

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all."""
+"""Atomic replacement of files."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ if TYPE_CHECKING:
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Put a file in the place of what was there, at once: a reader finds the old or the new.
+    """Write a file atomically: a reader finds either the old content or the new.
 
-    Its mode is what the umask says. The files of safetensors' own ``save_file`` may be read by
-    nobody but their owner, which serves no server that runs as somebody else.
+    The file's mode follows the umask. (Files of safetensors' own ``save_file`` are readable only by
+    their owner, and so useless to a server that runs as another user.)
 
     Args:
-        path: of the file; its folder is made.
-        content: all of it.
+        path: path of the file; its folder is created if needed.
+        content: the whole content.
 
     Raises:
-        OSError: it cannot be written; what was there stays.
+        OSError: the file cannot be written; the old content stays.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_name(f".{path.name}.writing")
-    # What a stopped run left would keep the mode that it has.
+    # A file left by a stopped run would keep its mode.
     fresh.unlink(missing_ok=True)
     try:
         fresh.write_bytes(content)
