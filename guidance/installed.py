@@ -1,4 +1,4 @@
-"""Classes that other distributions register under entry points."""
+"""Classes that other distributions register through entry points."""
 
 from __future__ import annotations
 
@@ -20,13 +20,15 @@ def with_installed(
     ours: Iterable[type[Kind]],
     reserved: Collection[str] = (),
 ) -> tuple[type[Kind], ...]:
-    """Our classes, and those of a group; one that cannot be used is named and left out.
+    """Our classes followed by those of an entry-point group.
+
+    A class that cannot be used is left out, with a warning that names it.
 
     Args:
-        group: of entry points.
-        kind: what each must be a subclass of.
-        ours: whose names are taken.
-        reserved: names that no parameter may have, as requests have fields of these names beside.
+        group: name of the entry-point group.
+        kind: class that each entry must be a subclass of.
+        ours: our own classes, whose names are taken.
+        reserved: names that no parameter may have, as requests have other fields of these names.
     """
     found = list(ours)
     taken = {_name_of(one) for one in found}
@@ -56,17 +58,18 @@ def with_installed(
 
 
 def _name_of(kind: type) -> str:
-    """The default of its field `name`, by which requests choose it."""
+    """The default of the class's field `name`, by which requests choose it."""
     field = getattr(kind, "model_fields", {}).get("name")
     return "" if field is None else str(field.default)
 
 
 def _check(one: Any, name: str, reserved: Collection[str]) -> None:
-    """Raise what requests and the catalog would come to, which have all classes in one schema."""
+    """Raise what would fail later in requests and the catalog, which share one schema."""
     if taken := [field for field in one.model_fields if field in reserved]:
         raise ValueError(f"its parameter {taken[0]!r} has the name of another field of requests")
     if get_args(one.model_fields["name"].annotation) != (name,):
         raise TypeError("its field name must be a Literal with one name, which is its default")
-    # What its bare name stands for; plans are kept, and rows grouped, by what is equal.
+    # The instance that the bare name stands for must be hashable: plans are cached, and rows
+    # grouped, by equality.
     hash(one.model_validate({}))
     one.model_json_schema()
