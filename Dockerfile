@@ -16,7 +16,7 @@ COPY scripts/install.sh scripts/install.sh
 RUN scripts/install.sh --dependencies-only
 # A tenth of the image would be torch's own tests in C++.
 RUN cd /opt/weft/lib/python3*/site-packages/torch && rm -rf test bin/test_* bin/*Test
-COPY LICENSE README.md weft.py ./
+COPY LICENSE README.md weft.py weft_plugins.py ./
 COPY samplers samplers
 COPY guidance guidance
 COPY server server

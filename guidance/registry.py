@@ -20,7 +20,6 @@ from guidance.elucd import EluCD
 from guidance.embedded import Embedded
 from guidance.frequency_decoupled import FrequencyDecoupled
 from guidance.gradient_free import GradientFree
-from guidance.installed import with_installed
 from guidance.interval import Interval
 from guidance.linear_adaptive import LinearAdaptive
 from guidance.magnitude_aware import MagnitudeAware
@@ -37,6 +36,7 @@ from guidance.slg import SLG
 from guidance.step_cache import StepCache
 from guidance.tcfg import TCFG
 from guidance.unguided import Unguided
+from weft_plugins import with_plugins
 
 BESIDE_RULES: Final = (
     "policy",
@@ -51,7 +51,7 @@ BESIDE_RULES: Final = (
 )
 """Fields of a request's guidance that are none of its rule's (guidance/parts.py)."""
 
-RULES: tuple[type[Rule], ...] = with_installed(
+RULES: tuple[type[Rule], ...] = with_plugins(
     "weft.guidance_rules",
     Rule,
     (
@@ -71,7 +71,7 @@ RULES: tuple[type[Rule], ...] = with_installed(
     BESIDE_RULES,
 )
 
-POLICIES: tuple[type[Policy], ...] = with_installed(
+POLICIES: tuple[type[Policy], ...] = with_plugins(
     "weft.guidance_policies",
     Policy,
     (
@@ -85,7 +85,7 @@ POLICIES: tuple[type[Policy], ...] = with_installed(
     ),
 )
 
-PERTURBATIONS: tuple[type[Perturbation], ...] = with_installed(
+PERTURBATIONS: tuple[type[Perturbation], ...] = with_plugins(
     "weft.guidance_perturbations",
     Perturbation,
     (
@@ -96,7 +96,7 @@ PERTURBATIONS: tuple[type[Perturbation], ...] = with_installed(
     ),
 )
 
-CLASSIFIERS: tuple[type[ClassifierGuidance], ...] = with_installed(
+CLASSIFIERS: tuple[type[ClassifierGuidance], ...] = with_plugins(
     "weft.guidance_classifiers",
     ClassifierGuidance,
     (
@@ -106,6 +106,4 @@ CLASSIFIERS: tuple[type[ClassifierGuidance], ...] = with_installed(
     ),
 )
 
-STEP_CACHES: tuple[type[StepCache], ...] = with_installed(
-    "weft.step_caches", StepCache, (EasyCache,)
-)
+STEP_CACHES: tuple[type[StepCache], ...] = with_plugins("weft.step_caches", StepCache, (EasyCache,))

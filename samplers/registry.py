@@ -16,7 +16,6 @@ from samplers.gradient_estimation import GradientEstimation
 from samplers.heavy_ball import GHVB, HB, Nesterov
 from samplers.heun import Heun
 from samplers.heunpp2 import HeunPP2
-from samplers.installed import with_installed
 from samplers.lcm import LCM
 from samplers.lms import LMS
 from samplers.plms import PLMS
@@ -28,8 +27,9 @@ from samplers.score_sde_pc import ScoreSDEPC
 from samplers.seeds import SEEDS
 from samplers.tcd import TCD
 from samplers.unipc import UniPC
+from weft_plugins import with_plugins
 
-SAMPLERS: tuple[type[Sampler], ...] = with_installed(
+SAMPLERS: tuple[type[Sampler], ...] = with_plugins(
     "weft.samplers",
     Sampler,
     (

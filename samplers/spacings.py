@@ -10,7 +10,6 @@ from samplers.beta import Beta
 from samplers.bong_tangent import BongTangent
 from samplers.custom_times import Custom
 from samplers.exponential import Exponential
-from samplers.installed import with_installed
 from samplers.kl_optimal import KLOptimal
 from samplers.laplace import Laplace
 from samplers.linear_quadratic import LinearQuadratic
@@ -25,8 +24,9 @@ from samplers.timesteps import (
     TimeQuadratic,
     Trailing,
 )
+from weft_plugins import with_plugins
 
-SPACINGS: tuple[type[Spacing], ...] = with_installed(
+SPACINGS: tuple[type[Spacing], ...] = with_plugins(
     "weft.spacings",
     Spacing,
     (

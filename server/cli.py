@@ -130,6 +130,14 @@ Denoisers = Annotated[
         "that of a model; repeat for several.",
     ),
 ]
+Plugins = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--plugin",
+        help="Python file whose samplers, spacings and parts of guidance are added to Weft's own; "
+        "repeat the option for several.",
+    ),
+]
 Described = "a name, or a JSON object with its fields."
 Pictured = "NAME=FILE, NAME=FILE:SCALE or a JSON object whose `image` is a file"
 
@@ -171,6 +179,7 @@ def serve(
     deterministic: Deterministic = None,
     compile_blocks: Compile = None,
     row_budget: RowBudget = None,
+    plugin: Plugins = None,
     max_pending: Annotated[
         int | None,
         typer.Option(
@@ -192,6 +201,7 @@ def serve(
     Every setting is also an environment variable, WEFT_PORT for --port, and those without an
     option are documented in docs/operating.md: WEFT_API_KEYS, WEFT_DRAIN_S and others.
     """
+    _register(plugin)
     settings = _settings(
         host=host,
         port=port,
@@ -337,8 +347,10 @@ def generate(
     device: Device = None,
     dtype: Dtype = None,
     deterministic: Deterministic = None,
+    plugin: Plugins = None,
 ) -> None:
     """Generate images in this process, without a server."""
+    _register(plugin)
     from server.output_files import OutputFiles
     from server.request_options import (
         adapter_of,
@@ -408,8 +420,10 @@ def catalog(
     as_json: Annotated[
         bool, typer.Option("--json", help="As JSON, with the schema of every parameter.")
     ] = False,
+    plugin: Plugins = None,
 ) -> None:
     """List the samplers, spacings, guidance rules, policies and other parts of guidance."""
+    _register(plugin)
     from server.requests.catalog import catalog as installed
 
     listed = installed()
@@ -521,8 +535,10 @@ def linear_ag(
     chunk: Annotated[int, typer.Option(min=1, help="Runs in one batch.")] = 8,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the first run.")] = 1_000_000,
     device: Device = None,
+    plugin: Plugins = None,
 ) -> None:
     """Fit the linear_adaptive policy to a model, sampler, spacing, step count and guidance rule."""
+    _register(plugin)
     from server.fitting.linear_guidance import FitOrder, Runs, fulfil
     from server.models.folder import embedded_folders
     from server.request_options import guidance_of, named, request_of
@@ -539,6 +555,17 @@ def linear_ag(
     folder = model or embedded_folders()["embedded"]
     order = FitOrder(folder, request, Runs(runs, chunk, seed), device or "auto", prompts)
     typer.echo(_with_stages(lambda tell: fulfil(order, tell)))
+
+
+def _register(plugins: Sequence[Path] | None) -> None:
+    """Add the operator's files to the registries; before anything imports these."""
+    from server.plugin_files import register
+    from weft_plugins import PluginError
+
+    try:
+        register(plugins or ())
+    except PluginError as error:
+        _refuse(str(error))
 
 
 def _scales(guidance: str, scales: list[float] | None) -> list[float]:
@@ -559,7 +586,8 @@ def _table(title: str, entries: Sequence[Entry]) -> Table:
     for entry in entries:
         parameters = {key: value for key, value in entry.defaults.items() if key != "name"}
         shown = ", ".join(f"{key} {json.dumps(value)}" for key, value in parameters.items())
-        table.add_row(entry.name, entry.summary, shown)
+        origin = "" if entry.plugin is None else f" (from {entry.plugin})"
+        table.add_row(entry.name, f"{entry.summary}{origin}", shown)
     return table
 
 

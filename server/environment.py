@@ -11,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 
 from server.requests.messages import explain
 from server.settings import Settings
+from weft_plugins import VARIABLE
 
 __all__ = ["groups_without_json", "refusal", "unknown_variables"]
 
@@ -50,7 +51,8 @@ def unknown_variables(environ: Mapping[str, str]) -> Iterator[str]:
 
     Unknown members of a group, such as WEFT_LIMITS__PIXLES, are refused when settings are read.
     """
-    known = [f"{PREFIX}{name.upper()}" for name in Settings.model_fields]
+    # Plug-ins are registered before settings can be read.
+    known = [*(f"{PREFIX}{name.upper()}" for name in Settings.model_fields), VARIABLE]
     for variable in sorted(environ):
         name = variable.upper()
         if not name.startswith(PREFIX) or name == CLIENTS_KEY:

@@ -30,6 +30,7 @@ from tests.covering import covering
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PACKAGES = [p.rstrip("*") for p in PROJECT["tool"]["setuptools"]["packages"]["find"]["include"]]
+MODULES = [f"{name}.py" for name in PROJECT["tool"]["setuptools"]["py-modules"]]
 BANNED = PROJECT["tool"]["ruff"]["lint"]["flake8-tidy-imports"]["banned-api"]
 
 
@@ -155,7 +156,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     for package in PACKAGES:
         shutil.copytree(ROOT / package, source / package, ignore=skipped, copy_function=copied)
-    for name in ("pyproject.toml", "LICENSE", "weft.py"):
+    for name in ("pyproject.toml", "LICENSE", *MODULES):
         shutil.copy(ROOT / name, source)
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-index"]
     command += ["--no-build-isolation", "--wheel-dir", str(folder), str(source)]
@@ -168,7 +169,7 @@ def test_the_wheel_carries_every_file_of_the_packages(wheel: Path) -> None:
     source = wheel.parent / "source"
     files = [path for package in PACKAGES for path in (source / package).rglob("*")]
     named = {path.relative_to(source).as_posix() for path in files if path.is_file()}
-    assert named | {"weft.py"} <= set(zipfile.ZipFile(wheel).namelist())
+    assert named | {*MODULES} <= set(zipfile.ZipFile(wheel).namelist())
 
 
 def fake_guidance(folder: Path) -> None:

@@ -12,6 +12,7 @@ SHIPPED = ("samplers", "guidance", "server")
 FOLDERS = (*SHIPPED, "embedded", "benchmarks", "studies")
 
 FORBIDDEN = {
+    "weft_plugins": {"samplers", "guidance", "server", "embedded"},
     "samplers": {"guidance", "server", "embedded"},
     "guidance": {"samplers", "server", "embedded"},
     "server": {"benchmarks", "studies"},
@@ -29,7 +30,8 @@ FORBIDDEN = {
 @cache
 def sources() -> dict[str, ast.Module]:
     """Every module by its name."""
-    paths = (path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py")))
+    below = (path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py")))
+    paths = (*sorted(ROOT.glob("*.py")), *below)
     return {
         ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): ast.parse(
             path.read_text()

@@ -70,6 +70,8 @@ def test_both_are_listed_with_their_parameters(found: dict[str, Any]) -> None:
     assert found["listed"] == ["ScheduledCFG", "ExtrapolatedDDIM"]
     sampler, rule = found["catalog"]
     assert (sampler["name"], rule["name"]) == ("extrapolated_ddim", "scheduled_cfg")
+    assert sampler["plugin"] == "weft-extrapolation"
+    assert rule["plugin"] == "weft-scheduled-cfg"
     assert "0 is DDIM" in json.dumps(sampler)
     assert "Mean strength over the run" in json.dumps(rule)
     assert not found["warned"]

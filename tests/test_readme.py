@@ -12,6 +12,7 @@ import pytest
 
 from samplers import NoiseSchedule, Sampler
 from samplers.ddim import DDIM
+from samplers.testing import check_sampler
 from samplers.timesteps import LogSNR, Trailing
 from server.requests.schema import GenerateRequest
 
@@ -32,15 +33,11 @@ def run(code: str, names: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_the_sampler_of_the_readme_is_a_sampler():
-    imports = (
-        "from typing import ClassVar, Literal\n"
-        "from pydantic import Field\n"
-        "from samplers import Columns, Grid, Plan, Sampler\n"
-    )
-    sampler = run(imports + indented_block("class MyEuler"), {})["MyEuler"]()
+    sampler = run(indented_block("class MyEuler"), {})["MyEuler"]()
     assert isinstance(sampler, Sampler)
     grid = NoiseSchedule.vp_linear().grid(Trailing(), 7)
     assert np.allclose(sampler.plan(grid).tables, DDIM().plan(grid).tables, rtol=1e-12, atol=1e-12)
+    check_sampler(sampler)
 
 
 def test_the_library_example_of_the_readme_runs():

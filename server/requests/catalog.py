@@ -15,6 +15,7 @@ from server.requests.choice import name_of
 from server.requests.defaults import guidance_for, sampler_for, spacing_for, steps_for
 from server.requests.hires import Upscaler
 from server.requests.schema import GenerateRequest, MaskContent
+from weft_plugins import origin_of
 
 if TYPE_CHECKING:
     from server.models.defaults import ModelDefaults
@@ -49,6 +50,9 @@ class Entry(BaseModel):
     )
     summary: str = Field(description="One-line description.")
     source: str = Field(description="Paper and equation.")
+    plugin: str | None = Field(
+        description="The installed package or the file that it is from; null if it is Weft's own."
+    )
     parameters: dict[str, Any] = Field(description="JSON schema of its fields.")
     defaults: dict[str, Any] = Field(
         description="The complete object; fields that a request leaves out take these values."
@@ -370,6 +374,7 @@ def _entry(member: type[BaseModel], name: str) -> Entry:
         name=name,
         summary=summary,
         source=source,
+        plugin=origin_of(member),
         parameters=member.model_json_schema(),
         defaults=defaults.model_dump(mode="json"),
         properties=properties,

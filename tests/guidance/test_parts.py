@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 from guidance import PAG, PARTS, SEG, Adaptive, NegToMe
 from guidance.parts import chosen
+from guidance.registry import BESIDE_RULES
 
 BY_FIELD = {part.field: part for part in PARTS}
 NOTHING = dict.fromkeys(BY_FIELD) | {part.field: () for part in PARTS if part.many}
@@ -35,3 +36,7 @@ def test_what_is_chosen_is_listed_with_its_path() -> None:
         ("perturbed.1", SEG()),
         ("negtome", NegToMe()),
     ]
+
+
+def test_no_parameter_of_a_rule_may_have_the_name_of_a_part() -> None:
+    assert tuple(part.field for part in PARTS) == BESIDE_RULES

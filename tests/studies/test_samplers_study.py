@@ -20,7 +20,7 @@ from studies.common.records import Records
 from studies.samplers import tables
 from studies.samplers.__main__ import main
 from studies.samplers.cells import Cell, Contender
-from studies.samplers.compare import contender, table
+from studies.samplers.comparison import contender, table
 from studies.samplers.convergence import solvers
 from studies.samplers.measures import Bounds, relative_errors, slope
 from studies.samplers.measuring import Wanted, measure

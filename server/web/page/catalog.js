@@ -16,7 +16,8 @@ function picker({ title, description, blank }) {
       if (!entry) return details.replaceChildren();
       const { properties, $defs } = entry.parameters;
       fields = object({ properties }, { ...entry.defaults, ...(chosen?.name === entry.defaults.name && chosen) }, $defs);
-      details.replaceChildren(create("small", { title: entry.source }, entry.summary), fields);
+      const origin = entry.plugin ? ` (from ${entry.plugin})` : "";
+      details.replaceChildren(create("small", { title: entry.source }, entry.summary + origin), fields);
     };
     names.ariaLabel = title;
     names.addEventListener("change", show);

@@ -1,0 +1,223 @@
+"""Plug-ins: classes that installed packages and files of the operator's add to Weft's own.
+
+`samplers` and `guidance` build their registries with this module. Neither may import the other, so
+it stands beside them, and it imports neither.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import sys
+from functools import cache
+from importlib.machinery import ModuleSpec, SourceFileLoader
+from importlib.metadata import entry_points
+from importlib.util import module_from_spec
+from pathlib import Path
+from traceback import extract_tb
+from typing import TYPE_CHECKING, Any, Final, TypeVar, get_args
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterable
+    from types import ModuleType
+
+__all__ = [
+    "FAILURES",
+    "VARIABLE",
+    "PluginError",
+    "classes_of",
+    "origin_of",
+    "plugin_files",
+    "with_plugins",
+]
+
+logger = logging.getLogger(__name__)
+
+Kind = TypeVar("Kind")
+
+VARIABLE: Final = "WEFT_PLUGINS"
+"""Environment variable that names plug-in files; processes that this one starts inherit it."""
+
+FAILURES: Final = (Exception, SystemExit)
+"""What a plug-in's code may raise at its own fault; an interrupt is the operator's."""
+
+_ORIGINS: Final[dict[type, str]] = {}
+"""Where each registered class comes from that is not Weft's own."""
+
+
+class PluginError(Exception):
+    """A file that the operator named cannot be used; the message is the sentence for them."""
+
+
+def with_plugins(
+    group: str,
+    kind: type[Kind],
+    ours: Iterable[type[Kind]],
+    reserved: Collection[str] = (),
+) -> tuple[type[Kind], ...]:
+    """Our classes, then those of installed packages, then those of the operator's files.
+
+    A class of a package that cannot be used is named in the log and left out, as the package may
+    have been installed for something else. A file was named for this, so its failure is an error.
+
+    Args:
+        group: of entry points.
+        kind: what each must be a subclass of.
+        ours: whose names are taken.
+        reserved: names that no parameter may have, as requests have fields of these names beside.
+
+    Raises:
+        PluginError: a file, or one of its classes of this kind, cannot be used.
+    """
+    found = list(ours)
+    taken = {_name_of(one) for one in found}
+
+    def add(one: Any, origin: str) -> None:
+        name = _name_of(one)
+        _check(one, name, reserved)
+        if name in taken:
+            raise ValueError(f"its name {name!r} is taken")
+        taken.add(name)
+        found.append(one)
+        _ORIGINS[one] = origin
+
+    for entry in entry_points(group=group):
+        distribution = "an unknown distribution" if entry.dist is None else entry.dist.name
+        try:
+            one = entry.load()
+            if not (isinstance(one, type) and issubclass(one, kind)):
+                raise TypeError(f"{entry.value} is not a subclass of {kind.__name__}")
+            add(one, distribution)
+        except FAILURES as error:
+            logger.warning(
+                "%s %r of %s is left out: %s", group, entry.name, distribution, _told(error)
+            )
+    for file in plugin_files():
+        for one in classes_of(file, kind):
+            try:
+                add(one, file.name)
+            except FAILURES as error:
+                reason = f"its class {one.__name__} cannot be registered: {_told(error)}"
+                raise _unusable(file, reason) from error
+    return tuple(found)
+
+
+def plugin_files() -> tuple[Path, ...]:
+    """The files that :data:`VARIABLE` names, with commas between them or as a JSON list.
+
+    Raises:
+        PluginError: its value is neither.
+    """
+    text = os.environ.get(VARIABLE, "").strip()
+    named = text.split(",")
+    if text.startswith("["):
+        try:
+            named = [str(one) for one in json.loads(text)]
+        except (ValueError, RecursionError):
+            raise PluginError(
+                f"{VARIABLE} is not valid JSON; write the files with commas between them, or as a "
+                "JSON list."
+            ) from None
+    stripped = (os.path.expanduser(one.strip()) for one in named if one.strip())
+    return tuple(dict.fromkeys(Path(os.path.abspath(one)) for one in stripped))
+
+
+def classes_of(file: Path, kind: type[Kind]) -> tuple[type[Kind], ...]:
+    """The public subclasses of a class that a file defines, in their order.
+
+    Args:
+        file: is run when it is first asked for.
+        kind: of the classes.
+
+    Raises:
+        PluginError: the file is missing, or its code fails.
+    """
+    module = _module_of(file)
+    own = (one for one in vars(module).values() if isinstance(one, type))
+    return tuple(
+        dict.fromkeys(
+            one
+            for one in own
+            if issubclass(one, kind)
+            and one.__module__ == module.__name__
+            and not one.__name__.startswith("_")
+        )
+    )
+
+
+def origin_of(kind: type) -> str | None:
+    """Where a registered class comes from: a distribution or the name of a file.
+
+    None for Weft's own classes, and for those that are not registered.
+    """
+    return _ORIGINS.get(kind)
+
+
+@cache
+def _module_of(file: Path) -> ModuleType:
+    """The module that a file is run as, under a name that shadows no other module."""
+    # Unlike pathlib, os.path takes a path that is too long for one at which there is nothing.
+    if not os.path.isfile(file):
+        folder = "it is a folder; name a Python file" if os.path.isdir(file) else None
+        raise _unusable(file, folder or "there is no such file")
+    if file.suffix != ".py":
+        raise _unusable(file, "it is not a Python file, whose name ends with .py")
+    name = "weft_plugin_" + re.sub(r"\W", "_", file.stem)
+    while name in sys.modules:
+        name += "_"
+    loader = SourceFileLoader(name, str(file))
+    spec = ModuleSpec(name, loader, origin=str(file))
+    spec.has_location = True
+    module = module_from_spec(spec)
+    # Annotations that are strings are looked up there.
+    sys.modules[name] = module
+    try:
+        loader.exec_module(module)
+    except FAILURES as error:
+        del sys.modules[name]
+        if isinstance(error, PluginError):
+            # It imports a registry, which runs it once more, and says what fails then.
+            raise
+        raise _unusable(file, _told(error, file)) from error
+    return module
+
+
+def _unusable(file: Path, reason: str) -> PluginError:
+    return PluginError(f"The plug-in {file} cannot be used: {reason.rstrip('.')}.")
+
+
+def _told(error: BaseException, file: Path | None = None) -> str:
+    """An error in one line: the line of the file that it is from, its type and its message."""
+    lines = [
+        frame.lineno for frame in extract_tb(error.__traceback__) if frame.filename == str(file)
+    ]
+    message = str(error)
+    if isinstance(error, SyntaxError) and error.filename == str(file):
+        lines, message = [error.lineno], error.msg
+    where = f"line {lines[-1]}: " if lines and lines[-1] else ""
+    return f"{where}{type(error).__name__}: {' '.join(message.split())}"
+
+
+def _name_of(kind: type) -> str:
+    """The default of its field `name`, by which requests choose it; empty if it has none."""
+    field = getattr(kind, "model_fields", {}).get("name")
+    return field.default if field is not None and isinstance(field.default, str) else ""
+
+
+def _check(one: Any, name: str, reserved: Collection[str]) -> None:
+    """Raise what requests and the catalog would come to, which have all classes in one schema."""
+    if taken := [field for field in one.model_fields if field in reserved]:
+        raise ValueError(f"its parameter {taken[0]!r} has the name of another field of requests")
+    if get_args(one.model_fields["name"].annotation) != (name,):
+        raise TypeError("its field name must be a Literal with one name, which is its default")
+    if missing := sorted(getattr(one, "__abstractmethods__", ())):
+        raise TypeError(f"it does not define {', '.join(missing)}")
+    if missing := [
+        text for text in ("summary", "source") if not isinstance(getattr(one, text, None), str)
+    ]:
+        raise TypeError(f"it has no {missing[0]}, a ClassVar[str] that the catalog shows")
+    # What its bare name stands for; plans are kept, and rows grouped, by what is equal.
+    hash(one.model_validate({}))
+    one.model_json_schema()
