@@ -431,7 +431,7 @@ class OutOfMemory(RowFailed):
         )
 
 
-def failed_with(part: str, error: Exception) -> str:
+def failed_with(part: str, error: BaseException) -> str:
     """The sentence that a client gets if a part, which a package may define, fails.
 
     Args:

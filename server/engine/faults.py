@@ -59,7 +59,7 @@ def attempt(work: Callable[[], Result], device: torch.device) -> Result | Except
         return error
 
 
-def is_out_of_memory(error: Exception) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error is a lack of memory, so that less work, or the same later, may succeed."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
@@ -89,7 +89,7 @@ def _answers(device: torch.device) -> bool:
         return False
 
 
-def _says(error: Exception, phrases: tuple[str, ...]) -> bool:
+def _says(error: BaseException, phrases: tuple[str, ...]) -> bool:
     text = str(error).lower()
     return any(phrase in text for phrase in phrases)
 

@@ -19,6 +19,8 @@ from server.engine.terms.registry import order_of
 from server.engine.terms.term import RowSpec
 from server.errors import WeftError, failed_with
 from server.models.prompt_editing import EditedPrompt, texts_of_run
+from server.plugin_faults import containing_exits
+from weft_plugins import FAILURES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -121,12 +123,13 @@ class GuidancePlan:
     cache_slots: int
 
 
+@containing_exits()
 def plan_guidance(task: ImageTask) -> GuidancePlan:
     """Lay out the guidance of an image along its sampler's plan.
 
     Raises:
         ValueError: the policy lacks its coefficients, or cannot serve the rule.
-        WeftError: the policy fails, or returns values for another number of stages.
+        WeftError: a part fails, or the policy returns values for another number of stages.
     """
     plan, rule, policy = task.plan, task.rule, task.policy
     noise_ratio, progress = plan.noise_ratio, plan.progress
@@ -197,7 +200,7 @@ def _of_stages(
         said = np.asarray(answer())
     except ValueError:
         raise
-    except Exception as error:
+    except FAILURES as error:
         log.exception("the policy %s failed", policy.name)
         raise WeftError(failed_with(f"The policy {policy.name!r}", error)) from error
     if said.shape[:1] != (plan.evaluations,):

@@ -56,6 +56,7 @@ from server.requests.schema import (
 from server.requests.second_run import check_hires
 from server.requests.start_noise import VariationChoice
 from server.settings import Limits
+from weft_plugins import FAILURES
 
 __all__ = ["Prepared", "make_plan", "prepare", "resolve", "statistics_for"]
 
@@ -256,7 +257,7 @@ def make_plan(
     except ValueError as refusal:
         # Samplers and spacings of other packages may not name the field.
         raise InvalidRequest(at_fault, str(refusal)) from None
-    except Exception as error:
+    except FAILURES as error:
         name = spacing.name if at_fault == "spacing" else sampler.name
         log.exception("the %s %s failed", at_fault, name)
         raise WeftError(failed_with(f"The {at_fault} {name!r}", error)) from error

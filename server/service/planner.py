@@ -8,6 +8,7 @@ from dataclasses import replace
 from samplers import Plan, StatisticsIdentity
 from server.lru import ByteBoundedLRU
 from server.models.hosted import HostedModel
+from server.plugin_faults import containing_exits
 from server.requests.chosen import notes_for
 from server.requests.prompt_editing import timelines_of
 from server.requests.resolve import Prepared, make_plan, prepare, resolve, statistics_for
@@ -35,6 +36,7 @@ class Planner:
             PLANS_KEPT_BYTES, lambda plan: plan.tables.nbytes
         )
 
+    @containing_exits()
     def prepare(
         self,
         request: GenerateRequest,
@@ -55,6 +57,7 @@ class Planner:
 
         Raises:
             InvalidRequest: the model or the operator does not allow a value.
+            WeftError: a plug-in failed.
         """
         resolved = resolve(request, model, self._limits, size, reference_size)
         fitted_to = statistics_for(resolved, model)

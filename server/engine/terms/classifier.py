@@ -11,6 +11,7 @@ from typing_extensions import override
 from guidance.classifier_guidance import UNAIMED, GradientGuidance, ReferenceGuidance
 from server.engine.state.padding import padded
 from server.engine.terms.term import RowSpec, Term
+from server.engine.tick.answers import answering
 from server.errors import InvalidRequest
 from server.models.blend import Blend
 from server.models.prompt_editing import EditedPrompt
@@ -132,7 +133,8 @@ class AwayFromChosen(Term):
         strengths = torch.empty_like(inputs[1])
         for kind, members in _by_kind(terms).items():
             where = seen.lane.indices(members)
-            reference = kind.refer(*_of(members, terms, logits))
+            with answering(terms[members[0]].guidance, choices.device):
+                reference = kind.refer(*_of(members, terms, logits))
             choices.index_copy_(0, where, reference.choice)
             strengths.index_copy_(0, where, reference.strength)
         told: list[Conditioning] = []
@@ -181,8 +183,10 @@ def _objective(terms: Sequence[UpGradient], logits: Mapping[str, Tensor]) -> Ten
     for kind, members in _by_kind(terms).items():
         own, targets = _of(members, terms, logits)
         settings = [terms[i].guidance for i in members]
-        parameters = kind.parameters(settings, next(iter(own.values())))
-        summands.append(kind.objective(own, targets, parameters).sum())
+        like = next(iter(own.values()))
+        with answering(settings[0], like.device):
+            parameters = kind.parameters(settings, like)
+            summands.append(kind.objective(own, targets, parameters).sum())
     return torch.stack(summands).sum()
 
 

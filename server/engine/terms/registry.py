@@ -11,6 +11,7 @@ from server.engine.terms.negtome import KeptApart
 from server.engine.terms.network_change import ChangedRows
 from server.engine.terms.particles import ResampledParticles
 from server.engine.terms.perturbation import Disturbed
+from server.plugin_faults import containing_exits
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -30,12 +31,16 @@ TERMS: tuple[type[Term], ...] = (
 """One class per class of settings other than a rule; a new term is added here."""
 
 
+@containing_exits()
 def terms_of(settings: Iterable[object], run: Run) -> tuple[Term, ...]:
     """Make the terms that a request's guidance asks for, in the order in which they act.
 
     Args:
         settings: all settings of the guidance other than its rule; those of no term are ignored.
         run: run of the request.
+
+    Raises:
+        WeftError: a plug-in exits.
     """
     asked = list(settings)
     return tuple(

@@ -1,31 +1,38 @@
-"""Checks on what rules and policies return; packages may define them, so errors name them."""
+"""Checks on what parts of guidance return; plug-ins may define them, so errors name them."""
 
 from __future__ import annotations
 
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import torch
 from torch import Tensor
 
-from guidance import Policy
+from guidance import ClassifierGuidance, Policy, StepCache
 from server.engine.faults import is_out_of_memory, lost_device
 from server.errors import RowFailed, failed_with
+from weft_plugins import FAILURES
 
 if TYPE_CHECKING:
     from collections.abc import Generator
+    from typing import TypeAlias
 
     from guidance import Filled, Guided, Rule
 
+    Answerer: TypeAlias = Rule | Policy | ClassifierGuidance | StepCache
+
 __all__ = ["answering", "expect", "expect_flags"]
+
+NOUNS: Final = {Policy: "policy", ClassifierGuidance: "classifier term", StepCache: "step cache"}
+"""What errors call the parts that are not rules."""
 
 
 @contextmanager
-def answering(part: Rule | Policy, device: torch.device) -> Generator[None]:
-    """Turn an error raised inside into one that names the rule or policy for the client.
+def answering(part: Answerer, device: torch.device) -> Generator[None]:
+    """Turn an error raised inside into one that names the part for the client.
 
     Args:
-        part: rule or policy whose methods are called inside.
+        part: part of guidance whose methods are called inside.
         device: device of its tensors.
 
     Raises:
@@ -36,7 +43,7 @@ def answering(part: Rule | Policy, device: torch.device) -> Generator[None]:
         yield
     except Unfit as unfit:
         raise RowFailed(f"{_named(part)} {unfit}.") from None
-    except Exception as error:
+    except FAILURES as error:
         if is_out_of_memory(error) or lost_device(error, device) is not None:
             raise
         raise RowFailed(failed_with(_named(part), error)) from error
@@ -90,5 +97,6 @@ class Unfit(Exception):
     """An answer does not fit; the message is the end of a sentence."""
 
 
-def _named(part: Rule | Policy) -> str:
-    return f"The {'policy' if isinstance(part, Policy) else 'rule'} {part.name!r}"
+def _named(part: Answerer) -> str:
+    noun = next((noun for kind, noun in NOUNS.items() if isinstance(part, kind)), "rule")
+    return f"The {noun} {part.name!r}"

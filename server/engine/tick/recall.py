@@ -20,6 +20,7 @@ from guidance import StepCache
 from guidance.step_cache import Evaluation
 from server.engine.state.padding import padded
 from server.engine.state.recollection import FIRST_OUTPUT, INPUT
+from server.engine.tick.answers import answering
 from server.engine.tick.weave import Evaluated
 
 if TYPE_CHECKING:
@@ -144,16 +145,19 @@ def _decided(
     memory = batch.lane.pool.cache_memory[:, : FIRST_OUTPUT + 1].index_select(0, slots)
     last = Evaluation(_fixed(batch, memory[:, INPUT]), _fixed(batch, memory[:, FIRST_OUTPUT]))
     now = Evaluation(*(_fixed(batch, one.index_select(0, where)) for one in rows))
+    caches = [cache for s in sequences if (cache := s.task.cache) is not None]
     if batch.recalls:
         counted = [one for s in sequences if (one := s.recollection.numbers) is not None]
         numbers = _fixed(batch, torch.stack(counted))
     else:
-        numbers, last = kind.learned(last, now), now
+        with answering(caches[0], now.x.device):
+            numbers, last = kind.learned(last, now), now
     ahead = _factors(batch, [_scale_ahead(batch, i) for i in members])
     following = _fixed(batch, ahead * state[:, 0].index_select(0, where))
-    caches = [cache for s in sequences if (cache := s.task.cache) is not None]
-    parameters = {k: _fixed(batch, value) for k, value in kind.parameters(caches, now.x).items()}
-    decision = kind.decide(last, numbers, now.x, following, parameters)
+    with answering(caches[0], now.x.device):
+        given = kind.parameters(caches, now.x)
+        parameters = {k: _fixed(batch, value) for k, value in given.items()}
+        decision = kind.decide(last, numbers, now.x, following, parameters)
     return decision.recalls[: len(members)], decision.numbers[: len(members)]
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping
-from typing import ClassVar, Literal
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import pytest
@@ -11,11 +14,30 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from guidance import CFG, Filled, Guided, Policy, Rows, Rule
+from guidance import (
+    CFG,
+    PAG,
+    Branch,
+    EasyCache,
+    Edit,
+    EluCD,
+    Filled,
+    GradientFree,
+    Guided,
+    Policy,
+    Reference,
+    Rows,
+    Rule,
+)
+from guidance.step_cache import Decision
 from server.engine.engine import Engine
 from server.engine.guidance_plan import plan_guidance
+from server.engine.terms.classifier import AwayFromChosen, UpGradient
 from server.engine.tick.answers import answering
 from server.errors import RowFailed, WeftError
+from server.requests.schema import GenerateRequest
+from server.service.planner import Planner
+from server.settings import Limits
 from tests.server.by_hand import task
 from tests.server.toy_model import Toy, run, started
 
@@ -84,6 +106,14 @@ class Raises(Faulty, frozen=True):
         raise KeyError("not told to clients")
 
 
+class Exits(Faulty, frozen=True):
+    """Would end the engine's thread."""
+
+    @classmethod
+    def combine(cls, rows: Rows, parameters: Mapping[str, Tensor]) -> Guided:
+        sys.exit("not told to clients")
+
+
 @pytest.mark.parametrize(
     ("kind", "said"),
     [
@@ -94,6 +124,7 @@ class Raises(Faulty, frozen=True):
         (Doubled, "returned denoised of type torch.float64, not torch.float32."),
         (NoTuple, "returned Tensor, not Guided."),
         (Raises, "failed with KeyError; the server's log has the details."),
+        (Exits, "failed with SystemExit; the server's log has the details."),
     ],
 )
 def test_what_a_rule_did_wrong_is_said_with_its_name(
@@ -170,6 +201,91 @@ def test_a_policy_that_fails_before_the_run_is_named() -> None:
     said = r"^The policy 'guesses' failed with KeyError; the server's log has the details\.$"
     with pytest.raises(WeftError, match=said):
         plan_guidance(task(policy=NoStages()))
+
+
+class Forgets(EasyCache, frozen=True):
+    @classmethod
+    def decide(cls, *_: Any, **__: Any) -> Decision:
+        raise KeyError("not told to clients")
+
+
+def test_a_step_cache_that_fails_is_named(engine: Engine) -> None:
+    heard = run(engine, [task(), task(cache=Forgets())])
+    assert list(heard.results) == [0]
+    said = "The step cache 'easy_cache' failed with KeyError; the server's log has the details."
+    assert str(heard.errors[1]) == said
+
+
+class Aimless(EluCD, frozen=True):
+    @classmethod
+    def objective(cls, *_: Any, **__: Any) -> Tensor:
+        raise KeyError("not told to clients")
+
+
+class Unread(GradientFree, frozen=True):
+    @classmethod
+    def refer(cls, *_: Any, **__: Any) -> Reference:
+        raise KeyError("not told to clients")
+
+
+class Classifying(Toy):
+    classifier: Any = SimpleNamespace(heads={"shape": ("star", "circle")})
+
+    def classify(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> dict[str, Tensor]:
+        return {"shape": x.mean((2, 3))[:, :2]}
+
+
+@pytest.mark.parametrize(
+    "term",
+    [
+        UpGradient(Aimless(), (0,), (1.0,) * 6),
+        AwayFromChosen(Unread(), (0,), (1.0,) * 6, ("a star", "a circle")),
+    ],
+    ids=["gradient", "reference"],
+)
+def test_a_classifier_term_that_fails_is_named(term: UpGradient | AwayFromChosen) -> None:
+    made = started(Classifying(), 8)
+    heard = run(made, [task(), task(terms=(term,))])
+    made.stop(0)
+    assert list(heard.results) == [0]
+    name = term.guidance.name
+    said = f"The classifier term '{name}' failed with KeyError; the server's log has the details."
+    assert str(heard.errors[1]) == said
+
+
+class ExitsEarly(Faulty, frozen=True):
+    @property
+    def branches(self) -> tuple[Branch, ...]:
+        sys.exit("not told to clients")
+
+
+class ExitsInTheLayout(PAG, frozen=True):
+    @property
+    def edit(self) -> Edit:
+        sys.exit("not told to clients")
+
+
+EXITS = r"^A plug-in failed with SystemExit; the server's log has the details\.$"
+
+
+def test_a_rule_that_exits_before_the_run_costs_its_own_request_alone() -> None:
+    asked = replace(task(), rule=ExitsEarly())
+    with pytest.raises(WeftError, match=EXITS):
+        plan_guidance(asked)
+
+
+def test_a_perturbation_that_exits_costs_its_own_request_alone() -> None:
+    with pytest.raises(WeftError, match=EXITS):
+        task(settings=(ExitsInTheLayout(),))
+
+
+def test_a_part_that_exits_while_a_request_is_checked_costs_that_request_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("server.service.planner.resolve", lambda *_: sys.exit(1))
+    request = GenerateRequest(prompt="a star")
+    with pytest.raises(WeftError, match=EXITS):
+        Planner(Limits()).prepare(request, Toy(), None)
 
 
 def test_too_little_memory_is_not_a_rules_own_fault() -> None:

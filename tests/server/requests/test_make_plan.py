@@ -1,5 +1,6 @@
 """Settings that no plan can be made of are refused by the field to change."""
 
+import sys
 from typing import Any, ClassVar, Literal
 
 import pytest
@@ -86,12 +87,24 @@ class Gone(Barren, frozen=True):
         raise KeyError("not told to clients")
 
 
+class Leaving(Reluctant, frozen=True):
+    """Would end the server."""
+
+    @override
+    def plan(self, grid: Grid) -> Plan:
+        sys.exit("not told to clients")
+
+
 @pytest.mark.parametrize(
-    ("sampler", "layout", "part"),
-    [(Broken(), Trailing(), "sampler 'reluctant'"), (DDIM(), Gone(), "spacing 'barren'")],
-    ids=["sampler", "spacing"],
+    ("sampler", "layout", "said"),
+    [
+        (Broken(), Trailing(), "sampler 'reluctant' failed with KeyError"),
+        (Leaving(), Trailing(), "sampler 'reluctant' failed with SystemExit"),
+        (DDIM(), Gone(), "spacing 'barren' failed with KeyError"),
+    ],
+    ids=["sampler", "exit", "spacing"],
 )
-def test_a_part_that_breaks_is_named(sampler: Sampler, layout: Spacing, part: str) -> None:
-    said = f"^The {part} failed with KeyError; the server's log has the details.$"
+def test_a_part_that_breaks_is_named(sampler: Sampler, layout: Spacing, said: str) -> None:
+    said = f"^The {said}; the server's log has the details.$"
     with pytest.raises(WeftError, match=said):
         make_plan(SCHEDULE, sampler, layout, 4, None)
