@@ -254,8 +254,7 @@ def adapter_entries(model: HostedModel) -> tuple[AdapterEntry, ...]:
         AdapterEntry(
             name=file.name,
             rank=file.rank,
-            # The order of tensors in a file is arbitrary.
-            changes=tuple(sorted(file.parts)),
+            changes=file.networks,
             defaults=None if file.defaults is None else defaults_of(file.defaults),
         )
         for file in model.adapters.available()

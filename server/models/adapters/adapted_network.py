@@ -20,7 +20,10 @@ import torch
 from torch import nn
 
 from server.lru import ByteBoundedLRU
+from server.models.adapters.adapted_rows import passes, sender
 from server.models.adapters.layer_changes import layer_changes
+from server.models.adapters.norm_rows import norm_changes
+from server.models.adapters.norms import is_norm
 from server.models.memory import measure
 
 if TYPE_CHECKING:
@@ -31,6 +34,7 @@ if TYPE_CHECKING:
 
     from server.models.adapters.adapter import Adapter, RowAdapters
     from server.models.adapters.layer_changes import ChangedLayer
+    from server.models.adapters.norm_rows import ChangedNorm
     from server.models.adapters.row_scales import InputScales
     from server.models.adapters.stack import Layer
 
@@ -52,10 +56,12 @@ class _Plan:
 
     Attributes:
         layers: what is changed about each, by name.
-        nbytes: of stacks and factors.
+        norms: changes of norms, by name.
+        nbytes: size of stacks, factors and changes of norms.
     """
 
     layers: Mapping[str, ChangedLayer]
+    norms: Mapping[str, ChangedNorm]
     nbytes: int
 
 
@@ -93,6 +99,7 @@ class AdaptedNetwork:
             for name, module in network.named_modules()
             if isinstance(module, nn.Linear | nn.Conv2d)
         }
+        self._norms = {name: one for name, one in network.named_modules() if is_norm(one)}
 
     @property
     def kept_bytes(self) -> int:
@@ -119,11 +126,7 @@ class AdaptedNetwork:
             adapters: adapters of the rows of that pass; None where no row has any.
         """
         self._plans.discard(_has_died)
-        handles = [
-            handle
-            for name, change in (self._changes(adapters) if adapters else {}).items()
-            for handle in change.hooked(self._layers[name])
-        ]
+        handles = self._hooked(adapters) if adapters else []
         try:
             yield
         except torch.OutOfMemoryError:
@@ -134,14 +137,14 @@ class AdaptedNetwork:
             for handle in handles:
                 handle.remove()
 
-    def _changes(self, adapters: RowAdapters) -> dict[str, _Change]:
-        """By name of the layer, what changes it in all rows."""
-        plan = self._planned(adapters)
+    def _hooked(self, adapters: RowAdapters) -> list[RemovableHandle]:
+        """Register hooks on all layers and norms that are changed."""
+        plan, rows = self._planned(adapters), len(adapters.rows)
         keep = plan.nbytes <= self._most_bytes
-        return {
-            name: _Change(changed, len(adapters.rows), keep=keep)
-            for name, changed in plan.layers.items()
-        }
+        handles = [one.hooked(self._norms[name], rows) for name, one in plan.norms.items()]
+        for name, changed in plan.layers.items():
+            handles += _Change(changed, rows, keep=keep).hooked(self._layers[name])
+        return handles
 
     def _planned(self, adapters: RowAdapters) -> _Plan:
         if isinstance(adapters.kept, _Plan):
@@ -150,9 +153,12 @@ class AdaptedNetwork:
         return self._plans.get((adapters.fixed, tuple(rows)), lambda: self._plan(adapters))
 
     def _plan(self, adapters: RowAdapters) -> _Plan:
-        own = self._part, self._layers, adapters, self._device
+        sent = sender(self._device)
+        own = self._part, self._layers, adapters, sent
         layers = layer_changes(*own, by_products=self._by_products)
-        return _Plan(layers, sum(one.nbytes for one in layers.values()))
+        norms = norm_changes(self._part, self._norms, adapters, sent)
+        nbytes = sum(one.nbytes for one in (*layers.values(), *norms.values()))
+        return _Plan(layers, norms, nbytes)
 
 
 class _Change:
@@ -184,8 +190,8 @@ class _Change:
     ) -> tuple[Tensor, ...]:
         """Scale the input for the layer's own weight, and remember it for the changes."""
         self._x, *others = args
-        passes = [scales.scaled(layer, own) for own in self._passes(self._x)]
-        return (passes[0] if len(passes) == 1 else torch.cat(passes), *others)
+        made = [scales.scaled(layer, own) for own in passes(self._x, self._rows)]
+        return (made[0] if len(made) == 1 else torch.cat(made), *others)
 
     def _after(self, layer: Layer, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         """Scale the output, and add the changes, one batch of rows after another."""
@@ -195,21 +201,13 @@ class _Change:
         # Views: in-place additions to the tokens change the output.
         tokens = output.permute(0, 2, 3, 1) if isinstance(layer, nn.Conv2d) else output
         tokens = tokens.view(len(tokens), -1, tokens.shape[-1])
-        for own_x, own in zip(self._passes(x), self._passes(tokens), strict=True):
+        both = passes(x, self._rows), passes(tokens, self._rows)
+        for own_x, own in zip(*both, strict=True):
             if self._changed.outputs is not None:
                 self._changed.outputs.scale(own)
             for one in self._changed.changes:
                 one.stack(keep=self._keep).add(layer, own_x, own)
         return output
-
-    def _passes(self, tensor: Tensor) -> list[Tensor]:
-        """All rows, and again all rows where a network has them behind each other.
-
-        So Qwen-Image-Edit tells each row two times at once, its own and that of its pictures.
-        """
-        if len(tensor) == self._rows:
-            return [tensor]
-        return [tensor[i : i + self._rows] for i in range(0, len(tensor), self._rows)]
 
 
 def _has_died(key: Key) -> bool:

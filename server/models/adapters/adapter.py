@@ -1,8 +1,8 @@
-"""What an adapter is once it is loaded: low-rank changes of a network's layers."""
+"""What an adapter is once it is loaded: changes of a network's layers and norms."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from server.models.adapters.magnitude import Magnitude
+    from server.models.adapters.norms import NormChange
 
 __all__ = ["Adapter", "LowRank", "RowAdapters", "Weighted"]
 
@@ -52,21 +53,24 @@ class Adapter:
         revision: first 16 hexadecimal digits of the SHA-256 of its file.
         parts: changes by the network's name in a model folder (``unet``, ``text_encoder``, ...) and
             by the layer's name in that network.
+        norms: changes of norms, by the names of network and norm.
     """
 
     name: str
     revision: str
     parts: Mapping[str, Mapping[str, LowRank]]
+    norms: Mapping[str, Mapping[str, NormChange]] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
         """Memory of all tensors, in bytes."""
-        return sum(change.nbytes for part in self.parts.values() for change in part.values())
+        parts = (*self.parts.values(), *self.norms.values())
+        return sum(change.nbytes for part in parts for change in part.values())
 
     @property
     def changes_text(self) -> bool:
         """Whether it changes how prompts are encoded."""
-        return any(part.startswith("text_encoder") for part in self.parts)
+        return any(part.startswith("text_encoder") for part in (*self.parts, *self.norms))
 
 
 @dataclass(frozen=True, slots=True)

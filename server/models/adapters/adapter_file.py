@@ -17,7 +17,14 @@ from server.models.adapters.adapter import Adapter, LowRank
 from server.models.adapters.lycoris import layers_of_whole_operands
 from server.models.adapters.magnitude import INPUTS, OUTPUTS, joined, measured, weight_of
 from server.models.adapters.naming import DOWN, UP
-from server.models.adapters.placing import LARGEST_ALPHA, Header, Placed, Target, place
+from server.models.adapters.placing import (
+    LARGEST_ALPHA,
+    Header,
+    Placed,
+    Placement,
+    Target,
+    place,
+)
 from server.models.adapters.stated import stated_defaults
 from server.models.folder import chunks_of, stamp_of, without_folder
 from server.models.header import shapes_of
@@ -29,6 +36,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from server.models.adapters.norms import NormChange, PlacedNorm
     from server.models.defaults import ModelDefaults
 
 __all__ = ["AdapterFile"]
@@ -42,7 +50,7 @@ class AdapterFile:
         name: as requests say it.
         path: of the file.
         stamp: by which a change of the file is noticed.
-        parts: its changes, by network and by layer.
+        changes: changes of layers and norms.
         target: the model.
         defaults: what a model with it is sampled with by a request that leaves it out; None where
             the file does not say.
@@ -51,7 +59,7 @@ class AdapterFile:
     name: str
     path: Path
     stamp: tuple[int, int]
-    parts: Mapping[str, Mapping[str, Placed]]
+    changes: Placement
     target: Target
     defaults: ModelDefaults | None
 
@@ -85,12 +93,20 @@ class AdapterFile:
 
     @property
     def rank(self) -> int:
-        """The largest of its layers' ranks."""
-        return max(one.rank for part in self.parts.values() for one in part.values())
+        """The largest of its layers' ranks; 0 if it changes norms only."""
+        parts = self.changes.parts.values()
+        return max((one.rank for part in parts for one in part.values()), default=0)
+
+    @property
+    def networks(self) -> tuple[str, ...]:
+        """Networks that it changes, by their names in a model folder."""
+        return tuple(sorted({*self.changes.parts, *self.changes.norms}))
 
     def nbytes(self, dtype: torch.dtype) -> int:
         """Memory of all tensors once they are loaded, in bytes."""
-        return sum(_nbytes(one, dtype) for part in self.parts.values() for one in part.values())
+        layers, norms = self.changes.parts.values(), self.changes.norms.values()
+        sizes = [_nbytes(one, dtype) for part in layers for one in part.values()]
+        return sum(sizes) + sum(one.nbytes for part in norms for one in part.values())
 
     def load(self, device: torch.device, dtype: torch.dtype) -> Adapter:
         """Load the weights.
@@ -104,7 +120,7 @@ class AdapterFile:
             # What is free is not asked before: adapters are small, and may have of a GPU what its
             # weights leave to activations.
             with refused_if_full(f"adapter {self.name!r}", needed):
-                parts = self._parts(device, dtype)
+                parts, norms = self._loaded(device, dtype)
             revision = _revision(self.path)
         except (OSError, SafetensorError) as error:
             raise AdapterMismatch(
@@ -112,24 +128,35 @@ class AdapterFile:
             ) from None
         if stamp_of(self.path) != self.stamp:
             raise AdapterMismatch(f"adapter {self.name!r} changed while it was read; try again.")
-        return Adapter(self.name, revision, parts)
+        return Adapter(self.name, revision, parts, norms)
 
     def _passing_bytes(self, dtype: torch.dtype) -> int:
         """The largest weight that a DoRA is compared with, restored or brought to the device."""
-        placed = (one for part in self.parts.values() for one in part.values())
+        placed = (one for part in self.changes.parts.values() for one in part.values())
         compared = (one.shapes for one in placed if one.magnitude is not None)
         return max((prod(down[1:]) * up[0] for down, up in compared), default=0) * dtype.itemsize
 
     @torch.no_grad()
-    def _parts(self, device: torch.device, dtype: torch.dtype) -> dict[str, dict[str, LowRank]]:
+    def _loaded(
+        self, device: torch.device, dtype: torch.dtype
+    ) -> tuple[dict[str, dict[str, LowRank]], dict[str, dict[str, NormChange]]]:
         tensors = load_file(self.path, backend="pread")
         state = self.target.converted(tensors, dtype)
         # What is not needed any more goes at once: only the file is in memory beside the adapter.
         del tensors
         parts: dict[str, dict[str, LowRank]] = {}
-        for part, layers in self.parts.items():
+        norms: dict[str, dict[str, NormChange]] = {}
+
+        def taken(part: str, layer: str, one: Placed | PlacedNorm) -> dict[str, Tensor]:
+            return {end: state[part].pop(f"{layer}.{end}") for end in one.endings}
+
+        for part, placed in self.changes.norms.items():
+            for norm, one in placed.items():
+                loaded = one.loaded(taken(part, norm, one), device)
+                norms.setdefault(part, {})[norm] = loaded
+        for part, layers in self.changes.parts.items():
             for layer, one in layers.items():
-                own = {end: state[part].pop(f"{layer}.{end}") for end in one.endings}
+                own = taken(part, layer, one)
                 change = _loaded(own[DOWN], own[UP], one, device, dtype)
                 if one.magnitude is not None:
                     weight = weight_of(self.target.layer(part, layer, device), dtype)
@@ -142,7 +169,7 @@ class AdapterFile:
                     change = replace(change, bias=bias)
                 parts.setdefault(part, {})[layer] = change
             _join(parts[part], layers)
-        return parts
+        return parts, norms
 
 
 def _join(changes: dict[str, LowRank], layers: Mapping[str, Placed]) -> None:

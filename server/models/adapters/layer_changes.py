@@ -5,28 +5,27 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache
 from operator import itemgetter
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 
+from server.models.adapters.adapted_rows import AdaptedRows, for_any_forward, where
 from server.models.adapters.convolution import multiplies
 from server.models.adapters.magnitude import composed
 from server.models.adapters.row_scales import InputScales, OutputScales
-from server.models.adapters.stack import AdaptedRows, longest_run, reaches, stacked
+from server.models.adapters.stack import longest_run, reaches, stacked
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
-    from contextlib import AbstractContextManager
+    from collections.abc import Mapping, Sequence
 
     from torch import Tensor
 
+    from server.models.adapters.adapted_rows import Sent
     from server.models.adapters.adapter import LowRank, RowAdapters, Weighted
     from server.models.adapters.magnitude import WeightScales
     from server.models.adapters.stack import Changes, Layer, Stack
 
 __all__ = ["ChangedLayer", "LayerChanges", "layer_changes"]
-
-Sent: TypeAlias = "Callable[[tuple[Any, ...]], Tensor]"
 
 OfRows: TypeAlias = "dict[int, Changes]"
 
@@ -68,7 +67,7 @@ class LayerChanges:
             return self._kept
         if not keep:
             return self._stack()
-        with _for_any_forward(), torch.no_grad():
+        with for_any_forward(), torch.no_grad():
             self._kept = self._stack()
         self.entries = []
         return self._kept
@@ -112,7 +111,7 @@ def layer_changes(
     part: str,
     layers: Mapping[str, Layer],
     adapters: RowAdapters,
-    device: torch.device,
+    sent: Sent,
     *,
     by_products: bool,
 ) -> dict[str, ChangedLayer]:
@@ -126,15 +125,9 @@ def layer_changes(
         part: the network's name in a model folder.
         layers: of the network, by name.
         adapters: of the rows of the forward.
-        device: of the network.
+        sent: copies numbers to the device of the network.
         by_products: whether to make convolutions products of matrices, where they can be.
     """
-
-    @cache
-    def sent(numbers: tuple[Any, ...]) -> Tensor:
-        with _for_any_forward():
-            return torch.tensor(numbers).to(device, non_blocking=True)
-
     total, found = len(adapters.rows), dict[str, ChangedLayer]()
     for name, own in _by_layer(part, adapters).items():
         changes = [
@@ -156,7 +149,7 @@ def _by_layer(part: str, adapters: RowAdapters) -> dict[str, _Rows]:
         return _composed(part, own)
 
     found: dict[str, _Rows] = {}
-    with _for_any_forward(), torch.no_grad():
+    with for_any_forward(), torch.no_grad():
         for row, own in enumerate(adapters.rows):
             for name, (scales, changes) in of_layers(own).items():
                 layer = found.setdefault(name, _Rows({}, {}))
@@ -197,7 +190,7 @@ def _output_scales(own: _Rows, total: int, sent: Sent, layer: Layer) -> OutputSc
     }
     if not scaled:
         return None
-    with _for_any_forward(), torch.no_grad():
+    with for_any_forward(), torch.no_grad():
         given = [one for scales in scaled.values() for one in (scales.outputs, scales.bias)]
         like = next(one for one in given if one is not None)
         ones, zeros = torch.ones_like(like), torch.zeros_like(like)
@@ -213,9 +206,9 @@ def _scaled_rows(
     factors: Mapping[int, Tensor], total: int, sent: Sent
 ) -> tuple[AdaptedRows, Tensor]:
     """Which rows of a forward have factors, and these factors ``[rows, entries]``."""
-    with _for_any_forward(), torch.no_grad():
+    with for_any_forward(), torch.no_grad():
         factor = torch.stack([*factors.values()])
-    return AdaptedRows(_where([*factors], total, sent), len(factors), 1), factor
+    return AdaptedRows(where([*factors], total, sent), len(factors), 1), factor
 
 
 def _joint(
@@ -236,16 +229,7 @@ def _positions(own: list[int], adapters: RowAdapters, sent: Sent) -> slice | Ten
     if adapters.fixed:
         # In place, products may take other paths than those of gathered rows do.
         return sent((*own, *own[:1] * (total - len(own))))
-    return _where(own, total, sent)
-
-
-def _where(positions: list[int], total: int, sent: Sent) -> slice | Tensor | None:
-    first, count = positions[0], len(positions)
-    if count == total:
-        return None
-    if positions[-1] - first == count - 1:
-        return slice(first, first + count)
-    return sent(tuple(positions))
+    return where(own, total, sent)
 
 
 def _weights(entries: list[Changes]) -> tuple[tuple[tuple[float, ...]], ...]:
@@ -253,8 +237,3 @@ def _weights(entries: list[Changes]) -> tuple[tuple[tuple[float, ...]], ...]:
     of_ranks = [[weight for one, weight in own for _ in range(one.rank)] for own in entries]
     most = max(map(len, of_ranks))
     return tuple(((*own, *[0.0] * (most - len(own))),) for own in of_ranks)
-
-
-def _for_any_forward() -> AbstractContextManager[None]:
-    """Tensors that are made inside may also be read where a forward is differentiated."""
-    return torch.inference_mode(mode=False)

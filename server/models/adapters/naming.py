@@ -27,6 +27,8 @@ __all__ = [
     "DOWN",
     "FACTOR_BIAS",
     "MOVED_BIAS",
+    "NORM_BIAS",
+    "NORM_WEIGHT",
     "SIZE",
     "SIZE_BLENDED",
     "UP",
@@ -46,6 +48,10 @@ MOVED_BIAS: Final = "diff_b"
 """The change of a bias as LyCORIS and ComfyUI write it."""
 FACTOR_BIAS: Final = "lora_B.bias"
 """The change of a bias as peft writes it, which alpha / rank multiplies."""
+NORM_WEIGHT: Final = "w_norm"
+"""The change of a norm's weight as LyCORIS writes it; ComfyUI writes ``diff``."""
+NORM_BIAS: Final = "b_norm"
+"""The change of a norm's bias as LyCORIS writes it; ComfyUI writes that of any other layer's."""
 
 ENDINGS: Final[Mapping[str, str]] = {
     DOWN: r"(?:lora_A(?:\.default)?|lora[_.]down|lora_linear_layer\.down)\.weight",
@@ -54,6 +60,9 @@ ENDINGS: Final[Mapping[str, str]] = {
     SIZE_BLENDED: r"dora_scale",
     MOVED_BIAS: r"diff_b",
     FACTOR_BIAS: r"lora_B(?:\.default)?\.bias",
+    # Differences of weights of other layers have been converted to factors before.
+    NORM_WEIGHT: r"w_norm|diff",
+    NORM_BIAS: r"b_norm",
 }
 """Patterns of the endings of tensors' names, by the ending that is used here."""
 
@@ -83,7 +92,7 @@ def alpha_of(name: str) -> str:
 
 
 def without_vectors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """All tensors except magnitudes of DoRA and changes of biases, which converters do not know."""
+    """All tensors except those that converters do not know: of DoRA, biases and norms."""
     return {
         name: one
         for name, one in tensors.items()

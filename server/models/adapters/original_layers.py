@@ -1,4 +1,4 @@
-"""Layers of transformers as their original code names them, and the layers of diffusers they are.
+"""Layers and norms of transformers by the names of their original code and of diffusers.
 
 As diffusers' converters of whole checkpoints map them (``loaders/single_file_utils.py``). Those of
 LoRA files know fewer layers, and only networks of the published sizes.
@@ -48,12 +48,22 @@ class Original(NamedTuple):
 def _stream(name: str, short: str, added: str, out: str, ff: str) -> list[Original]:
     """Attention and feed-forward layers of one of the two streams of FLUX.1 and FLUX.2."""
     block, original = "transformer_blocks.{0}", rf"double_blocks_(\d+)_{short}"
+    norm = "attn.norm_added" if name == "ff_context" else "attn.norm"
     three = tuple(f"{block}.attn.{added.format(one)}" for one in "qkv")
     return [
         Original(f"{original}_attn_qkv", three),
         Original(f"{original}_attn_proj", (f"{block}.attn.{out}",)),
+        *_norms(f"{original}_attn_norm", f"{block}.{norm}"),
         Original(f"{original}_mlp_0", (f"{block}.{name}.{ff.split()[0]}",)),
         Original(f"{original}_mlp_2", (f"{block}.{name}.{ff.split()[1]}",)),
+    ]
+
+
+def _norms(original: str, norm: str) -> list[Original]:
+    """Norms of queries and keys in FLUX.1 and FLUX.2, whose weight is named ``scale`` there."""
+    return [
+        Original(f"{original}_{name}_norm(?:_scale)?", (f"{norm}_{name[0]}",))
+        for name in ("query", "key")
     ]
 
 
@@ -86,6 +96,7 @@ _FLUX_1 = (
         (*(f"{_SINGLE}.attn.to_{one}" for one in "qkv"), f"{_SINGLE}.proj_mlp"),
     ),
     Original(r"single_blocks_(\d+)_linear2", (f"{_SINGLE}.proj_out",)),
+    *_norms(r"single_blocks_(\d+)_norm", f"{_SINGLE}.attn.norm"),
     Original(r"single_blocks_(\d+)_modulation_lin", (f"{_SINGLE}.norm.linear",)),
     *_embedders(
         "time_text_embed",
@@ -100,6 +111,7 @@ _FLUX_2 = (
     *_streams("linear_in linear_out"),
     Original(r"single_blocks_(\d+)_linear1", (f"{_SINGLE}.attn.to_qkv_mlp_proj",)),
     Original(r"single_blocks_(\d+)_linear2", (f"{_SINGLE}.attn.to_out",)),
+    *_norms(r"single_blocks_(\d+)_norm", f"{_SINGLE}.attn.norm"),
     *_embedders(
         "time_guidance_embed",
         {"time_in": "timestep_embedder", "guidance_in": "guidance_embedder"},
@@ -123,6 +135,12 @@ _Z_IMAGE = (
                 tuple(f"{block}.{{0}}.attention.to_{one}" for one in "qkv"),
             ),
             Original(rf"{block}_(\d+)_attention_out", (f"{block}.{{0}}.attention.to_out.0",)),
+            *(
+                Original(
+                    rf"{block}_(\d+)_attention_{one}_norm", (f"{block}.{{0}}.attention.norm_{one}",)
+                )
+                for one in "qk"
+            ),
         )
     ),
     Original("x_embedder", ("all_x_embedder.2-1",)),
@@ -139,6 +157,10 @@ _SD3_STREAMS = {
             "mlp_fc1": "ff.net.0.proj",
             "mlp_fc2": "ff.net.2",
             "adaLN_modulation_1": "norm1.linear",
+            "attn_ln_q": "attn.norm_q",
+            "attn_ln_k": "attn.norm_k",
+            "attn2_ln_q": "attn2.norm_q",
+            "attn2_ln_k": "attn2.norm_k",
         },
     ),
     "context": (
@@ -148,6 +170,8 @@ _SD3_STREAMS = {
             "mlp_fc1": "ff_context.net.0.proj",
             "mlp_fc2": "ff_context.net.2",
             "adaLN_modulation_1": "norm1_context.linear",
+            "attn_ln_q": "attn.norm_added_q",
+            "attn_ln_k": "attn.norm_added_k",
         },
     ),
 }

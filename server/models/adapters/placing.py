@@ -12,7 +12,7 @@ import json
 import re
 from dataclasses import dataclass, field
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
@@ -29,6 +29,7 @@ from server.models.adapters.naming import (
     named,
     without_vectors,
 )
+from server.models.adapters.norms import PlacedNorm, is_norm, norm_of
 from server.models.adapters.original_layers import ORIGINAL, Original
 from server.models.adapters.vectors import PlacedBias, PlacedMagnitude, bias_of, magnitude_of
 from server.models.gguf.layers import conv_shape
@@ -45,13 +46,12 @@ __all__ = [
     "LARGEST_ALPHA",
     "Header",
     "Placed",
+    "Placement",
     "Target",
     "place",
 ]
 
 UNSUPPORTED = {
-    ".w_norm": "changes norms",
-    ".b_norm": "changes norms",
     ".set_weight": "replaces whole weights",
     ".oft_": "is an OFT",
     ".a1.weight": "is a GLoRA",
@@ -94,8 +94,8 @@ class Target:
 
     Attributes:
         model: its name.
-        layers: shapes of the weights of its linear layers and convolutions, by the network's name
-            in a model folder and by the layer's name in that network.
+        layers: shapes of the weights of its linear layers, convolutions and norms, by the network's
+            name in a model folder and by the layer's name in that network.
         unet_config: of its U-Net, by which the converters number blocks; None where it has none.
         converter: of the files of its transformer; None for those of U-Nets.
         original: layers of the original code of its transformer.
@@ -119,13 +119,9 @@ class Target:
         """
         layers = {
             part: {
-                name: _shape_of(layer)
+                name: shape
                 for name, layer in network.named_modules()
-                if NOT_BY_ROWS not in name.split(".")
-                and (
-                    isinstance(layer, nn.Linear)
-                    or (isinstance(layer, nn.Conv2d) and layer.groups == 1)
-                )
+                if NOT_BY_ROWS not in name.split(".") and (shape := _shape_of(layer)) is not None
             }
             for part, network in networks.items()
         }
@@ -206,15 +202,29 @@ class Placed:
         return DOWN, UP, *vectors
 
 
-def _shape_of(layer: nn.Linear | nn.Conv2d) -> tuple[int, ...]:
-    """Of the weight, which a quantised layer keeps in another shape."""
+class Placement(NamedTuple):
+    """The changes of a file.
+
+    Attributes:
+        parts: changes of layers, by the names of network and layer.
+        norms: changes of norms, by the names of network and norm.
+    """
+
+    parts: Mapping[str, Mapping[str, Placed]]
+    norms: Mapping[str, Mapping[str, PlacedNorm]]
+
+
+def _shape_of(layer: nn.Module) -> tuple[int, ...] | None:
+    """Shape of a layer's weight before quantization; None if adapters cannot change the layer."""
     if isinstance(layer, nn.Linear):
         return layer.out_features, layer.in_features
-    return conv_shape(layer)
+    if isinstance(layer, nn.Conv2d):
+        return conv_shape(layer) if layer.groups == 1 else None
+    return tuple(layer.weight.shape) if is_norm(layer) else None
 
 
-def place(header: Header, target: Target) -> dict[str, dict[str, Placed]]:
-    """The changes of a file, by network and by layer.
+def place(header: Header, target: Target) -> Placement:
+    """Find what a file changes.
 
     Args:
         header: of the file: peft's names as diffusers saves them, diffusers' older ones, kohya's,
@@ -233,8 +243,17 @@ def place(header: Header, target: Target) -> dict[str, dict[str, Placed]]:
     }
     stand_ins |= {name: torch.tensor(value) for name, value in header.alphas.items()}
     placed: dict[str, dict[str, Placed]] = {}
+    norms: dict[str, dict[str, PlacedNorm]] = {}
     used: set[str] = set()
     for part, layer, own in _by_layer(target.converted(stand_ins)):
+        if not {DOWN, UP} & own.keys():
+            if norm := _norm(target, part, layer, own):
+                norms.setdefault(part, {})[layer] = norm
+                used |= _sources(own, norm)
+            continue
+        if not {DOWN, UP} <= own.keys():
+            alone = own[DOWN] if DOWN in own else own[UP]
+            raise AdapterMismatch(f"has {listed(alone.sources)} without its other factor")
         down, up = own[DOWN], own[UP]
         shapes = tuple(down.shape), tuple(up.shape)
         _check(target, part, layer, shapes)
@@ -245,14 +264,25 @@ def place(header: Header, target: Target) -> dict[str, dict[str, Placed]]:
             raise AdapterMismatch(
                 f"is a DoRA ({CONFIG} says so) without the lora_magnitude_vector of {layer[:120]}"
             )
-        placed.setdefault(part, {})[layer] = Placed(shapes, scale, magnitude, bias)
-        used |= frozenset[str]().union(*(own[end].sources for end in placed[part][layer].endings))
+        change = Placed(shapes, scale, magnitude, bias)
+        placed.setdefault(part, {})[layer] = change
+        used |= _sources(own, change)
     used |= {alpha_of(name) for name in used} & header.alphas.keys()
     if unused := [name for name in stand_ins if name not in used]:
         raise AdapterMismatch(f"has tensors that are not understood: {listed(unused)}")
-    if not placed:
+    if not placed and not norms:
         raise AdapterMismatch("has no tensors")
-    return placed
+    return Placement(placed, norms)
+
+
+def _norm(target: Target, part: str, layer: str, own: Mapping[str, StandIn]) -> PlacedNorm | None:
+    weight = target.layers.get(part, {}).get(layer, ())
+    return norm_of(own, f"{layer} of {part}", weight, target.model)
+
+
+def _sources(own: Mapping[str, StandIn], change: Placed | PlacedNorm) -> frozenset[str]:
+    """Names of the tensors of a file that a change uses."""
+    return frozenset[str]().union(*(own[ending].sources for ending in change.endings))
 
 
 def _as_in(known: Mapping[str, Any], name: str) -> str:
@@ -275,7 +305,7 @@ def _shaped(factor: Tensor, name: str, layers: Mapping[str, tuple[int, ...]]) ->
 def _by_layer(
     state: Mapping[str, Mapping[str, Tensor]],
 ) -> Iterator[tuple[str, str, dict[str, StandIn]]]:
-    """Network, layer, and its tensors by the endings of their names, both factors among them."""
+    """Network, layer, and its tensors by the endings of their names."""
     for part, tensors in state.items():
         layers: dict[str, dict[str, StandIn]] = {}
         for name, tensor in tensors.items():
@@ -283,12 +313,6 @@ def _by_layer(
             if match and isinstance(tensor, StandIn):
                 layers.setdefault(match["layer"], {})[match["ending"]] = tensor
         for layer, own in layers.items():
-            if not {DOWN, UP} & own.keys():
-                # Refused with all other tensors that are left over.
-                continue
-            if not {DOWN, UP} <= own.keys():
-                alone = own[DOWN] if DOWN in own else own[UP]
-                raise AdapterMismatch(f"has {listed(alone.sources)} without its other factor")
             yield part, layer, own
 
 

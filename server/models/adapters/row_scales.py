@@ -14,7 +14,8 @@ import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from server.models.adapters.stack import AdaptedRows, Layer
+    from server.models.adapters.adapted_rows import AdaptedRows
+    from server.models.adapters.stack import Layer
 
 __all__ = ["InputScales", "OutputScales"]
 

@@ -17,38 +17,15 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from server.models.adapters.adapted_rows import AdaptedRows
     from server.models.adapters.adapter import LowRank
 
-__all__ = ["AdaptedRows", "Changes", "Layer", "Stack", "longest_run", "stacked"]
+__all__ = ["Changes", "Layer", "Stack", "longest_run", "stacked"]
 
 Layer: TypeAlias = "nn.Linear | nn.Conv2d"
 
 Changes: TypeAlias = "list[tuple[LowRank, float]]"
 """All changes of a layer in one row, with their weights."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class AdaptedRows:
-    """Some rows of a forward, in runs of rows with the same changes.
-
-    Attributes:
-        where: None for all rows; a slice where they stand side by side; else their positions,
-            int64 on the device, behind which the first one may be repeated.
-        count: rows, repeated ones not counted.
-        run: rows that each entry of a stack is for.
-    """
-
-    where: slice | Tensor | None
-    count: int
-    run: int
-
-    def of(self, tensor: Tensor) -> Tensor:
-        """Those rows of a tensor of all rows."""
-        if self.where is None:
-            return tensor
-        if isinstance(self.where, slice):
-            return tensor[self.where]
-        return tensor.index_select(0, self.where)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -35,6 +35,28 @@ NORMS = [
     *(f"double_blocks.0.{s}_attn.norm.{n}_norm" for s in ("img", "txt") for n in ("query", "key")),
     *(f"single_blocks.0.norm.{n}_norm" for n in ("query", "key")),
 ]
+NORMS_OF: Mapping[str, list[str]] = {
+    "FluxTransformer2DModel": [f"{name}.scale" for name in NORMS],
+    "Flux2Transformer2DModel": [f"{name}.scale" for name in NORMS],
+    "ZImageTransformer2DModel": [
+        *(
+            f"{block}.0.attention.{n}_norm.weight"
+            for block in ("layers", "noise_refiner", "context_refiner")
+            for n in "qk"
+        ),
+        "layers.0.attention_norm1.weight",
+        "cap_embedder.0.weight",
+    ],
+    "SD3Transformer2DModel": [
+        f"joint_blocks.{block}_block.{attention}.ln_{n}.weight"
+        for block, attention in (
+            *(("0.x", "attn"), ("0.x", "attn2"), ("0.context", "attn")),
+            *(("1.x", "attn"), ("1.context", "attn")),
+        )
+        for n in "qk"
+    ],
+}
+"""Weights of the norms that those blocks may have."""
 FLUX_1 = flux([*EMBEDDERS, *VECTOR, "single_blocks.0.modulation.lin"], {"mod.lin": 6})
 FLUX_2 = flux([*EMBEDDERS, *MODULATIONS], {})
 Z_IMAGE = {
@@ -72,7 +94,7 @@ def whole(kind: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """All tensors of a transformer with those weights."""
     made = {f"{name}.weight": weight for name, weight in weights.items()}
     if kind.startswith("Flux"):
-        made |= {f"{name}.scale": torch.ones(1) for name in NORMS}
+        made |= {name: torch.ones(1) for name in NORMS_OF[kind]}
     if kind in ("FluxTransformer2DModel", "SD3Transformer2DModel"):
         made |= {f"{name}.bias": torch.ones(len(one)) for name, one in weights.items()}
     if kind == "SD3Transformer2DModel":

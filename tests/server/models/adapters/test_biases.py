@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from server.models.adapters.adapted_network import AdaptedNetwork
+from server.models.adapters.adapted_rows import sender
 from server.models.adapters.adapter import Adapter, LowRank, RowAdapters, Weighted
 from server.models.adapters.adapter_file import AdapterFile
 from server.models.adapters.layer_changes import layer_changes
@@ -107,7 +108,9 @@ def test_what_is_kept_of_a_layer_is_counted_with_the_biases_of_its_rows(network:
     low_rank = LowRank(torch.ones(2, 6), torch.ones(5, 2), bias=torch.ones(5))
     adapter = Adapter("one", "0", {"unet": {"proj": low_rank}})
     rows = RowAdapters(((Weighted(adapter, 1.0),), (), (Weighted(adapter, 0.5),)))
-    changed = layer_changes("unet", {"proj": network.proj}, rows, CPU, by_products=False)["proj"]
+    changed = layer_changes("unet", {"proj": network.proj}, rows, sender(CPU), by_products=False)[
+        "proj"
+    ]
     outputs = changed.outputs
     assert outputs is not None
     assert outputs.shift is not None

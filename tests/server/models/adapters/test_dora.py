@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from server.errors import AdapterMismatch
 from server.models.adapters import magnitude
 from server.models.adapters.adapted_network import AdaptedNetwork
+from server.models.adapters.adapted_rows import AdaptedRows
 from server.models.adapters.adapter import RowAdapters, Weighted
 from server.models.adapters.adapter_file import AdapterFile
 from server.models.adapters.lycoris import as_low_rank
 from server.models.adapters.magnitude import weight_of
 from server.models.adapters.placing import Target
 from server.models.adapters.row_scales import InputScales
-from server.models.adapters.stack import AdaptedRows
 
 CPU = torch.device("cpu")
 LAYERS = ("conv", "proj", "small")

@@ -17,6 +17,7 @@ from server.models.adapters.original_unet import original_names
 from tests.server.models.original_layers import (
     FLUX_1,
     FLUX_2,
+    NORMS_OF,
     STABLE_DIFFUSION_3,
     WIDTH,
     Z_IMAGE,
@@ -69,31 +70,31 @@ def test_a_layer_is_found_by_each_trainers_name(written: str, network: str, laye
     assert [*found[network]] == [f"{[*LAYERS[network]][layer]}.lora_A.weight"]
 
 
-@pytest.mark.parametrize(
-    ("kind", "convert", "sizes"),
-    [
-        (
-            "FluxTransformer2DModel",
-            single_file_utils.convert_flux_transformer_checkpoint_to_diffusers,
-            FLUX_1,
-        ),
-        (
-            "Flux2Transformer2DModel",
-            single_file_utils.convert_flux2_transformer_checkpoint_to_diffusers,
-            FLUX_2,
-        ),
-        (
-            "ZImageTransformer2DModel",
-            single_file_utils.convert_z_image_transformer_checkpoint_to_diffusers,
-            Z_IMAGE,
-        ),
-        (
-            "SD3Transformer2DModel",
-            single_file_utils.convert_sd3_transformer_checkpoint_to_diffusers,
-            STABLE_DIFFUSION_3,
-        ),
-    ],
-)
+KINDS = [
+    (
+        "FluxTransformer2DModel",
+        single_file_utils.convert_flux_transformer_checkpoint_to_diffusers,
+        FLUX_1,
+    ),
+    (
+        "Flux2Transformer2DModel",
+        single_file_utils.convert_flux2_transformer_checkpoint_to_diffusers,
+        FLUX_2,
+    ),
+    (
+        "ZImageTransformer2DModel",
+        single_file_utils.convert_z_image_transformer_checkpoint_to_diffusers,
+        Z_IMAGE,
+    ),
+    (
+        "SD3Transformer2DModel",
+        single_file_utils.convert_sd3_transformer_checkpoint_to_diffusers,
+        STABLE_DIFFUSION_3,
+    ),
+]
+
+
+@pytest.mark.parametrize(("kind", "convert", "sizes"), KINDS)
 def test_layers_of_the_original_code_are_those_of_diffusers_converters(
     kind: str, convert: Callable[[dict[str, Tensor]], dict[str, Any]], sizes: Mapping[str, int]
 ) -> None:
@@ -114,6 +115,27 @@ def test_layers_of_the_original_code_are_those_of_diffusers_converters(
     assert not others
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize(("kind", "convert", "sizes"), KINDS)
+def test_norms_of_the_original_code_are_those_of_diffusers_converters(
+    kind: str, convert: Callable[[dict[str, Tensor]], dict[str, Any]], sizes: Mapping[str, int]
+) -> None:
+    norms = {name: torch.tensor([1.0 + i]) for i, name in enumerate(NORMS_OF[kind])}
+    weights = {name: torch.zeros(outs * WIDTH, 1) for name, outs in sizes.items()}
+    theirs = {
+        name.removesuffix(".weight"): one
+        for name, one in convert(whole(kind, weights) | norms).items()
+        if name.endswith(".weight") and any(one is mark for mark in norms.values())
+    }
+    file = {
+        f"diffusion_model.{name.removesuffix('.weight')}.diff": one for name, one in norms.items()
+    }
+    layers = {"transformer": dict.fromkeys(theirs, (1,))}
+    found, others = named(file, layers, ORIGINAL[kind])
+    assert not others
+    assert {k.removesuffix(".w_norm"): one for k, one in found["transformer"].items()} == theirs
+    assert len(theirs) == len(norms)
 
 
 STABLE_DIFFUSION_1: dict[str, Any] = {

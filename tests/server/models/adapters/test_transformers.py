@@ -320,6 +320,41 @@ def test_a_change_of_a_bias_that_diffusers_divides_is_that_of_each_part(
     assert torch.equal(made[0], plain[0])
 
 
+QUERY_NORM = {
+    "flux1": "diffusion_model.double_blocks.0.img_attn.norm.query_norm.diff",
+    "flux2": "diffusion_model.single_blocks.0.norm.query_norm.scale.diff",
+    "qwen_image": "transformer.txt_norm.w_norm",
+    "sana": "lycoris_caption_norm.w_norm",
+    "sd3": "diffusion_model.joint_blocks.0.context_block.attn.ln_q.diff",
+    "z_image": "diffusion_model.cap_embedder.0.diff",
+}
+NORM = {
+    "flux1": "transformer_blocks.0.attn.norm_q",
+    "flux2": "single_transformer_blocks.0.attn.norm_q",
+    "qwen_image": "txt_norm",
+    "sana": "caption_norm",
+    "sd3": "transformer_blocks.0.attn.norm_added_q",
+    "z_image": "cap_embedder.0",
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@torch.inference_mode()
+def test_a_row_with_a_change_of_a_norm_is_that_of_the_changed_network(
+    hosted: Callable[[str], Hosted], tmp_path: Path, name: str
+) -> None:
+    family = hosted(name)
+    merged = copy.deepcopy(family.pipeline.transformer)
+    weight = merged.get_submodule(NORM[name]).get_parameter("weight")
+    moved = 100 * drawn(len(weight), seed=3)
+    one = loaded(family, {QUERY_NORM[name]: moved}, tmp_path / "one.safetensors")
+    weight.data += 0.8 * moved
+    made, plain, given = predicted(family, ((), (one,)))
+    assert difference(made[1], family.family.denoiser(merged)(*given)[1]) < 1e-5
+    assert difference(made[1], plain[1]) > 1e-3
+    assert torch.equal(made[0], plain[0])
+
+
 def test_a_joined_projection_as_wide_as_one_of_its_parts_is_refused(
     hosted: Callable[[str], Hosted], tmp_path: Path
 ) -> None:
