@@ -52,12 +52,12 @@ It holds weak references: the memory of adapters belongs to the requests.
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class _Plan:
-    """What is changed in a forward.
+    """The changes of a forward pass.
 
     Attributes:
-        layers: what is changed about each, by name.
+        layers: changes of layers, by name.
         norms: changes of norms, by name.
-        nbytes: size of stacks, factors and changes of norms.
+        nbytes: size of stacks, factors and changes of norms, in bytes.
     """
 
     layers: Mapping[str, ChangedLayer]

@@ -1,4 +1,4 @@
-"""What an adapter is once it is loaded: changes of a network's layers and norms."""
+"""Loaded adapters: changes of a network's layers and norms."""
 
 from __future__ import annotations
 

@@ -44,16 +44,16 @@ __all__ = ["AdapterFile"]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class AdapterFile:
-    """A file that fits a model.
+    """An adapter file that fits a model.
 
     Attributes:
-        name: as requests say it.
-        path: of the file.
-        stamp: by which a change of the file is noticed.
+        name: name that requests use.
+        path: path of the file.
+        stamp: value that changes when the file changes.
         changes: changes of layers and norms.
         target: the model.
-        defaults: what a model with it is sampled with by a request that leaves it out; None where
-            the file does not say.
+        defaults: settings of requests that use it and leave them out; None where the file states
+            none.
     """
 
     name: str
@@ -93,7 +93,7 @@ class AdapterFile:
 
     @property
     def rank(self) -> int:
-        """The largest of its layers' ranks; 0 if it changes norms only."""
+        """The largest rank of its layers; 0 if it changes norms only."""
         parts = self.changes.parts.values()
         return max((one.rank for part in parts for one in part.values()), default=0)
 
@@ -103,7 +103,7 @@ class AdapterFile:
         return tuple(sorted({*self.changes.parts, *self.changes.norms}))
 
     def nbytes(self, dtype: torch.dtype) -> int:
-        """Memory of all tensors once they are loaded, in bytes."""
+        """Memory of all tensors when loaded, in bytes."""
         layers, norms = self.changes.parts.values(), self.changes.norms.values()
         sizes = [_nbytes(one, dtype) for part in layers for one in part.values()]
         return sum(sizes) + sum(one.nbytes for part in norms for one in part.values())
@@ -117,8 +117,8 @@ class AdapterFile:
         """
         needed = self.nbytes(dtype) + self._passing_bytes(dtype)
         try:
-            # What is free is not asked before: adapters are small, and may have of a GPU what its
-            # weights leave to activations.
+            # Free memory is not checked in advance: adapters are small, and may use the share of a
+            # GPU's memory that weights leave to activations.
             with refused_if_full(f"adapter {self.name!r}", needed):
                 parts, norms = self._loaded(device, dtype)
             revision = _revision(self.path)
@@ -131,7 +131,7 @@ class AdapterFile:
         return Adapter(self.name, revision, parts, norms)
 
     def _passing_bytes(self, dtype: torch.dtype) -> int:
-        """The largest weight that a DoRA is compared with, restored or brought to the device."""
+        """Memory of the largest weight that a DoRA is compared with, dequantized or copied."""
         placed = (one for part in self.changes.parts.values() for one in part.values())
         compared = (one.shapes for one in placed if one.magnitude is not None)
         return max((prod(down[1:]) * up[0] for down, up in compared), default=0) * dtype.itemsize
@@ -142,7 +142,7 @@ class AdapterFile:
     ) -> tuple[dict[str, dict[str, LowRank]], dict[str, dict[str, NormChange]]]:
         tensors = load_file(self.path, backend="pread")
         state = self.target.converted(tensors, dtype)
-        # What is not needed any more goes at once: only the file is in memory beside the adapter.
+        # Released as early as possible, so that only the file is in memory besides the adapter.
         del tensors
         parts: dict[str, dict[str, LowRank]] = {}
         norms: dict[str, dict[str, NormChange]] = {}

@@ -115,18 +115,18 @@ def layer_changes(
     *,
     by_products: bool,
 ) -> dict[str, ChangedLayer]:
-    """What is changed about each layer, by the layer's name.
+    """The changes of each layer, by the layer's name.
 
-    All changes of a layer are one batch of products. Not so in a fixed forward, where the bits of a
-    row must not depend on its neighbours' ranks: there are only changes of one rank, and one of
-    each row, in a batch.
+    All changes of a layer form one batch of products, except in a fixed forward pass, where the
+    bits of a row must not depend on the ranks of other rows: there a batch has only changes of one
+    rank, and one of each row.
 
     Args:
-        part: the network's name in a model folder.
-        layers: of the network, by name.
-        adapters: of the rows of the forward.
+        part: name of the network in a model folder.
+        layers: layers of the network, by name.
+        adapters: adapters of the rows of the forward pass.
         sent: copies numbers to the device of the network.
-        by_products: whether to make convolutions products of matrices, where they can be.
+        by_products: whether to compute convolutions as matrix products where possible.
     """
     total, found = len(adapters.rows), dict[str, ChangedLayer]()
     for name, own in _by_layer(part, adapters).items():
@@ -205,7 +205,7 @@ def _output_scales(own: _Rows, total: int, sent: Sent, layer: Layer) -> OutputSc
 def _scaled_rows(
     factors: Mapping[int, Tensor], total: int, sent: Sent
 ) -> tuple[AdaptedRows, Tensor]:
-    """Which rows of a forward have factors, and these factors ``[rows, entries]``."""
+    """The rows of a forward pass that have factors, and these factors ``[rows, entries]``."""
     with for_any_forward(), torch.no_grad():
         factor = torch.stack([*factors.values()])
     return AdaptedRows(where([*factors], total, sent), len(factors), 1), factor
@@ -227,7 +227,7 @@ def _joint(
 def _positions(own: list[int], adapters: RowAdapters, sent: Sent) -> slice | Tensor | None:
     total = len(adapters.rows)
     if adapters.fixed:
-        # In place, products may take other paths than those of gathered rows do.
+        # Products in place may use other kernels than products of gathered rows.
         return sent((*own, *own[:1] * (total - len(own))))
     return where(own, total, sent)
 

@@ -77,12 +77,12 @@ def as_low_rank(
 
 
 def layers_of_whole_operands(names: Collection[str]) -> set[str]:
-    """Layers with a Kronecker product of two undivided operands, whose alpha counts for nothing.
+    """Layers with a Kronecker product of two undecomposed operands, whose alpha is ignored.
 
-    Trainers write any number there, such as 9999999999 (ai-toolkit), which float16 cannot hold.
+    Trainers write arbitrary numbers there, such as 9999999999 (ai-toolkit), which overflow float16.
 
     Args:
-        names: of all tensors of a file.
+        names: names of all tensors of a file.
     """
     first = (name.removesuffix(".lokr_w1") for name in names if name.endswith(".lokr_w1"))
     return {layer for layer in first if f"{layer}.lokr_w2" in names}

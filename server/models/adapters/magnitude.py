@@ -146,16 +146,16 @@ def joined(parts: Iterable[Magnitude]) -> list[Magnitude]:
 
 
 def composed(changes: Changes) -> tuple[WeightScales, Changes]:
-    """All changes of a layer in a row as factors on its weight and low-rank changes beside them.
+    """Express all changes of a layer in one row as factors on its weight and low-rank changes.
 
-    One after another, as peft applies adapters: a size scales what those before it have made of
-    the layer.
+    They are applied one after another, as in peft: a magnitude scales the result of the changes
+    before it.
 
     Args:
-        changes: with their weights, in the order of the request.
+        changes: changes with their weights, in the order of the request.
 
     Returns:
-        The factors, and the changes without sizes and biases of their own.
+        The factors, and the changes without magnitudes and biases of their own.
     """
     made: Changes = []
     scales: dict[Axis, Tensor] = {}

@@ -70,7 +70,7 @@ ENDED: Final = {
     ending: re.compile(rf"(?P<layer>.+)\.(?:{written})") for ending, written in ENDINGS.items()
 }
 SOURCE: Final = re.compile(r"(?P<layer>.+?)\.(lora[_.]|hada_|lokr_|diff$)")
-"""Name of a tensor up to the layer's, which its alpha has too."""
+"""Matches a tensor's name up to the end of the layer's name, which the name of its alpha shares."""
 
 NAMES_SHOWN: Final = 3
 
@@ -86,7 +86,7 @@ DENOISERS: Final = ("unet", "transformer")
 
 
 def alpha_of(name: str) -> str:
-    """The tensor with the alpha of a layer, by the name of another tensor of that layer."""
+    """Name of the alpha tensor of a layer, given another tensor of that layer."""
     match = SOURCE.match(name)
     return f"{match['layer'] if match else name}.alpha"
 
@@ -110,8 +110,8 @@ def named(
     Tensors of a fused layer of the original code are split as diffusers splits the layer.
 
     Args:
-        tensors: of a file, or stand-ins for them.
-        layers: shapes of the weights that a model has, by network and by name.
+        tensors: tensors of a file, or stand-ins for them.
+        layers: shapes of the model's weights, by network and by name.
         original: layers of the original code of the model's transformer.
 
     Returns:
@@ -197,7 +197,7 @@ def _divided(
     *,
     turned: bool,
 ) -> Iterable[Tensor]:
-    """Split a tensor with an entry for each output among the layers that its layer is here."""
+    """Split a tensor with one entry per output among the layers that its layer consists of here."""
     if turned:
         return [torch.cat(tensor.chunk(2)[::-1])]
     outs = [shape[0] for shape in shapes]

@@ -1,8 +1,8 @@
 """Applies changes of the weights and biases of norms to some rows of a forward pass.
 
-A norm multiplies its normalized input by its weight and adds its bias. So two terms are added to
-its output: the normalized input times the change of the weight, and the change of the bias. The
-norm's own weight is not read, wherever it is.
+A norm multiplies its normalized input by its weight and adds its bias. Therefore two terms are
+added to its output: the normalized input times the change of the weight, and the change of the
+bias. The norm's own weight is not read, wherever it is kept.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Matches changes of the weights and biases of norms in a file to the norms of a model.
 
-LyCORIS writes them with ``train_norm``, and ComfyUI beside changes of other layers. They have no
-alpha.
+LyCORIS writes them with ``train_norm``, and ComfyUI together with changes of other layers. They
+have no alpha.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Layers and norms of transformers by the names of their original code and of diffusers.
 
-As diffusers' converters of whole checkpoints map them (``loaders/single_file_utils.py``). Those of
-LoRA files know fewer layers, and only networks of the published sizes.
+The mapping is that of diffusers' converters of whole checkpoints
+(``loaders/single_file_utils.py``). Its converters of LoRA files know fewer layers, and only
+networks of the published sizes.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ def _stream(name: str, short: str, added: str, out: str, ff: str) -> list[Origin
 
 
 def _norms(original: str, norm: str) -> list[Original]:
-    """Norms of queries and keys in FLUX.1 and FLUX.2, whose weight is named ``scale`` there."""
+    """Norms of queries and keys in FLUX.1 and FLUX.2; the original code has ``scale`` weights."""
     return [
         Original(f"{original}_{name}_norm(?:_scale)?", (f"{norm}_{name[0]}",))
         for name in ("query", "key")

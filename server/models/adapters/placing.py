@@ -65,12 +65,12 @@ UNSUPPORTED = {
 """Kinds of unsupported files, by a part of their tensors' names."""
 
 CONFIG = "lora_adapter_metadata"
-"""Entry of a file's metadata in which diffusers keeps peft's configs, as JSON."""
+"""Entry of a file's metadata in which diffusers stores peft's configs, as JSON."""
 
 NAMED = re.compile(rf"(?P<layer>.+?)\.(?P<ending>{'|'.join(map(re.escape, ENDINGS))})")
 LARGEST_ALPHA = 1e6
 NOT_BY_ROWS = "resolution_embedder"
-"""Part of PixArt-alpha's transformer that reads height and width as two entries of a row."""
+"""Part of PixArt-alpha's transformer that takes height and width as two entries per row."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -90,16 +90,17 @@ class Header:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Target:
-    """What of a model can be adapted.
+    """The parts of a model that can be adapted.
 
     Attributes:
-        model: its name.
+        model: name of the model.
         layers: shapes of the weights of its linear layers, convolutions and norms, by the network's
             name in a model folder and by the layer's name in that network.
-        unet_config: of its U-Net, by which the converters number blocks; None where it has none.
-        converter: of the files of its transformer; None for those of U-Nets.
+        unet_config: config of its U-Net, from which converters derive block numbers; None where it
+            has none.
+        converter: converter for its transformer's files; None for U-Nets.
         original: layers of the original code of its transformer.
-        networks: that have the layers, by their names in a model folder.
+        networks: networks that have the layers, by their names in a model folder.
     """
 
     model: str
@@ -148,16 +149,16 @@ class Target:
     def converted(
         self, tensors: Mapping[str, Tensor], dtype: torch.dtype = torch.float32
     ) -> dict[str, dict[str, Tensor]]:
-        """The tensors of a file by network, and by the layer's name in the model.
+        """Convert the tensors of a file, by network and by the layer's name in the model.
 
         Names end in a key of ``naming.ENDINGS``; changes of weights are products of two factors.
 
         Args:
-            tensors: of the file, or stand-ins for them.
-            dtype: of factors that are made of LyCORIS' tensors.
+            tensors: tensors of the file, or stand-ins for them.
+            dtype: dtype of factors that are computed from LyCORIS' tensors.
 
         Raises:
-            AdapterMismatch: the names are of no known format.
+            AdapterMismatch: the names are in no known format.
         """
         found, others = named(as_low_rank(tensors, dtype), self.layers, self.original)
         others = without_vectors(others)
@@ -179,10 +180,10 @@ class Placed:
     """The change of one layer.
 
     Attributes:
-        shapes: of both factors.
+        shapes: shapes of both factors.
         scale: factor on their product, alpha / rank.
-        magnitude: of a DoRA; None for any other adapter.
-        bias: None where the layer's bias stays.
+        magnitude: magnitudes of a DoRA; None for any other adapter.
+        bias: change of the layer's bias; None where it is not changed.
     """
 
     shapes: tuple[tuple[int, ...], tuple[int, ...]]
@@ -192,7 +193,7 @@ class Placed:
 
     @property
     def rank(self) -> int:
-        """Inner size of the product."""
+        """Inner dimension of the product."""
         return self.shapes[0][0]
 
     @property
@@ -227,13 +228,14 @@ def place(header: Header, target: Target) -> Placement:
     """Find what a file changes.
 
     Args:
-        header: of the file: peft's names as diffusers saves them, diffusers' older ones, kohya's,
-            LyCORIS' for LoRA of convolutions (LoCon), or others that diffusers converts.
+        header: header of a file with peft's names as diffusers saves them, diffusers' older names,
+            kohya's, LyCORIS' for LoRA of convolutions (LoCon), or others that diffusers converts.
         target: the model.
 
     Raises:
-        AdapterMismatch: it holds no LoRA, one of a kind that is not supported, or tensors that
-            match no layer of the model; the sentence goes on after the adapter's name.
+        AdapterMismatch: the file changes nothing, is of an unsupported kind, or has tensors that
+            match no layer of the model; the message continues a sentence that begins with the
+            adapter's name.
     """
     for part, what in UNSUPPORTED.items():
         if names := [name for name in header.shapes if part in name]:
@@ -293,7 +295,7 @@ def _as_in(known: Mapping[str, Any], name: str) -> str:
 
 
 def _shaped(factor: Tensor, name: str, layers: Mapping[str, tuple[int, ...]]) -> Tensor:
-    """A factor that is a matrix as one of a convolution, where its layer is one."""
+    """Reshape a matrix to the factor of a convolution, if its layer is one."""
     match = NAMED.fullmatch(name)
     weight = layers.get(match["layer"], ()) if match else ()
     if match is None or match["ending"] not in (DOWN, UP) or len(weight) != 4 or factor.ndim != 2:

@@ -1,4 +1,4 @@
-"""The changes of some rows of one layer, stacked for one batch of matrix products."""
+"""Stacks the changes of one layer over some rows for one batch of matrix products."""
 
 from __future__ import annotations
 
