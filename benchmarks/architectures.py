@@ -32,6 +32,7 @@ __all__ = ["ARCHITECTURES", "RANDOM", "Architecture", "build", "write"]
 
 RANDOM: dict[str, Callable[[torch.device, torch.dtype], Any]] = {
     "sd15": sd15,
+    "sd15_taesd": partial(sd15, taesd=True),
     "sdxl": sdxl,
     "z_image": z_image,
     "tiny_sdxl": partial(sdxl, tiny=True),

@@ -132,6 +132,15 @@ PARTS: Mapping[str, Part] = {
         ),
         seconds=110,
     ),
+    "frame-parts-sd15": Part(
+        "Where the time of one live stream's frame goes, Stable Diffusion 1.5's sizes",
+        **_measured(
+            "benchmarks.streams",
+            "--architecture sd15 --only parts --seconds 2 --rounds 1 --row-budget 8 --threads 8",
+            "--only parts --seconds 1 --rounds 1 --settle 1",
+        ),
+        seconds=60,
+    ),
     "streams-sd15": Part(
         "Several live streams, Stable Diffusion 1.5's sizes, 4 stages",
         **_measured(
@@ -139,7 +148,7 @@ PARTS: Mapping[str, Part] = {
             "--architecture sd15 --only several --rounds 1 --seconds 2 --threads 8",
             "--only one --seconds 2 --rounds 1",
         ),
-        seconds=190,
+        seconds=130,
     ),
     "at-once-sdxl": Part(
         "Stable Diffusion XL's sizes, 1024 pixels, 20 steps with cfg",
@@ -223,6 +232,17 @@ PARTS: Mapping[str, Part] = {
             f"--architecture tiny_z_image --steps 2 --scale 0 --compile {FEW}",
         ),
         seconds=140,
+    ),
+    "frame-parts-sd15-taesd": Part(
+        "Where the time of one live stream's frame goes, with TAESD's sizes",
+        **_measured(
+            "benchmarks.streams",
+            "--architecture sd15_taesd --only parts --seconds 2 --rounds 1 --row-budget 8 "
+            "--threads 8",
+            "--only parts --seconds 1 --rounds 1 --settle 1",
+        ),
+        seconds=60,
+        by_name=True,
     ),
     "tests-recordings": Part(
         "Tests of forwards that are recorded as CUDA graphs",

@@ -28,15 +28,17 @@ BETAS: dict[str, Any] = {
 QWEN_MARKS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>")
 
 
-def sd15(device: torch.device, dtype: torch.dtype) -> Any:
+def sd15(device: torch.device, dtype: torch.dtype, *, taesd: bool = False) -> Any:
     """A ``StableDiffusionPipeline`` of Stable Diffusion 1.5's sizes, 512 pixels.
 
     Args:
         device: that it is made on.
         dtype: of its weights.
+        taesd: with the small autoencoder of TAESD's sizes in place of its own.
     """
     from diffusers import (
         AutoencoderKL,
+        AutoencoderTiny,
         DDIMScheduler,
         StableDiffusionPipeline,
         UNet2DConditionModel,
@@ -49,7 +51,7 @@ def sd15(device: torch.device, dtype: torch.dtype) -> Any:
     with device:
         networks = {
             "unet": UNet2DConditionModel(sample_size=64, cross_attention_dim=768),
-            "vae": AutoencoderKL(**_vae(512)),
+            "vae": AutoencoderTiny() if taesd else AutoencoderKL(**_vae(512)),
             "text_encoder": CLIPTextModel(text),
         }
     parts: dict[str, Any] = {

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from numpy.typing import NDArray
+    from torch import Tensor
 
     from server.engine.engine import Engine
     from server.engine.state.sequence import ImageResult
@@ -58,10 +59,12 @@ class StreamingWeft:
 
     Args:
         folder: of the model.
+        row_budget: most rows of a forward; by default the server's.
     """
 
-    def __init__(self, folder: Path) -> None:
-        settings = Settings(models=(f"model={folder}",), max_pending=4096)
+    def __init__(self, folder: Path, row_budget: int | None = None) -> None:
+        models = (f"model={folder}",)
+        settings = Settings(models=models, max_pending=4096, row_budget=row_budget)
         hosted = host(settings)
         self.engine: Engine = hosted.engine
         self.model: HostedModel = hosted.models["model"]
@@ -82,6 +85,26 @@ class StreamingWeft:
     def frames(self, stream: int, *, pauses: bool = False) -> list[NDArray[np.uint8]]:
         """The frames of a stream."""
         return list(islice(clip(self.side, seed=stream, pauses=pauses), FRAMES_KEPT))
+
+    def network_calls(self, rows: int) -> dict[str, Callable[[], Tensor]]:
+        """Calls of the networks for a tick, launched one by one.
+
+        Args:
+            rows: of the denoiser; one picture is encoded and one decoded.
+        """
+        model, size, device = self.model, (self.side, self.side), self.model.device
+        shape = model.latent_shape(*size)
+        [told] = model.encode_prompts([None], *size)
+        inputs = RowInputs(model.stack([told] * rows))
+        x = torch.randn(rows, *shape, device=device)
+        t = torch.full((rows,), 500.0, device=device)
+        picture = torch.zeros(1, 3, *size, device=device)
+        latent = torch.zeros(1, *shape, device=device)
+        return {
+            "encoder": lambda: model.encode_image(picture),
+            "denoiser": lambda: model.evaluate(x, t, inputs),
+            "decoder": lambda: model.decode(latent),
+        }
 
     def run(
         self, streams: Sequence[Mapping[str, Any]], seconds: float, *, background: bool = False
@@ -194,23 +217,11 @@ class StreamingWeft:
 
     def _networks_s(self, ticks: Counter[int], *, encoded: int, decoded: int) -> float:
         """Seconds of the networks alone for these ticks, measured now."""
-        size, device = (self.side, self.side), self.model.device
-        shape = self.model.latent_shape(*size)
-        [told] = self.model.encode_prompts([None], *size)
-
-        def forward(rows: int) -> float:
-            x = torch.randn(rows, *shape, device=device)
-            t = torch.full((rows,), 500.0, device=device)
-            inputs = RowInputs(self.model.stack([told] * rows))
-            return _timed(lambda: self.model.evaluate(x, t, inputs))
-
         with torch.inference_mode():
             usual = sorted(n for n, count in ticks.items() if count >= 0.05 * ticks.total())
-            seconds = [forward(n) for n in usual]
-            picture = torch.zeros(1, 3, *size, device=device)
-            latent = torch.zeros(1, *shape, device=device)
-            encoder = _timed(lambda: self.model.encode_image(picture))
-            decoder = _timed(lambda: self.model.decode(latent))
+            seconds = [_timed(self.network_calls(n)["denoiser"]) for n in usual]
+            calls = self.network_calls(1)
+            encoder, decoder = (_timed(calls[name]) for name in ("encoder", "decoder"))
         denoiser = sum(
             count * float(np.interp(rows, usual, seconds)) for rows, count in ticks.items()
         )

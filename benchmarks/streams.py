@@ -3,12 +3,13 @@
     pip install --no-deps --target FOLDER streamdiffusion==0.1.1
     python -m benchmarks.streams --peer FOLDER
 
-Prints Markdown tables: one stream beside the peer, several streams of different settings beside
-what the networks alone would allow, streams beside ordinary requests, and what residual guidance
-and the similarity filter save. The systems take turns, each row is printed as soon as it is
-measured, and of several rounds there is a table of medians. Everything runs on the GPU if there is
-one; `--architecture sd15` is a model of Stable Diffusion 1.5's sizes with random weights. What
-there is no time for within the seconds of ``--within`` is left out.
+Prints Markdown tables: where the time of one stream's frame goes, one stream beside the peer,
+several streams of different settings beside what the networks alone would allow, streams beside
+ordinary requests, and what residual guidance and the similarity filter save. The systems take
+turns, each row is printed as soon as it is measured, and of several rounds there is a table of
+medians. Everything runs on the GPU if there is one; `--architecture sd15` is a model of Stable
+Diffusion 1.5's sizes with random weights. What there is no time for within the seconds of
+``--within`` is left out.
 """
 
 from __future__ import annotations
@@ -24,11 +25,15 @@ from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, TypeVar
+from unittest.mock import patch
 
 import torch
+from torch.nn import functional
 
 from benchmarks.allowance import Allowance, add_settle, add_within
 from benchmarks.architectures import RANDOM, write
+from benchmarks.frame_parts import BESIDE, FrameParts, watched, watched_session
+from benchmarks.network_calls import call_costs, wide_group_norm
 from benchmarks.peers import SETTLING_SHARE, settle
 from benchmarks.real_server import SERVE, served
 from benchmarks.stream_clients import StreamingWeft, jpeg
@@ -67,6 +72,9 @@ WARM_UP_S = 1.0
 
 LEAST_BESIDE_S = 2.0
 """That a run takes beside the seconds that are counted."""
+
+COUNTED_S = 1.0
+"""Of the run in which operations are counted, which takes long and shows few numbers."""
 
 SERVER_S = 40.0
 """In which a server has started and settled."""
@@ -118,7 +126,7 @@ def main() -> int:
             options.model = Path(stack.enter_context(TemporaryDirectory())) / options.architecture
             write(options.architecture, options.model, "auto", "auto")
             allowance.say("weights written")
-        weft = StreamingWeft(options.model)
+        weft = StreamingWeft(options.model, options.row_budget)
         stack.callback(weft.stop)
         allowance.say("engine ready")
         with weft.engine.undisturbed():
@@ -242,6 +250,76 @@ def _one_stream(turns: Turns) -> None:
 def _outside(ran: Sequence[Ran]) -> str:
     """Share of the time in which no network worked, where that is known."""
     return f"{1 - _of(ran, 'of_limit'):.1%}" if ran[0].rows else ""
+
+
+def _parts_of_a_frame(turns: Turns) -> None:
+    """Of a lone stream, driven by the engine's tasks and by a session with files."""
+    weft, options, allowance = turns.weft, turns.options, turns.allowance
+    allowance.attempt("calls of the networks", partial(_print_network_calls, weft))
+    for stages in (STAGES, 1):
+        stream = settings(stages)
+        drivers: dict[str, Callable[[float], object]] = {
+            "engine": lambda seconds, stream=stream: weft.run([stream], seconds),
+            "session*": lambda seconds, stream=stream: weft.run_sessions([stream], seconds),
+        }
+        for name, run in drivers.items():
+            title = f"A frame of one stream by its parts, stages: {stages}, {name}"
+            if not allowance.allows(turns.seconds + COUNTED_S + 2 * LEAST_BESIDE_S, title):
+                continue
+            timed = FrameParts(synchronises=options.synchronise)
+            counted = FrameParts(counts=True)
+            before = weft.engine.measurements.rows_per_tick.copy()
+            with weft.engine.undisturbed():
+                with watched(weft.engine, timed), watched_session(timed):
+                    run(turns.seconds)
+                rows = weft.engine.measurements.rows_per_tick - before
+                with watched(weft.engine, counted):
+                    run(COUNTED_S)
+            _print_parts(title, timed, counted)
+            mean = sum(n * times for n, times in rows.items()) / max(1, rows.total())
+            print(f"\n{mean:.2f} rows a tick", flush=True)
+    print("\n\\* with JPEG files both ways", flush=True)
+
+
+def _print_network_calls(weft: StreamingWeft) -> None:
+    """A table of what the calls of a frame cost by themselves, none of them replayed."""
+    wide = "group norms by the whole device"
+    _print_head(
+        "Calls of the networks, launched one by one",
+        "network | launched, ms | done, ms | operations that take longest, ms",
+    )
+    with weft.engine.undisturbed(), torch.inference_mode():
+        for name, call in weft.network_calls(STAGES).items():
+            found = call_costs(call)
+            longest = ", ".join(f"{op} {1000 * s:.1f}" for op, s in found.longest)
+            times = f"{1000 * found.launch_s:.1f} | {1000 * found.done_s:.1f}"
+            rows = f", {STAGES} rows" if name == "denoiser" else ""
+            print(f"| {name}{rows} | {times} | {longest} |", flush=True)
+            with patch.object(functional, "group_norm", wide_group_norm):
+                found = call_costs(call)
+            times = f"{1000 * found.launch_s:.1f} | {1000 * found.done_s:.1f}"
+            print(f"| {name}{rows}, {wide} | {times} | |", flush=True)
+
+
+def _print_parts(title: str, timed: FrameParts, counted: FrameParts) -> None:
+    """A table of a frame's parts, those of the engine's thread first, the longest before others."""
+    _print_head(
+        f"{title}: {1000 * timed.frame_s:.1f} ms",
+        "part | calls a frame | ms a call, median | ms a frame | share | operations a frame "
+        "| ms of the device a call",
+    )
+    asked = counted.operations()
+    parts = sorted(timed.parts().items(), key=lambda one: (one[0] in BESIDE, -one[1].seconds))
+    for name, part in parts:
+        beside = name in BESIDE
+        share = "beside" if beside else f"{part.seconds / timed.frame_s:.1%}"
+        operations = "" if beside else f"{part.calls * asked.get(name, 0.0):.0f}"
+        device = "" if part.device_s is None else f"{1000 * part.device_s:.1f}"
+        print(
+            f"| {name} | {part.calls:.2f} | {1000 * part.median_s:.2f} | {1000 * part.seconds:.2f} "
+            f"| {share} | {operations} | {device} |",
+            flush=True,
+        )
 
 
 def _several_streams(turns: Turns) -> None:
@@ -408,6 +486,16 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--only", nargs="*", choices=sorted(PARTS), help="tables to print")
+    parser.add_argument(
+        "--row-budget",
+        type=int,
+        help="most rows of a forward pass; few of them shorten the start",
+    )
+    parser.add_argument(
+        "--synchronise",
+        action="store_true",
+        help="wait for a GPU after each network when a frame's parts are timed",
+    )
     add_within(parser)
     add_settle(parser)
     return parser.parse_args()
@@ -424,6 +512,7 @@ def _heading(options: argparse.Namespace) -> str:
 
 
 PARTS: dict[str, Callable[[Turns], None]] = {
+    "parts": _parts_of_a_frame,
     "one": _one_stream,
     "several": _several_streams,
     "beside": _beside_requests,
