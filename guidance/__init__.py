@@ -123,7 +123,7 @@ _LATER = {
 
 
 def __getattr__(name: str) -> Any:
-    """What is imported when it is first asked for, and not with the package."""
+    """Names that are imported when they are first used, not with the package."""
     if name not in _LATER:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(_LATER[name]), name)

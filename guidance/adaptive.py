@@ -1,4 +1,4 @@
-"""Adaptive guidance: stop guiding once both predictions agree."""
+"""Adaptive guidance: stop guiding once the predictions agree."""
 
 from __future__ import annotations
 
@@ -24,14 +24,15 @@ if TYPE_CHECKING:
 class Adaptive(Policy, frozen=True):
     """Adaptive guidance (Castillo et al., arXiv 2312.12487, section 4).
 
-    Once the cosine of the two predictions reaches the threshold, later stages evaluate the prompt
-    alone. The cosine is taken per row, in float64; with several branches all must reach it.
+    Once the cosine similarity of the two predictions reaches the threshold, later stages evaluate
+    only the prompt's prediction. The cosine is computed per row in float64; with several branches,
+    all of them must reach the threshold.
 
-    Departure from the paper: by default the predictions are the denoised ones. The paper's are
-    those of the noise, in which networks that know noise when they see it agree from the start: on
-    the embedded model that cosine falls from 1.0000 at the first stage to .990 at the last, so
-    that guidance would end before it began, while the cosine of the denoised predictions rises
-    from .58 and passes .991 half way.
+    Departure from the paper: by default denoised predictions are compared. The paper compares noise
+    predictions, which agree from the start in networks that predict noise well at high noise: on
+    the embedded model their cosine falls from 1.0000 at the first stage to .990 at the last, so
+    guidance would end before it began. The cosine of the denoised predictions rises from .58 and
+    passes .991 half way.
     """
 
     summary: ClassVar[str] = "Stops guiding once both predictions agree; saves evaluations."
@@ -68,7 +69,7 @@ class Adaptive(Policy, frozen=True):
     def settled(cls, rows: Rows, parameters: Mapping[str, Tensor]) -> Tensor:
         of_noise = parameters["of_noise"][:, None] > 0
         cond, others, x = rows.cond[:, None], rows.others, rows.x[:, None]
-        # eps = (x - alpha D) / sigma; the cosine does not see the division.
+        # eps = (x - alpha D) / sigma; the division does not affect the cosine.
         alpha = rows.alpha[:, None]
         a = (x - alpha * cond).where(of_noise, cond).flatten(2).double()
         b = (x - alpha * others).where(of_noise, others).flatten(2).double()

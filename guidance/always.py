@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Always(Policy, frozen=True):
-    """The second branch is evaluated at every stage."""
+    """Evaluates the rule's branches at every stage."""
 
     summary: ClassVar[str] = "Evaluates the second prediction at every step."
     source: ClassVar[str] = "Ho and Salimans, arXiv 2207.12598."

@@ -16,23 +16,24 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 REFERENCE_ELEMENTS = 65536
-"""Elements of an SDXL latent at 1024 pixels, for which the norm threshold is given."""
+"""Number of elements of an SDXL latent at 1024 pixels, to which the norm threshold refers."""
 
 
 class APG(ScaledRule, frozen=True):
     """Adaptive projected guidance (Sadat et al., arXiv 2410.02416, algorithm 1).
 
     The difference of the predictions is smoothed by (reverse) momentum over the steps, bounded in
-    norm, and split into parts along and across the prompt's denoised prediction; the part along
-    it, which oversaturates, is weighted by ``eta``. All of it in denoised space, per row, with
-    reductions in float64. In a step of two evaluations the momentum moves once.
+    norm, and split into components parallel and orthogonal to the prompt's denoised prediction.
+    The parallel component, which causes oversaturation, is weighted by ``eta``. Everything is in
+    denoised space and per row, with reductions in float64. In a step with two evaluations the
+    momentum is updated once.
 
-    Departure from the paper: the norm threshold is stated for a latent of 65,536 elements and
-    scaled by the square root of the size, so that one number serves all sizes.
+    Departure from the paper: the norm threshold refers to a latent of 65,536 elements and is scaled
+    by the square root of the actual number, so that one value suits all sizes.
 
-    Reverse momentum also amplifies what turns back from step to step, threefold against what
-    stays. At high scales a multistep sampler in few steps makes such swings, and then 0 is better
-    (docs/guidance.md).
+    Reverse momentum (at the default) amplifies components that alternate in sign from step to step
+    three times as much as constant ones. At high scales and with few steps a multistep sampler
+    produces such oscillations; momentum 0 is then better (docs/guidance.md).
     """
 
     summary: ClassVar[str] = (

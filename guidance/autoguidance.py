@@ -1,4 +1,4 @@
-"""Autoguidance: away from a weaker model's prediction."""
+"""Autoguidance: guidance away from the prediction of a weaker model."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 class Autoguidance(Perturbation, frozen=True):
     """Autoguidance (Karras et al., arXiv 2406.02507, equation 3).
 
-    The other prediction is that of a smaller or less trained model, told the same prompt. The
-    paper's ``w`` is 1 + ``scale``. Needs a model that has such a companion.
+    The other prediction is that of a smaller or less trained model with the same prompt. The
+    paper's ``w`` is 1 + ``scale``. Requires a model that comes with such a companion model.
     """
 
     summary: ClassVar[str] = (

@@ -1,4 +1,4 @@
-"""Predictions of a stage beside the prompt's own."""
+"""Branches: the predictions of a stage in addition to the prompt's own."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ Prompt = TypeVar("Prompt")
 
 @dataclass(frozen=True, slots=True)
 class Branch:
-    """One prediction: what the network is told, and what is changed inside it.
+    """One prediction: its conditioning, and the change made inside the network for it.
 
     Attributes:
-        told: the request's prompt, its negative prompt, nothing, or a text of the rule's own. A
-            request without a negative prompt tells nothing there, too.
-        prompt: that text, where ``told`` is ``own``.
-        edit: what is changed inside the network for this prediction.
+        told: conditioning of the network: the request's prompt, its negative prompt, nothing, or a
+            text of the rule's own. Without a negative prompt, ``negative`` means nothing, too.
+        prompt: the rule's own text, where ``told`` is ``own``.
+        edit: change made inside the network for this prediction, if any.
     """
 
     told: Literal["prompt", "negative", "empty", "own"]
@@ -27,11 +27,11 @@ class Branch:
     edit: Edit | None = None
 
     def text(self, prompt: Prompt, negative_prompt: str | None) -> Prompt | str | None:
-        """What the network is told; None is the model's unconditional.
+        """The text that the network is conditioned on; None for the unconditional prediction.
 
         Args:
-            prompt: of the request: a text, or whatever else the caller tells the network.
-            negative_prompt: of the request, if it has one.
+            prompt: prompt of the request: a text, or any other conditioning that the caller uses.
+            negative_prompt: negative prompt of the request, if it has one.
         """
         match self.told:
             case "prompt":
@@ -45,7 +45,7 @@ class Branch:
 
 
 NEGATIVE = Branch("negative")
-"""The negative prompt's prediction."""
+"""The prediction for the negative prompt."""
 
 EMPTY = Branch("empty")
 """The prediction without any prompt."""

@@ -17,8 +17,9 @@ if TYPE_CHECKING:
 class CFG(ScaledRule, frozen=True):
     """Classifier-free guidance (Ho and Salimans, arXiv 2207.12598, equation 6).
 
-    ``D = Dc + (scale - 1) (Dc - Du)``. Linear in the difference, so the denoised space gives the
-    same as the noise space.
+    ``D = Dc + (scale - 1) (Dc - Du)``, where Dc is the denoised prediction for the prompt and Du
+    the unconditional one. Linear in the difference, so the result is the same in denoised space
+    and in noise space.
     """
 
     summary: ClassVar[str] = "Classifier-free guidance: away from the negative prompt."

@@ -1,4 +1,4 @@
-"""CFG norm: guidance that keeps the length of each token's velocity."""
+"""CFG norm: guidance that preserves the norm of each token's velocity."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ if TYPE_CHECKING:
 
 
 class CFGNorm(Window, frozen=True):
-    """Rescales what guidance made to the length of the prompt's own prediction, token by token.
+    """Rescales the guided prediction to the norm of the prompt's own, token by token.
 
-    As in Qwen-Image's pipeline, ``v <- v |v_c| / |v|``, v the guided velocity and v_c the prompt's,
-    norms over the channels of one token, and after everything else that guidance adds. Stated for
-    flow matching, where ``v = (x - D) / sigma``; other models go through the velocity of their own
-    path, as ``cfg_zero_star`` does. Costs no evaluation.
+    As in Qwen-Image's pipeline, ``v <- v |v_c| / |v|`` with v the guided velocity and v_c the
+    prompt's. Norms are over the channels of one token, and the rescaling comes after all other
+    guidance. The formula is for flow matching, where ``v = (x - D) / sigma``; for other models it
+    uses the velocity of their own path, as ``cfg_zero_star`` does. Costs no evaluation.
 
-    A token is one cell of the latent, or ``patch`` x ``patch`` of them: Qwen-Image packs 2 x 2
-    cells of 16 channels into a token of 64, so the pipeline's own result has ``patch`` 2.
+    A token is one cell of the latent, or ``patch`` x ``patch`` cells: Qwen-Image packs 2 x 2 cells
+    of 16 channels into a token of 64, so ``patch`` 2 gives its pipeline's result.
 
-    With ``variant`` ``denoised`` it is ComfyUI's node ``CFGNorm`` as it is by default: it acts on
-    the denoised prediction, only ever shortens, and ``strength`` multiplies the result:
-    ``D <- strength min(1, |D_c| / |D|) D``. With ``velocity`` ``strength`` blends between plain
-    guidance (0) and the full rescale (1), as that node does with ``pre_cfg``.
+    With ``variant`` ``denoised`` it equals ComfyUI's node ``CFGNorm`` at its defaults: it acts on
+    the denoised prediction, only reduces norms, and ``strength`` multiplies the result:
+    ``D <- strength min(1, |D_c| / |D|) D``. With ``velocity``, ``strength`` blends between plain
+    guidance (0) and full rescaling (1), as that node does with ``pre_cfg``.
 
-    With ``variant`` ``picture`` it is ``cfg_normalization`` of Z-Image's pipeline: norms are those
-    of the whole picture's velocity, which is only ever shortened; ``strength`` blends there too.
+    With ``variant`` ``picture`` it equals ``cfg_normalization`` of Z-Image's pipeline: the norm is
+    that of the whole picture's velocity, which is only ever reduced; ``strength`` blends here too.
     """
 
     summary: ClassVar[str] = "Keeps the norm of each token's prediction; tames strong guidance."
@@ -77,11 +77,11 @@ class CFGNorm(Window, frozen=True):
 
         Args:
             denoised: guided predictions, ``[rows, C, h, w]``.
-            cond: the prompts' own predictions, as ``denoised``.
-            x: the points that were evaluated, as ``denoised``.
-            alpha: signal scale there, ``[rows, 1, 1, 1]``.
-            sigma: noise scale there, ``[rows, 1, 1, 1]``.
-            strength: of each row, ``[rows, 1, 1, 1]``, or of all.
+            cond: the prompts' own predictions, of the same shape.
+            x: points that were evaluated, of the same shape.
+            alpha: signal scale at these points, ``[rows, 1, 1, 1]``.
+            sigma: noise scale at these points, ``[rows, 1, 1, 1]``.
+            strength: strength of each row, ``[rows, 1, 1, 1]``, or one for all rows.
         """
         if self.variant == "denoised":
             return strength * _ratio(denoised, cond, self.patch).clamp(max=1) * denoised
@@ -96,8 +96,8 @@ class CFGNorm(Window, frozen=True):
 def _ratio(guided: Tensor, cond: Tensor, patch: int | None) -> Tensor:
     """``|cond| / |guided|`` of the token that each cell belongs to, ``[rows, 1, h, w]``.
 
-    1 where the guided token is zero. Tokens that the border cuts have the cells that there are.
-    Where patch is None, the whole picture is one token: ``[rows, 1, 1, 1]``.
+    It is 1 where the guided token is zero. Tokens cut by the border consist of the remaining cells.
+    If patch is None, the whole picture is one token: ``[rows, 1, 1, 1]``.
     """
     over = (1, 2, 3) if patch is None else 1
     squared = [one.square().sum(over, keepdim=True) for one in (cond, guided)]
@@ -108,7 +108,7 @@ def _ratio(guided: Tensor, cond: Tensor, patch: int | None) -> Tensor:
 
 
 def _pooled(cells: Tensor, patch: int) -> Tensor:
-    """The mean over each patch, in all of its cells, ``[rows, 1, h, w]``."""
+    """The mean over each patch, repeated in all of its cells, ``[rows, 1, h, w]``."""
     from torch.nn.functional import avg_pool2d
 
     height, width = cells.shape[-2:]

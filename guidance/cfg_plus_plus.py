@@ -1,4 +1,4 @@
-"""CFG++: guidance that interpolates, and renoises without guidance."""
+"""CFG++: guidance by interpolation, with unconditional renoising."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ if TYPE_CHECKING:
 class CFGPlusPlus(Rule, frozen=True):
     """CFG++ (Chung et al., arXiv 2406.08070, algorithm 2), for any sampler.
 
-    ``D = Du + scale (Dc - Du)``, renoised with the unconditional noise. That noise is what a
-    standard step infers from the moved point ``x + alpha (D - Du)``, so moving x is all it takes;
-    under DDIM and Euler this is the published step exactly. In a multistep sampler the history
-    holds D, where the authors' code keeps Du.
+    ``D = Du + scale (Dc - Du)``, renoised with the unconditional noise. A standard step infers
+    exactly that noise from the moved point ``x + alpha (D - Du)``, so it suffices to move x; with
+    DDIM and Euler this is exactly the published step. In a multistep sampler the history holds D,
+    where the authors' code keeps Du.
 
-    A sampler that evaluates several times in a step is moved once, before the first of them. Its
-    other evaluations lie at points that the step has made of the moved one: their noise about D is
-    the unconditional one already, and a second move would count the guidance twice.
+    With a sampler that evaluates several times in a step, x is moved once, before the first
+    evaluation. The other evaluations of the step are at points derived from the moved one: their
+    noise relative to D is already the unconditional one, and a second move would count the guidance
+    twice.
     """
 
     summary: ClassVar[str] = (

@@ -1,4 +1,4 @@
-"""Guidance brought back to the spread of the prompt's prediction."""
+"""Guidance rescaled to the standard deviation of the prompt's prediction."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ class CFGRescale(ScaledRule, frozen=True):
     """Rescaled classifier-free guidance (Lin et al., arXiv 2305.08891, section 3.4).
 
     The guided prediction y is multiplied by ``rescale std(y_c) / std(y) + 1 - rescale``, with
-    deviations over each row. Which space that is done in changes the result. The paper's model
-    predicts velocities, and so do we by default, on any model; diffusers takes what the network
-    puts out, so ``noise`` is what it does on networks that predict noise.
+    standard deviations over each row. The result depends on the space. The paper's model predicts
+    velocities, and velocities are the default here on any model; diffusers uses the raw output of
+    the network, so ``noise`` equals diffusers for networks that predict noise.
 
-    Written as a change of the guided prediction that is finite at pure noise too, where the noise
-    space has ``D = (x - sigma eps) / alpha``.
+    It is implemented as a change of the guided prediction that is finite also at pure noise, where
+    noise space would have ``D = (x - sigma eps) / alpha``.
     """
 
     summary: ClassVar[str] = (
@@ -63,14 +63,14 @@ class CFGRescale(ScaledRule, frozen=True):
     def combine(cls, rows: Rows, parameters: Mapping[str, Tensor]) -> Guided:
         push = (parameters["scale"] - 1) * (rows.cond - rows.other)
         guided = rows.cond + push
-        # y = of_x x - of_denoised D, up to a factor that the spreads' ratio does not see.
+        # y = of_x x - of_denoised D, up to a factor that cancels in the ratio of the deviations.
         noise = parameters["noise"]
         of_x = noise + parameters["velocity"] * velocity_share(rows.alpha, rows.sigma)
         of_denoised = rows.alpha.where(noise > 0, 1)
         y = of_x * rows.x - of_denoised * guided
         y_cond = y + of_denoised * push
         spread, spread_cond = covariance(y, y).sqrt(), covariance(y_cond, y_cond).sqrt()
-        # (spread_cond / spread - 1) / of_denoised, without the difference of nearly equal numbers.
+        # (spread_cond / spread - 1) / of_denoised, without subtracting nearly equal numbers.
         excess = covariance(y + y_cond, push)
         total = spread * (spread + spread_cond)
         change = parameters["rescale"] * (excess / total).where(total > 0, 0)

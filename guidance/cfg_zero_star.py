@@ -1,4 +1,4 @@
-"""CFG-Zero*: the unconditional velocity scaled to fit, and no velocity at all at first."""
+"""CFG-Zero*: a fitted factor on the unconditional velocity, and zero velocity at the start."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 class CFGZeroStar(ScaledRule, frozen=True):
     """CFG-Zero* (Fan et al., arXiv 2503.18886).
 
-    With velocities, ``v = a v_u + scale (v_c - a v_u)``, where ``a = <v_c, v_u> / |v_u|^2`` brings
-    the unconditional velocity closest to the prompt's, per row; and ``v = 0`` over the first
-    steps. Stated for flow matching, and used on other models through the velocity of their own
-    path, so that zero always means that x stays where it is. (diffusers takes the network's raw
-    output: zero noise on a network that predicts noise is a picture of x / alpha.)
+    For velocities, ``v = a v_u + scale (v_c - a v_u)``, where ``a = <v_c, v_u> / |v_u|^2`` brings
+    the unconditional velocity closest to the prompt's, per row; and ``v = 0`` in the first steps.
+    Published for flow matching; other models use the velocity of their own path, so that zero
+    always means that x does not move. (diffusers zeroes the network's raw output: for a network
+    that predicts noise, that means the denoised prediction x / alpha.)
 
-    A policy that leaves the first steps unguided leaves them their velocity. At scale 1 nothing
-    is done, as with the other rules.
+    Where a policy leaves the first steps unguided, they keep their velocity. At scale 1 the rule
+    does nothing, as the other rules.
     """
 
     summary: ClassVar[str] = (

@@ -1,4 +1,4 @@
-"""What guidance by a classifier is: one more term, from what a classifier makes of the picture."""
+"""The interface of classifier guidance: an additional term computed from a classifier."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from guidance.diffusion_levels import DiffusionLevels
 
 UNAIMED = -1
-"""Number of the class that stands for none, where an attribute is left as it comes."""
+"""Class index that stands for no target: the attribute is left free."""
 
 Target: TypeAlias = Annotated[
     dict[str, str],
@@ -33,10 +33,11 @@ Target: TypeAlias = Annotated[
 
 
 class ClassifierGuidance(Window, frozen=True):
-    """A term that a classifier of the model's latents adds to what rule and perturbations give.
+    """A term that a classifier of the model's latents adds to the guided prediction.
 
-    It goes with any rule, policy and perturbations. What the classifier costs is no evaluation of
-    the denoiser; ``evaluations`` says what else a stage in the window costs.
+    It is added after the rule and the perturbations, and is compatible with all of them and with
+    any policy. The classifier itself takes no evaluation of the denoiser; ``evaluations`` is the
+    number of further evaluations that a stage in the window takes.
     """
 
     summary: ClassVar[str]
@@ -44,16 +45,16 @@ class ClassifierGuidance(Window, frozen=True):
     source: ClassVar[str]
     """Paper and equation."""
     shows: ClassVar[Literal["denoised", "noisy"]] = "noisy"
-    """What the classifier reads: the guided prediction as a clean latent, or x at its level."""
+    """The classifier's input: the guided prediction as a clean latent, or x at its noise level."""
     evaluations: ClassVar[int] = 0
-    """Rows of the denoiser that a stage takes beside those of rule and perturbations."""
+    """Rows of a forward pass that a stage takes in addition to those of rule and perturbations."""
     name: str
     scale: float = Field(default=1.0, ge=0, le=100, description="Strength; 0 has no effect.")
 
     @property
     @abstractmethod
     def aims(self) -> Mapping[str, str]:
-        """The class to aim at of each attribute that is aimed at."""
+        """The target class of each attribute that has one."""
 
     def evaluates(
         self, noise_ratio: NDArray[np.float64], progress: NDArray[np.float64]
@@ -62,36 +63,37 @@ class ClassifierGuidance(Window, frozen=True):
 
         Args:
             noise_ratio: sigma / alpha at each stage, inf at pure noise, ``[stages]``.
-            progress: share of the steps done before each stage, in [0, 1), ``[stages]``.
+            progress: fraction of the steps done before each stage, in [0, 1), ``[stages]``.
         """
         return self.contains(noise_ratio, progress) & (self.scale != 0)
 
     @abstractmethod
     def strengths(self, levels: DiffusionLevels) -> NDArray[np.float64]:
-        """What the term is multiplied by at each stage, ``[stages]``, window aside."""
+        """The factor on the term at each stage, ``[stages]``, without regard to the window."""
 
 
 class GradientGuidance(ClassifierGuidance, frozen=True):
-    """The prediction moves up the gradient of what the classifier is asked for.
+    """A term along the gradient of an objective of the classifier's outputs.
 
-    The score gains ``scale grad``, so the noise ``eps -= sigma scale grad`` and the denoised
-    prediction ``D += (sigma^2 / alpha) scale grad``. One pass of the classifier, forth and back.
+    The term ``scale grad`` is added to the score, so ``eps -= sigma scale grad`` for the noise and
+    ``D += (sigma^2 / alpha) scale grad`` for the denoised prediction. It takes one forward and one
+    backward pass of the classifier.
     """
 
     @override
     def strengths(self, levels: DiffusionLevels) -> NDArray[np.float64]:
-        # Without any signal there is no picture to move, and no finite amount to move it by.
+        # Without any signal there is no picture to move, and the factor would be infinite.
         signal = levels.alpha > 0
         inverse = np.divide(1.0, levels.alpha, out=np.zeros_like(levels.alpha), where=signal)
         return self.scale * levels.sigma**2 * inverse
 
     @classmethod
     def parameters(cls, settings: Sequence[Self], like: Tensor) -> Mapping[str, Tensor]:
-        """What :meth:`objective` is given of its rows' settings, each ``[rows]``.
+        """The parameters that :meth:`objective` gets from its rows' settings, each ``[rows]``.
 
         Args:
-            settings: one a row.
-            like: gives type and device.
+            settings: settings of each row.
+            like: tensor whose dtype and device are used.
         """
         del settings, like
         return {}
@@ -104,27 +106,27 @@ class GradientGuidance(ClassifierGuidance, frozen=True):
         targets: Mapping[str, Tensor],
         parameters: Mapping[str, Tensor],
     ) -> Tensor:
-        """What each row's gradient is taken of, ``[rows]``.
+        """The objective of each row whose gradient is taken, ``[rows]``.
 
         Args:
-            logits: of each attribute, ``[rows, classes]``.
-            targets: number of the class aimed at, ``[rows]`` int64; ``UNAIMED`` where a row has
-                none of that attribute.
-            parameters: what :meth:`parameters` gave.
+            logits: logits of each attribute, ``[rows, classes]``.
+            targets: index of the target class of each attribute, ``[rows]`` int64; ``UNAIMED``
+                where a row has no target for that attribute.
+            parameters: result of :meth:`parameters`.
         """
 
 
 class Reference(NamedTuple):
-    """Which of its other prompts leads each row away, ``[rows]``, and how strongly, ``[rows]``."""
+    """The alternative prompt that each row is led away from, and how strongly; each ``[rows]``."""
 
     choice: Tensor
     strength: Tensor
 
 
 class ReferenceGuidance(ClassifierGuidance, frozen=True):
-    """A term ``scale strength (Dc - Dr)``, Dr told a prompt that the classifier chooses.
+    """A term ``scale strength (Dc - Dr)``, with Dr for a prompt that the classifier chooses.
 
-    One pass of the classifier, forth only, and one evaluation of the denoiser.
+    It takes one forward pass of the classifier and one evaluation of the denoiser.
     """
 
     evaluations: ClassVar[int] = 1
@@ -138,11 +140,11 @@ class ReferenceGuidance(ClassifierGuidance, frozen=True):
         """The prompts that the classifier chooses among.
 
         Args:
-            prompt: of the picture.
-            heads: the classes of each attribute that the classifier knows.
+            prompt: prompt of the picture.
+            heads: classes of each attribute that the classifier knows.
 
         Raises:
-            ValueError: the prompt does not say what is aimed at.
+            ValueError: the prompt does not contain the target.
         """
 
     @classmethod
@@ -151,6 +153,6 @@ class ReferenceGuidance(ClassifierGuidance, frozen=True):
         """Choose among the alternatives of each row.
 
         Args:
-            logits: of each attribute, ``[rows, classes]``, of x at its own level.
+            logits: logits of each attribute for x at its noise level, ``[rows, classes]``.
             targets: as for :meth:`GradientGuidance.objective`.
         """

@@ -1,4 +1,4 @@
-"""Several prompts in one picture, each with a weight."""
+"""Composable diffusion: several weighted prompts in one picture."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class WeightedPrompt(BaseModel, frozen=True, extra="forbid", strict=True, allow_inf_nan=False):
-    """One more prompt of a picture."""
+    """A further prompt of a picture, with its weight."""
 
     prompt: str = Field(max_length=4096, description="What else the picture shows.")
     weight: float = Field(
@@ -29,10 +29,10 @@ class WeightedPrompt(BaseModel, frozen=True, extra="forbid", strict=True, allow_
 class Composed(Rule, frozen=True):
     """Composable diffusion (Liu et al., arXiv 2206.01714, section 4).
 
-    The product of what each prompt makes likely: ``D = Du + scale (Dc - Du) + sum_i weight_i
-    (D_i - Du)``, the request's own prompt first; a weight below 0 is a negation. One evaluation a
-    stage for each prompt, and one for the negative prompt, which is the unconditional unless
-    given. Linear, so any space gives the same.
+    Combines the prompts as a product of distributions: ``D = Du + scale (Dc - Du) + sum_i weight_i
+    (D_i - Du)``, with the request's own prompt first. A weight below 0 is a negation. Each stage
+    takes one evaluation for each prompt and one for the negative prompt, which is the unconditional
+    prediction if none is given. Linear, so the result is the same in any space.
     """
 
     summary: ClassVar[str] = (

@@ -1,4 +1,4 @@
-"""Where the stages of a run stand in the diffusion that the model was trained on."""
+"""The positions of a run's stages in the diffusion that the model was trained on."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class DiffusionLevels:
-    """What terms need to know whose strength follows the diffusion, each ``[stages]``.
+    """Levels for terms whose strength depends on the position in the diffusion, each ``[stages]``.
 
     Attributes:
         alpha: signal scale.
         sigma: noise scale.
-        time: share of the diffusion's time, 0 at the clean picture and 1 at noise.
-        variance: of the noise that a trained step adds there, over the largest there is, in (0, 1].
+        time: fraction of the diffusion's time, 0 at the clean picture and 1 at noise.
+        variance: variance of the noise that a trained step adds at this level, relative to its
+            maximum, in (0, 1].
     """
 
     alpha: NDArray[np.float64]

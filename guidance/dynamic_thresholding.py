@@ -1,4 +1,4 @@
-"""Dynamic thresholding: predictions that reach too far are clipped and drawn in."""
+"""Dynamic thresholding: clipping and rescaling of predictions with too large values."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ if TYPE_CHECKING:
 class DynamicThresholding(ScaledRule, frozen=True):
     """CFG with dynamic thresholding (Saharia et al., arXiv 2205.11487, section 2.3).
 
-    The guided denoised prediction is clipped to ``[-s, s]`` and multiplied by ``limit / s``, s the
-    quantile of its sizes or ``limit``, whichever is greater, per row. Made for pixels in [-1, 1],
-    which is ``limit`` 1. Latents have no such bounds; the default is the reach of those of unit
-    deviation. They are not centred either, so drawing them in changes colours: measured on the
-    embedded model it harms. At scale 1 nothing is done.
+    The guided denoised prediction is clipped to ``[-s, s]`` and multiplied by ``limit / s``, where
+    s is the quantile of its absolute values or ``limit``, whichever is greater, per row. Made for
+    pixels in [-1, 1], that is ``limit`` 1. Latents have no such bounds; the default is a typical
+    range of latents with unit standard deviation. Nor are latents centred, so shrinking them
+    changes colours: in measurements on the embedded model the rule did harm. At scale 1 it does
+    nothing.
     """
 
     summary: ClassVar[str] = "CFG, clipped and rescaled to a limit; made for pixel models."
@@ -49,14 +50,14 @@ class DynamicThresholding(ScaledRule, frozen=True):
 
 
 def quantile(sizes: Tensor, share: Tensor) -> Tensor:
-    """A quantile of each row, each with its own share, interpolated linearly.
+    """A quantile of each row, with a probability per row and linear interpolation.
 
     Args:
-        sizes: ``[rows, C, h, w]``.
-        share: in [0, 1], ``[rows, 1, 1, 1]``.
+        sizes: values, ``[rows, C, h, w]``.
+        share: probability of each row, in [0, 1], ``[rows, 1, 1, 1]``.
 
     Returns:
-        ``[rows, 1, 1, 1]``.
+        The quantiles, ``[rows, 1, 1, 1]``.
     """
     ordered = sizes.flatten(1).sort(1).values
     last = ordered.shape[1] - 1

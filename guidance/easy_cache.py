@@ -1,4 +1,4 @@
-"""EasyCache: skip the network while its output is predicted to change little."""
+"""EasyCache: skip the network while its output is predicted to change only slightly."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ if TYPE_CHECKING:
 class EasyCache(StepCache, frozen=True):
     """Runtime-adaptive caching (Zhou et al., arXiv 2507.02860).
 
-    With the network's inputs x and outputs v, means of absolute values over an image, and m and n
-    the last two stages that were evaluated::
+    Let x be the network's inputs and v its outputs, mean|.| the mean of absolute values over an
+    image, and m and n the last two stages that were evaluated::
 
         k = mean|v_n - v_m| / mean|x_n - x_m|                transformation rate
         E = sum over i > n of k mean|x_i - x_{i-1}| / mean|v_n|     predicted relative change
 
-    Stage i is not evaluated while E < threshold; ``v_i = x_i + (v_n - x_n)`` stands in. Once E
-    reaches the threshold, the stage is evaluated and E starts from 0. These are the formulas of
-    the authors' code for Wan 2.2 and HunyuanVideo, and the last evaluation of a run is always made,
-    as there. Their defaults for Wan 2.2 are a threshold of 0.05 and 7 first steps that are always
-    evaluated, for HunyuanVideo 0.025 and 5. Those networks predict the velocity, and any other is
-    treated as if it did. The means are taken in float64.
+    While E < threshold, stage i is not evaluated, and ``v_i = x_i + (v_n - x_n)`` is used instead.
+    Once E reaches the threshold, the stage is evaluated and E restarts from 0. These are the
+    formulas of the authors' code for Wan 2.2 and HunyuanVideo, in which the last evaluation of a
+    run is also always made. Their defaults are a threshold of 0.05 and 7 first steps that are
+    always evaluated for Wan 2.2, and 0.025 and 5 for HunyuanVideo. Those networks predict the
+    velocity; the output of any other network is converted to one. Means are computed in float64.
     """
 
     summary: ClassVar[str] = "Skips the network while its output is predicted to change little."

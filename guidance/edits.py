@@ -1,4 +1,4 @@
-"""What a branch changes inside the network for its row: plain data, which a model's hooks act on.
+"""Changes made inside the network for one row: plain data that a model's hooks act on.
 
 Layers are named ``middle`` or by dotted prefixes of the names of a model's blocks.
 """
@@ -11,7 +11,7 @@ from typing import TypeAlias
 
 @dataclass(frozen=True, slots=True)
 class IdentityAttention:
-    """Self-attention that passes each token's own values (PAG, arXiv 2403.17377, section 3.3)."""
+    """Self-attention that returns each token's own value (PAG, arXiv 2403.17377, section 3.3)."""
 
     layers: tuple[str, ...]
 
@@ -20,7 +20,7 @@ class IdentityAttention:
 class BlurredQueries:
     """Self-attention whose queries are blurred over the picture (SEG, arXiv 2408.00760).
 
-    ``sigma`` is in cells of the attention's own resolution; infinite gives all tokens their mean.
+    ``sigma`` is in cells at the attention's resolution; infinite gives all queries their mean.
     """
 
     layers: tuple[str, ...]
@@ -29,7 +29,7 @@ class BlurredQueries:
 
 @dataclass(frozen=True, slots=True)
 class SkippedBlocks:
-    """Transformer blocks that are left out (SLG)."""
+    """Transformer blocks that are skipped (SLG)."""
 
     layers: tuple[str, ...]
 
@@ -43,10 +43,10 @@ class SkipScales:
 
 @dataclass(frozen=True, slots=True)
 class BackboneScales:
-    """FreeU (arXiv 2309.11497), in the two lowest stages of a U-Net's way up.
+    """FreeU (arXiv 2309.11497), in the two lowest up-sampling stages of a U-Net.
 
-    ``backbone`` are factors on half of the channels, ``skips`` on the lowest frequencies of the
-    skip connections, each of the lowest stage and of the one above it.
+    ``backbone`` holds factors on half of the channels and ``skips`` factors on the lowest
+    frequencies of the skip connections, each for the lowest stage and the one above it.
     """
 
     backbone: tuple[float, float]
@@ -55,14 +55,14 @@ class BackboneScales:
 
 @dataclass(frozen=True, slots=True)
 class WeakModel:
-    """The row is evaluated by the model's weaker companion (autoguidance)."""
+    """Evaluation of the row by the model's weaker companion (autoguidance)."""
 
 
 @dataclass(frozen=True, slots=True)
 class ApartFrom:
-    """Attention whose tokens move away from those of another row that are like them (NegToMe).
+    """Attention whose tokens move away from similar tokens of another row (NegToMe).
 
-    ``reference`` is that row's place in the forward; None is nowhere, and then nothing moves.
+    ``reference`` is that row's index in the forward pass; if None, nothing moves.
     """
 
     layers: tuple[str, ...]
@@ -73,10 +73,11 @@ class ApartFrom:
 
 @dataclass(frozen=True, slots=True)
 class NormalizedAttention:
-    """Cross-attention that is led away from a second text (NAG, arXiv 2505.21179).
+    """Cross-attention that is steered away from a second text (NAG, arXiv 2505.21179).
 
-    The row attends to that text with the same queries: ``scale Z+ - (scale - 1) Z-``, whose L1 norm
-    is at most ``tau`` times that of Z+, goes in with a share of ``alpha``.
+    The row attends to that text with the same queries, which gives Z-, besides Z+ for its own. The
+    extrapolation ``scale Z+ - (scale - 1) Z-``, with its L1 norm limited to ``tau`` times that of
+    Z+, is blended in with weight ``alpha``.
     """
 
     scale: float

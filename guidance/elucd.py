@@ -24,23 +24,25 @@ if TYPE_CHECKING:
 class EluCD(GradientGuidance, frozen=True):
     """EluCD (Ma et al., arXiv 2310.11311, section 4).
 
-    The classifier reads the denoised prediction, and the gradient is taken there, not through the
-    denoiser: ``g = grad_D [T1 logit_y - logsumexp(T2 logits)]``, T1 1 and T2 .5, so that a
-    classifier that is sure of y still leads on. Of several attributes the objectives are summed.
+    The classifier reads the denoised prediction, and the gradient is taken with respect to that
+    prediction, not through the denoiser: ``g = grad_D [T1 logit_y - logsumexp(T2 logits)]``. T1 is
+    1 and T2 is .5, so that the gradient does not vanish where the classifier is certain of y. The
+    objectives of several attributes are summed.
 
-    Published is a shift of the DDPM mean, ``mu += (V + gamma V_max sin(pi t / T)) g``, V the
-    variance of the step. That mean is ``alpha_s beta / sigma^2 D`` plus what x gives, alpha_s the
-    signal after the step and beta the noise it takes off, so the same shift of D is
-    ``(sigma^2 / (alpha_s beta)) (V + ...) g``. As steps shrink V -> beta and alpha_s -> alpha:
+    The published form shifts the DDPM mean, ``mu += (V + gamma V_max sin(pi t / T)) g``, with V the
+    variance of the step. That mean is ``alpha_s beta / sigma^2 D`` plus a term in x, where alpha_s
+    is the signal scale after the step and beta the noise that the step removes, so the equivalent
+    shift of D is ``(sigma^2 / (alpha_s beta)) (V + ...) g``. As steps shrink, V -> beta and
+    alpha_s -> alpha:
 
         D += (sigma^2 / alpha) (1 + gamma sin(pi t / T) beta_max / beta(t)) g
 
-    whatever the sampler: the steps' length is gone, and eps moves by ``-sigma (1 + ...) g``. beta
-    is that of a trained step; of schedules that preserve no variance, at the same log SNR. Here
-    the classifier reads the guided prediction, with ``scale`` 0 at pure noise.
+    for any sampler: the length of the step cancels, and eps changes by ``-sigma (1 + ...) g``. beta
+    is that of a trained step or, for schedules that are not variance preserving, that at the same
+    log SNR. Here the classifier reads the guided prediction, and the term is 0 at pure noise.
 
-    On the embedded model 1 is best for classes that the prompt names, 4 for those that it leaves
-    unsaid (docs/guidance.md).
+    On the embedded model ``scale`` 1 is best for classes that the prompt names, and 4 for those
+    that it does not mention (docs/guidance.md).
     """
 
     summary: ClassVar[str] = "Steers towards a class that a classifier sees in the denoised image."

@@ -1,4 +1,4 @@
-"""Guidance inside the network."""
+"""Guidance embedded in a distilled network."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ if TYPE_CHECKING:
 
 
 class Embedded(Policy, frozen=True):
-    """The network is told the scale of ``cfg`` and guides by itself: one evaluation a stage.
+    """The network is conditioned on the scale of ``cfg`` and guides by itself.
 
-    For networks that were distilled so (Meng et al., arXiv 2210.03142; Luo et al., arXiv
-    2310.04378): they embed ``scale - 1`` beside the time. The negative prompt has no effect.
+    One evaluation a stage. For networks distilled for it (Meng et al., arXiv 2210.03142; Luo et
+    al., arXiv 2310.04378), which embed ``scale - 1`` together with the time. The negative prompt
+    has no effect.
     """
 
     summary: ClassVar[str] = "Passes the scale to a distilled network; no second evaluation."

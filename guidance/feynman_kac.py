@@ -1,4 +1,4 @@
-"""Feynman-Kac correctors: particles of one request, weighted so that they sample what is meant."""
+"""Feynman-Kac correctors: particles weighted so that they sample the intended distribution."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ if TYPE_CHECKING:
 class FeynmanKac(BaseModel, frozen=True, extra="forbid", strict=True, allow_inf_nan=False):
     """Feynman-Kac correctors for guidance (Skreta et al., arXiv 2503.02819).
 
-    Classifier-free guidance steps along ``s = (1 - w) s_u + w s_c`` and yet does not sample
-    ``p_u^(1 - w) p_c^w``, because that product does not diffuse as its factors do. What is missing
-    is a weight a path: here the images of a request are particles, and after every step but the
-    last some are replaced by copies of others, by their weights.
+    Classifier-free guidance steps along ``s = (1 - w) s_u + w s_c``, but this does not sample
+    ``p_u^(1 - w) p_c^w``, because that product does not diffuse as its factors do. Each path needs
+    a weight to correct this: the images of a request are treated as particles, and after every step
+    but the last they are resampled, so that some are replaced by copies of others according to
+    their weights.
 
-    For steps with the noise of the reverse diffusion, and for ``cfg`` evaluated at every step.
-    Costs no evaluation. Copies share their past, so pictures of one request resemble each other
-    more than independent ones would.
+    Valid for steps with the noise of the reverse diffusion, and for ``cfg`` evaluated at every
+    step. Costs no evaluation. Copies share their past, so pictures of one request resemble each
+    other more than independent ones would.
     """
 
     summary: ClassVar[str] = (
@@ -43,11 +44,11 @@ class FeynmanKac(BaseModel, frozen=True, extra="forbid", strict=True, allow_inf_
     )
 
     def weights(self, increments: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Shares of the particles after one step, summing to 1, ``[particles]``.
+        """Normalized weights of the particles after one step, summing to 1, ``[particles]``.
 
         Args:
-            increments: of their log-weights in this step, ``[particles]``. What is not finite
-                has no share; if none is finite all have the same.
+            increments: increments of the log-weights in this step, ``[particles]``. A particle
+                whose increment is not finite has weight 0; if none is finite all weights are equal.
         """
         finite = np.isfinite(increments)
         if not finite.any():
@@ -60,38 +61,38 @@ class FeynmanKac(BaseModel, frozen=True, extra="forbid", strict=True, allow_inf_
 
 
 def increments(cond: Tensor, other: Tensor, scale: float, snr: float, snr_next: float) -> Tensor:
-    """What a step from one level to the next adds to the log-weights, float64 ``[rows]``.
+    """Increments of the log-weights in a step from one level to the next, float64 ``[rows]``.
 
     The paper's rate is ``w (w - 1) (g^2 / 2) |s_c - s_u|^2 |dt|``. In any schedule
-    ``g^2 |s_c - s_u|^2 |dt| = |Dc - Du|^2 d(alpha^2 / sigma^2)``, so with the predictions held over
-    the step it comes to ``w (w - 1) / 2 |Dc - Du|^2 (snr' - snr)``. That is also exactly the
-    ratio ``K_u^(1 - w) K_c^w / K_w`` of the Gaussians that one ancestral step draws from, which
-    makes it far better at few steps than Euler's rule, which the authors' code has.
+    ``g^2 |s_c - s_u|^2 |dt| = |Dc - Du|^2 d(alpha^2 / sigma^2)``, so for predictions that are
+    constant over the step the increment is ``w (w - 1) / 2 |Dc - Du|^2 (snr' - snr)``. That is also
+    exactly the ratio ``K_u^(1 - w) K_c^w / K_w`` of the Gaussians that one ancestral step samples,
+    which makes it far better at few steps than the Euler rule of the authors' code.
 
     Args:
         cond: denoised predictions for the prompt, ``[rows, C, h, w]``.
-        other: denoised predictions that guidance leads away from, as ``cond``.
-        scale: w of the guidance.
-        snr: ``(alpha / sigma)^2`` where they were predicted; 0 is pure noise.
-        snr_next: the same where the step lands; finite.
+        other: denoised predictions that guidance leads away from, of the same shape.
+        scale: w, the guidance scale.
+        snr: ``(alpha / sigma)^2`` at the predictions; 0 at pure noise.
+        snr_next: ``(alpha / sigma)^2`` at the end of the step; finite.
     """
     apart = cond - other
     return inner(apart, apart).flatten() * (scale * (scale - 1) / 2 * (snr_next - snr))
 
 
 def ancestors(weights: NDArray[np.float64], uniform: float) -> list[int]:
-    """Systematic resampling: which particle each one continues from.
+    """Systematic resampling: the index of the particle that each one continues from.
 
-    A particle of share s has ``floor(n s)`` or ``ceil(n s)`` heirs, ``n s`` on average. Survivors
-    keep their place, and the others' places go to the surplus.
+    Of n particles, one with weight s has ``floor(n s)`` or ``ceil(n s)`` descendants, ``n s`` on
+    average. Survivors keep their index, and further copies take those of the others.
 
     Args:
-        weights: shares of the particles, summing to 1, ``[particles]``.
-        uniform: the draw, in [0, 1).
+        weights: normalized weights of the particles, ``[particles]``.
+        uniform: uniform random number in [0, 1).
     """
     count = len(weights)
     edges = np.cumsum(weights)
-    # Rounding must not lift a draw beyond the last particle that has a share.
+    # Rounding must not move a draw beyond the last particle with a weight above 0.
     draws = np.minimum((uniform + np.arange(count)) / count, np.nextafter(1, 0))
     drawn = np.searchsorted(edges / edges[-1], draws, side="right")
     heirs = np.bincount(drawn, minlength=count)
@@ -101,5 +102,5 @@ def ancestors(weights: NDArray[np.float64], uniform: float) -> list[int]:
 
 
 def effective(weights: NDArray[np.float64]) -> float:
-    """Effective number of particles, from 1 to all of them: ``1 / sum of squared shares``."""
+    """Effective number of particles, ``1 / sum of squared weights``: from 1 to their number."""
     return float(1 / np.square(weights).sum())

@@ -1,4 +1,4 @@
-"""FreeU: more of a U-Net's backbone, and less of the coarse part of its skip connections."""
+"""FreeU: amplify a U-Net's backbone and attenuate the coarse part of its skip connections."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 class FreeU(NetworkChange, frozen=True):
     """FreeU (Si et al., arXiv 2309.11497), with the factors and the stages of diffusers.
 
-    In the two lowest stages of a U-Net's way up, half of the channels of the backbone are scaled
+    In the two lowest up-sampling stages of a U-Net, half of the channels of the backbone are scaled
     by ``b``, and the four lowest frequencies of the skip connections by ``s``. Acts in every
-    prediction of the image. The defaults are what diffusers advises for Stable
-    Diffusion XL; for 1.5 it is 1.5 and 1.6 for ``b1`` and ``b2``.
+    prediction of the image. The defaults are those that diffusers recommends for Stable Diffusion
+    XL; for 1.5 it recommends 1.5 and 1.6 for ``b1`` and ``b2``.
 
-    The authors' code and ComfyUI's choose the stages by their number of channels instead: in
-    Stable Diffusion 1.5 these reach further up.
+    The authors' code and ComfyUI's choose the stages by their number of channels instead, which in
+    Stable Diffusion 1.5 includes higher stages.
     """
 
     summary: ClassVar[str] = "More of a U-Net's backbone, less of its coarse skip connections."

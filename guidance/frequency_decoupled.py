@@ -1,4 +1,4 @@
-"""Guidance of one strength for detail and another for what is large."""
+"""Guidance with separate scales for low and high spatial frequencies."""
 
 from __future__ import annotations
 
@@ -20,22 +20,23 @@ if TYPE_CHECKING:
     from guidance.branch import Branch
 
 KERNEL = (1 / 16, 4 / 16, 6 / 16, 4 / 16, 1 / 16)
-"""Burt and Adelson's filter, along each axis."""
+"""Burt and Adelson's filter, applied along each axis."""
 
 REACH = 8
-"""Cells beyond a border: what lies farther out does not change the level inside it."""
+"""Width of padding, in cells; cells farther outside do not affect the result inside."""
 
 
 class FrequencyDecoupled(Rule, frozen=True):
     """Frequency-decoupled guidance (Sadat et al., arXiv 2506.19713).
 
-    CFG in a Laplacian pyramid of two levels, each with its own scale. The pyramid is linear, so
-    all of it acts on the difference of the predictions, and any space gives the same. The levels
-    are those of kornia's ``build_laplacian_pyramid``, which the authors and diffusers use.
+    CFG in a Laplacian pyramid of two levels, each with its own scale. The pyramid is linear, so it
+    can be applied to the difference of the predictions, and the result is the same in any space.
+    The levels are those of kornia's ``build_laplacian_pyramid``, which the authors and diffusers
+    use.
 
-    Departure from the source: kornia pads sides that it cannot halve, and diffusers goes on with
-    the padded picture, which has another size than the latent. Here the padding is cut off again,
-    so that latents of any size work.
+    Departure from the source: kornia pads sides that it cannot halve, and diffusers continues with
+    the padded picture, whose size differs from the latent's. Here the padding is removed again, so
+    that latents of any size work.
     """
 
     summary: ClassVar[str] = "One scale for detail and one for layout: sharp at low contrast."
@@ -64,15 +65,15 @@ class FrequencyDecoupled(Rule, frozen=True):
 
 
 def low_frequencies(picture: Tensor) -> Tensor:
-    """What a Laplacian pyramid's first level leaves to the others, at full size.
+    """The low frequencies that the first level of a Laplacian pyramid leaves out, at full size.
 
-    Blurred, halved, doubled, blurred.
+    The picture is blurred, halved, doubled and blurred again.
 
     Args:
-        picture: ``[rows, C, h, w]``.
+        picture: a picture or latent, ``[rows, C, h, w]``.
 
     Returns:
-        The same shape.
+        Its low frequencies, of the same shape.
     """
     from torch.nn.functional import interpolate, pad
 
@@ -87,14 +88,14 @@ def low_frequencies(picture: Tensor) -> Tensor:
 
 
 def _padding(height: int, width: int) -> tuple[int, int]:
-    """Rows and columns by which a picture is continued, mirrored, below and to the right.
+    """Number of mirrored rows and columns to pad below and to the right.
 
-    kornia continues both sides to powers of two if neither is one, or if either is odd.
+    kornia pads both sides to powers of two if neither is one, or if either is odd.
     """
     powers = [1 << (side - 1).bit_length() for side in (height, width)]
     if (powers[0] == height or powers[1] == width) and height % 2 == width % 2 == 0:
         return 0, 0
-    # As far as it matters, and to an even side.
+    # Only as far as it affects the result, and to an even side.
     below, right = (
         min(power - side, REACH + side % 2)
         for power, side in zip(powers, (height, width), strict=True)
@@ -103,12 +104,12 @@ def _padding(height: int, width: int) -> tuple[int, int]:
 
 
 def _blurred(picture: Tensor) -> Tensor:
-    """Sums of shifted copies: unlike a convolution's, their bits never depend on the batch."""
+    """Blur by sums of shifted copies, whose bits never depend on the batch as a convolution's do."""
     from torch.nn.functional import pad
 
     reach = len(KERNEL) // 2
     height, width = picture.shape[-2:]
-    # Mirrored at the borders as kornia does; a side too short for that repeats its last cell.
+    # Mirrored at the borders, as in kornia; a side too short for that repeats its last cell.
     mode = "reflect" if min(height, width) > reach else "replicate"
     padded = pad(picture, (reach,) * 4, mode=mode)
     rows = reduce(add, (w * padded.narrow(-2, i, height) for i, w in enumerate(KERNEL)))

@@ -1,4 +1,4 @@
-"""Gradient-free classifier guidance: away from what the picture is mistaken for."""
+"""Gradient-free classifier guidance: away from the class that the picture is mistaken for."""
 
 from __future__ import annotations
 
@@ -19,16 +19,17 @@ if TYPE_CHECKING:
 class GradientFree(ReferenceGuidance, frozen=True):
     """After gradient-free classifier guidance (Shenoy et al., arXiv 2411.15393).
 
-    From the paper: at each stage a classifier, in inference alone, picks the reference that
-    guidance leads away from, among conditional predictions, and sets the scale by how confused
-    the picture is. The formula is ours: of all classes q of the attributes aimed at, other than
-    the target y, the reference is that of the greatest ``p(q | x)``, and
+    From the paper: at each stage a classifier, used only in inference, chooses among conditional
+    predictions the reference that guidance leads away from, and sets the scale by its uncertainty
+    about the picture. The formula is ours: of all classes q, other than the target y, of the
+    attributes that have a target, the reference is the one with the greatest ``p(q | x)``, and
 
         D += scale (1 - p(y | x)) (Dc - Dq)
 
-    with Dq told the prompt with the word of y replaced by that of q. The classifier reads x at
-    its own level of noise, before the forward, so choosing costs no evaluation; Dq costs one. With
-    the rule ``none`` it stands where the negative prompt's would; with another it is a third.
+    with Dq for the prompt in which the word of y is replaced by that of q. The classifier reads x
+    at its noise level before the forward pass, so the choice costs no evaluation; Dq costs one.
+    With the rule ``none`` Dq takes the place of the negative prompt's prediction; with another
+    rule it is an additional one.
     """
 
     summary: ClassVar[str] = "Steers away from the class that a classifier mistakes the image for."
@@ -75,6 +76,6 @@ class GradientFree(ReferenceGuidance, frozen=True):
             candidates.append(others)
             doubts.append(doubt.expand_as(share))
         place = cat(taken, 1).argmax(1, keepdim=True)
-        # Alternatives are those of the row's own candidates, in their order.
+        # Alternatives list only the row's own candidates, in the same order.
         choice = cat(candidates, 1).cumsum(1).gather(1, place)[:, 0] - 1
         return Reference(choice, cat(doubts, 1).gather(1, place)[:, 0])

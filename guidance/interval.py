@@ -1,4 +1,4 @@
-"""Guidance in a limited interval."""
+"""Guidance in a limited interval of noise levels."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 
 class Interval(Window, Policy, frozen=True):
-    """Guidance between two noise levels, and between two shares of the steps.
+    """Guidance only between two noise levels, and between two fractions of the steps.
 
-    Kynkäänniemi et al. (arXiv 2404.07724): guidance harms at high noise and does nothing at low
-    noise. Outside the interval the prompt's prediction is used alone.
+    Kynkäänniemi et al. (arXiv 2404.07724): guidance is harmful at high noise and has no effect at
+    low noise. Outside the interval only the prompt's prediction is used.
     """
 
     summary: ClassVar[str] = "Guides only between two noise levels; cheaper, and more varied."

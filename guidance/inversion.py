@@ -1,4 +1,4 @@
-"""From a picture back to the noise that makes it."""
+"""Inversion: from a picture back to the noise that generates it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class RunPoints(Protocol):
 
     @property
     def t(self) -> NDArray[np.floating]:
-        """Times that the network is told, ``[N + 1]``."""
+        """Times that the network is given, ``[N + 1]``."""
         ...
 
     @property
@@ -47,22 +47,23 @@ def invert(
 
         x0 = (x' - sigma' eps_r) / alpha',   x = alpha x0 + sigma eps_l
 
-    where the picture was renoised by eps_r: eps_u under CFG++, eps_l under CFG. DDIM steps under
-    the same rule come back to the picture, up to what the noises change from x' to x: they are
-    wanted at x and, as that is sought, taken at x', with the time of x. Each correction takes them
-    anew at the x found, so that enough of them make the inversion exact where this converges.
+    where eps_r is the noise with which the picture was renoised: eps_u under CFG++, eps_l under
+    CFG. DDIM steps under the same rule return to the picture, up to the change of the noises from
+    x' to x: the noises at x are needed but, x being unknown, they are evaluated at x', with the
+    time of x. Each correction evaluates them again at the x found, so that with enough corrections
+    the inversion is exact where this iteration converges.
 
     Args:
         denoise: ``(x, t) -> (for the prompt, for the negative prompt)``, denoised predictions of
             the shape of x; t is one of the points' times.
-        x: where the run ended, ``[rows, ...]``.
-        points: of that run.
-        scale: of the rule.
-        rule: what the run was guided by.
-        corrections: further evaluations at each step.
+        x: state at the end of the run, ``[rows, ...]``.
+        points: points of that run.
+        scale: scale of the rule.
+        rule: guidance rule of the run.
+        corrections: number of further evaluations at each step, at least 0.
 
     Returns:
-        Where the run began, as ``x``.
+        The state at the start of the run, of the shape of ``x``.
 
     Raises:
         ValueError: corrections is negative.

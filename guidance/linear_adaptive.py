@@ -1,4 +1,4 @@
-"""Linear adaptive guidance: the second prediction as a combination of earlier ones."""
+"""Linear adaptive guidance: the second prediction as a linear combination of earlier ones."""
 
 from __future__ import annotations
 
@@ -19,29 +19,30 @@ if TYPE_CHECKING:
     from guidance.rule import Rows
 
 PAIRS = 2
-"""Evaluations of both branches that an estimate is made of."""
+"""Number of past evaluations that an estimate uses."""
 
 TERMS = 1 + 2 * PAIRS
-"""Numbers of a stage and branch: for the prompt's prediction there, then for it and the branch's
-at the last evaluations, newest first."""
+"""Number of coefficients for each stage and branch: one for the prompt's prediction at the stage,
+then those for the prompt's and the branch's predictions at the last evaluations, newest first."""
 
 
 class LinearAdaptive(Policy, frozen=True):
     """LinearAG (Castillo et al., arXiv 2312.12487, section 5).
 
-    In the first part of a run evaluations of the branches alternate with estimates of them: sums
-    of predictions, weighted by scalars that were fitted for this stage by least squares over
-    stored runs, each branch by itself. Afterwards the prompt's prediction is used alone.
+    In the first part of a run, evaluations of the branches alternate with estimates of them. An
+    estimate is a sum of predictions weighted by scalars, which were fitted for this stage by least
+    squares over stored runs, separately for each branch. After that part, only the prompt's
+    prediction is used.
 
     Departures from the paper, measured on the embedded model (25 steps of 2M, cfg at scale 4,
     fitted to 96 runs, 12 others guided to the end):
 
-    - What is known are the prompt's prediction at the stage, and both at the last two evaluations;
-      the paper sums over all stages so far. With estimates among what later estimates are made of,
-      they feed on their own errors: the final latents were off by 270 % in one image of 12, by
-      1.5 % in the median. Without them they are off by 0.7 % in the median, 1.4 % at most; with
-      one evaluation 1.3 and 2.4 %, with three 0.7 and 2.1 %.
-    - Denoised predictions are combined, not those of the noise: at pure noise these are x.
+    - An estimate uses the prompt's prediction at the stage, and the prompt's and the branch's at
+      the last two evaluations; the paper sums over all stages so far. Where estimates enter later
+      estimates, their errors accumulate: the error of the final latents was 270 % in one image of
+      12, and 1.5 % in the median. Without them it is 0.7 % in the median and 1.4 % at most; with
+      one past evaluation 1.3 and 2.4 %, with three 0.7 and 2.1 %.
+    - Denoised predictions are combined, not noise predictions, which equal x at pure noise.
     """
 
     summary: ClassVar[str] = (
@@ -89,7 +90,7 @@ class LinearAdaptive(Policy, frozen=True):
 
         branches = rows.others.shape[1]
         cond, evaluated = rows.cond[:, None], evaluated[:, None]
-        # Of each evaluation that is kept, the prompt's prediction and then the branches'.
+        # Each stored evaluation holds the prompt's prediction and then the branches'.
         kept = memory.unflatten(1, (PAIRS, 1 + branches))
         pairs = stack([kept[:, :, :1].expand_as(kept[:, :, 1:]), kept[:, :, 1:]], 2)
         known = cat([cond.expand_as(rows.others)[:, None], pairs.flatten(1, 2)], 1)

@@ -1,4 +1,4 @@
-"""Coefficients of linear adaptive guidance: fitted over stored runs, and their file."""
+"""Coefficients of linear adaptive guidance: their fit over stored runs, and their file format."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ FORMAT = "weft.linear_ag.1"
 def moments(
     cond: NDArray[np.float64], other: NDArray[np.float64], evaluated: NDArray[np.bool_]
 ) -> NDArray[np.float64]:
-    """Sums of products that the fit is made of; those of several chunks of runs add up.
+    """Sums of products for the fit; those of several chunks of runs can be added.
 
     Args:
-        cond: denoised predictions for the prompt in runs of full guidance,
+        cond: denoised predictions for the prompt in runs with full guidance,
             ``[runs, stages, ...]``.
-        other: those of the second branch.
-        evaluated: at which stages the policy will evaluate it, ``[stages]``.
+        other: denoised predictions of the second branch, of the same shape.
+        evaluated: stages at which the policy will evaluate the second branch, ``[stages]``.
 
     Returns:
-        ``[stages, terms + 1, terms + 1]``, the last row and column those of what is estimated; 0
-        at stages that are evaluated.
+        ``[stages, terms + 1, terms + 1]``, with the estimated prediction in the last row and
+        column; 0 at stages that are evaluated.
     """
     sums = np.zeros((len(evaluated), TERMS + 1, TERMS + 1))
     for i in np.flatnonzero(~evaluated):
@@ -50,15 +50,15 @@ def moments(
 
 
 def solve(sums: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Least-squares coefficients of each stage, ``[stages, terms]``; 0 for what a stage lacks.
+    """Least-squares coefficients of each stage, ``[stages, terms]``; 0 for missing terms.
 
     Args:
-        sums: of :func:`moments`, over all runs.
+        sums: result of :func:`moments`, over all runs.
     """
     found = np.zeros((len(sums), TERMS))
     for i, table in enumerate(sums):
         there = np.flatnonzero(np.diag(table)[:TERMS] > 0)
-        # Each term at unit length, as the conditioning of the squares is that of the terms squared.
+        # Terms are scaled to unit norm, as the normal equations square the condition number.
         scale = np.sqrt(np.diag(table)[there])
         normal = table[np.ix_(there, there)] / scale / scale[:, None]
         solution = np.linalg.lstsq(normal, table[there, TERMS] / scale, rcond=None)[0]
@@ -67,11 +67,11 @@ def solve(sums: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def residual(sums: NDArray[np.float64], coefficients: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Error of the estimates at each stage, as a share of the branches' difference, ``[stages]``.
+    """Error of the estimates at each stage, relative to the branches' difference, ``[stages]``.
 
     Args:
-        sums: of :func:`moments`, of runs that need not be those of the fit.
-        coefficients: of :func:`solve`.
+        sums: result of :func:`moments`, not necessarily for the runs of the fit.
+        coefficients: result of :func:`solve`.
     """
     of_estimate = np.append(coefficients, np.full((len(sums), 1), -1.0), axis=1)
     of_difference = np.zeros_like(of_estimate)
@@ -84,7 +84,7 @@ def residual(sums: NDArray[np.float64], coefficients: NDArray[np.float64]) -> ND
 
 
 def run_fingerprint(*arrays: NDArray[np.floating[Any]]) -> str:
-    """16 hexadecimal digits that follow the numbers of a run: its levels and its tables."""
+    """16 hexadecimal digits derived from the numbers of a run: its levels and its tables."""
     digest = hashlib.sha256()
     for array in arrays:
         # Rounded, as the last digits of exp and log differ between machines; and no negative zero.
@@ -94,13 +94,13 @@ def run_fingerprint(*arrays: NDArray[np.floating[Any]]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class FitIdentity:
-    """What coefficients were fitted for; they mean nothing for anything else.
+    """What coefficients were fitted for; they are not valid for anything else.
 
     Attributes:
-        model: revision of the model's weights without the autoencoder's.
+        model: revision of the model's weights, without those of the autoencoder.
         plan: :func:`run_fingerprint` of the sampler's plan.
-        rule: the guidance rule with its parameters, as JSON.
-        every: steps from one evaluation of the second branch to the next.
+        rule: guidance rule with its parameters, as JSON.
+        every: number of steps from one evaluation of the second branch to the next.
     """
 
     model: str
@@ -110,13 +110,13 @@ class FitIdentity:
 
     @property
     def digest(self) -> str:
-        """8 hexadecimal digits that tell it from others of the same model."""
+        """8 hexadecimal digits that distinguish it from others of the same model."""
         return hashlib.sha256(f"{self.plan}{self.rule}{self.every}".encode()).hexdigest()[:8]
 
 
 @dataclass(frozen=True, slots=True)
 class _NamedRule:
-    """What can be told of any rule."""
+    """The fields that any rule has."""
 
     name: str
     scale: float = 1.0
@@ -127,11 +127,11 @@ class LinearFit:
     """Fitted coefficients.
 
     Attributes:
-        coefficients: ``[stages, branches * terms]``, those of a branch side by side.
-        identity: what they are for.
-        runs: how many they were fitted over.
-        error: of the estimates over these runs, as a share of the difference from the prompt's
-            prediction, of the branch where it is largest, ``[stages]``.
+        coefficients: ``[stages, branches * terms]``, with those of one branch side by side.
+        identity: what they were fitted for.
+        runs: number of runs that they were fitted over.
+        error: error of the estimates over these runs, relative to the difference from the prompt's
+            prediction, for the branch where it is largest, ``[stages]``.
     """
 
     coefficients: NDArray[np.float64]
@@ -140,7 +140,7 @@ class LinearFit:
     error: NDArray[np.float64]
 
     def save(self, path: Path) -> None:
-        """Write a safetensors file, whole or not at all."""
+        """Write a safetensors file atomically."""
         metadata = {
             "format": FORMAT,
             "identity": json.dumps(asdict(self.identity)),
@@ -148,8 +148,8 @@ class LinearFit:
         }
         path.parent.mkdir(parents=True, exist_ok=True)
         fresh = path.with_name(f".{path.name}.writing")
-        # What a stopped run left would keep the mode that it has; and not by save_file, whose files
-        # nobody but their owner may read.
+        # A file left by a stopped run would keep its mode. Not written by save_file, whose files
+        # only their owner can read.
         fresh.unlink(missing_ok=True)
         fresh.write_bytes(save({"coefficients": self.coefficients, "error": self.error}, metadata))
         fresh.replace(path)
@@ -159,7 +159,7 @@ class LinearFit:
         """Read a file that ``save`` wrote.
 
         Raises:
-            ValueError: it holds no coefficients.
+            ValueError: the file holds no valid coefficients.
         """
         try:
             with safe_open(path, "np") as content:
@@ -171,16 +171,16 @@ class LinearFit:
                     raise ValueError("numbers of no run")
                 identity, runs = _identity(metadata["identity"]), int(metadata["runs"])
                 return cls(coefficients, identity, runs, errors)
-        # The last two of types of numbers that numpy has not.
+        # The last two are raised for dtypes that numpy does not have.
         except (OSError, SafetensorError, KeyError, ValueError, TypeError, AttributeError) as error:
             raise ValueError(f"{path.name} holds no coefficients of linear guidance.") from error
 
 
 def _identity(text: str) -> FitIdentity:
-    """What the metadata of a file say.
+    """Parse the identity in a file's metadata.
 
     Raises:
-        ValueError: they are nothing that ``save`` writes.
+        ValueError: it is not as ``save`` writes it.
     """
     identity = TypeAdapter(FitIdentity).validate_json(text, strict=True)
     TypeAdapter(_NamedRule).validate_json(identity.rule, strict=True)

@@ -1,4 +1,4 @@
-"""Guidance inside a sampling loop of one's own."""
+"""Guidance for your own sampling loop."""
 
 from __future__ import annotations
 
@@ -27,29 +27,29 @@ def guide(
     opens_step: bool = True,
     closes_step: bool = True,
 ) -> Guided:
-    """Combine the predictions of pictures that share a rule and a level.
+    """Combine the predictions of pictures that share a rule and a noise level.
 
-    For pictures of different rules, levels or parameters, stack them as :class:`guidance.Rows`
-    and call the rule's ``combine``, which is what a server does.
+    For pictures with different levels or parameters of a rule, stack them as :class:`guidance.Rows`
+    and call the rule's ``combine``, as the server does.
 
     Args:
-        rule: with its parameters.
+        rule: the rule, with its parameters.
         cond: denoised predictions for the prompt, ``[rows, C, h, w]``.
-        others: one such tensor for each of ``rule.branches``, in their order.
-        x: the points that were evaluated, as ``cond``.
-        alpha: signal scale there.
-        sigma: noise scale there, above 0.
-        progress: share of the sampler's steps done before, in [0, 1).
-        memory: what the previous call gave; None at the start of a run.
+        others: one such tensor for each of ``rule.branches``, in the same order.
+        x: points that were evaluated, of the shape of ``cond``.
+        alpha: signal scale at these points.
+        sigma: noise scale at these points, above 0.
+        progress: fraction of the sampler's steps done before, in [0, 1).
+        memory: memory returned by the previous call; None at the start of a run.
         opens_step: whether this is the first evaluation of the sampler's step.
         closes_step: whether this is the last evaluation of the sampler's step.
 
     Returns:
-        The guided prediction, the point to step from, which CFG++ moves, and the memory to hand
-        to the next call.
+        The guided prediction; the point to step from, which CFG++ moves; and the memory to pass to
+        the next call.
 
     Raises:
-        ValueError: there are not as many others as the rule has branches.
+        ValueError: the number of ``others`` is not that of the rule's branches.
     """
     if len(others) != len(rule.branches):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Guidance that is weaker where it would do much at once."""
+"""Guidance that is weaker where the difference of the predictions is large."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 class MagnitudeAware(ScaledRule, frozen=True):
     """Magnitude-aware mitigation for boosted guidance (MAMBO-G, arXiv 2508.03442).
 
-    CFG of the scale ``1 + (scale - 1) exp(-damping |v_c - v_u| / |v_u|)``, per row and stage.
-    Velocities, as the paper's models predict; the length of v_u is what the space changes.
+    CFG with the scale ``1 + (scale - 1) exp(-damping |v_c - v_u| / |v_u|)``, per row and stage. The
+    paper's models predict velocities, and so velocities are used here: the norm of v_u depends on
+    the space.
     """
 
     summary: ClassVar[str] = "High scales, reduced at stages where guidance is already large."

@@ -1,4 +1,4 @@
-"""Minority guidance: towards pictures that are rare."""
+"""Minority guidance: towards rare pictures."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 ATTRIBUTE = "minority"
-"""The classifier's attribute that says how rare a picture is."""
+"""The classifier's attribute for how rare a picture is."""
 
 
 class Minority(GradientGuidance, frozen=True):
     """Minority guidance (Um et al., arXiv 2301.12334, section 3.3).
 
-    ``eps -= sigma k grad_x log p(m | x)`` with a classifier of noisy pictures, whose classes are
-    the tenths of the training pictures by how badly the model restores them: rare ones are
-    restored as something more common.
+    ``eps -= sigma k grad_x log p(m | x)`` with a classifier of noisy pictures. Its classes are the
+    tenths of the training pictures ordered by how badly the model restores them from noise: rare
+    pictures are restored as more common ones.
     """
 
     summary: ClassVar[str] = "Steers towards rare images, which a model otherwise seldom makes."

@@ -1,4 +1,4 @@
-"""Normalized attention guidance: away from the negative prompt inside the cross-attention."""
+"""Normalized attention guidance: away from the negative prompt, inside the cross-attention."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ class NAG(Window, frozen=True):
     """Normalized attention guidance (Chen et al., arXiv 2505.21179).
 
     In every cross-attention of the prompt's own prediction, the same queries attend to the prompt,
-    which gives Z+, and to the negative prompt, which gives Z-. Their extrapolation
-    ``Z~ = scale Z+ - (scale - 1) Z-`` is shortened where its L1 norm, token by token, exceeds
+    which gives Z+, and to the negative prompt, which gives Z-. The extrapolation
+    ``Z~ = scale Z+ - (scale - 1) Z-`` is scaled down where its L1 norm, token by token, exceeds
     ``tau`` times that of Z+, and blended: ``alpha Z~ + (1 - alpha) Z+``.
 
-    It costs no evaluation, and it gives a negative prompt to models that are sampled in few steps
-    without guidance, where extrapolated predictions break. Beside a rule it acts in the prompt's
-    prediction alone, as in the authors' pipelines: those of the rule's branches and of
-    perturbations are plain.
+    It costs no evaluation. It gives a negative prompt to models that are sampled in few steps
+    without guidance, for which extrapolating predictions fails. Combined with a rule it acts only
+    in the prompt's prediction, as in the authors' pipelines; the predictions of the rule's branches
+    and of perturbations are unchanged.
 
-    ``scale``, ``tau`` and ``alpha`` are ``nag_scale``, ``nag_tau`` and ``nag_alpha`` there, with
-    their values for few-step SDXL. Their ``nag_end`` is a share of the training times, ``stop``
-    here a share of the steps.
+    ``scale``, ``tau`` and ``alpha`` are the authors' ``nag_scale``, ``nag_tau`` and ``nag_alpha``,
+    and their defaults those for few-step SDXL. The authors' ``nag_end`` is a fraction of the
+    training times, whereas ``stop`` is a fraction of the steps.
     """
 
     summary: ClassVar[str] = (
@@ -51,5 +51,5 @@ class NAG(Window, frozen=True):
 
     @property
     def edit(self) -> NormalizedAttention:
-        """What is changed inside the network."""
+        """The change made inside the network."""
         return NormalizedAttention(self.scale, self.tau, self.alpha)

@@ -1,4 +1,4 @@
-"""Negative token merging: images that keep away from another one, or from a picture."""
+"""Negative token merging: pushing images away from another image or from a picture."""
 
 from __future__ import annotations
 
@@ -14,25 +14,24 @@ from guidance.window import Window
 class NegToMe(Window, frozen=True):
     """Negative token merging (Singh et al., arXiv 2412.01339).
 
-    In the attention of some layers each token h of an image moves away from the token of the
-    reference that is most like it, if that is like enough: ``h + strength (h - h_ref)``.
+    In the attention of some layers, each token h of an image moves away from the most similar token
+    of the reference, if the similarity exceeds a threshold: ``h + strength (h - h_ref)``.
 
-    The reference is the request's first image, which stays what it would be alone; every prediction
-    of an image (for the prompt, for the negative prompt, ...) has that image's same prediction as
-    its reference. This costs no evaluation.
+    The reference is the request's first image, which itself is not changed. Every prediction of an
+    image (for the prompt, for the negative prompt, ...) has the same prediction of the first image
+    as its reference. This costs no evaluation.
 
-    Or it is a picture r that the request supplies, and then no image stays what it would be alone.
-    At each stage in the window every image takes ``alpha r + sigma eps``, told the prompt, through
-    the network beside its own predictions, and all of these have it as their reference. This costs
-    an evaluation at each such stage. eps is the noise that the image itself starts from.
+    Alternatively the reference is a picture r supplied with the request, and then all images are
+    changed. At each stage in the window, every image evaluates ``alpha r + sigma eps`` with the
+    prompt in addition to its own predictions, and all of these have it as their reference. This
+    costs one evaluation at each such stage. eps is the noise that the image itself starts from.
 
     The defaults are the authors' for SDXL, whose window is a fifth of the training times.
 
-    Departures: where the authors' code looks for the most similar image token of each reference
-    token, and then takes the two indices for each other, this does as the paper says. Layers are
-    named, not chosen by their resolution. Of a picture, the authors' code draws new noise at each
-    step, and evaluates it for the negative prompt too, where the predictions for that have their
-    reference; it may be masked.
+    Departures from the authors' code: it finds the most similar image token of each reference token
+    and then confuses the two indices; this follows the paper. Layers are named, not chosen by their
+    resolution. For a picture, the authors' code draws new noise at each step, also evaluates the
+    picture for the negative prompt, as the reference of those predictions, and supports a mask.
     """
 
     summary: ClassVar[str] = "Pushes images away from the first one, or from a reference image."
@@ -55,5 +54,5 @@ class NegToMe(Window, frozen=True):
 
     @property
     def edit(self) -> ApartFrom:
-        """What is changed inside the network, but for the row that is the reference."""
+        """The change made inside the network, except for the row that is the reference."""
         return ApartFrom(self.layers, self.strength, self.threshold)

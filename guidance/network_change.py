@@ -1,4 +1,4 @@
-"""What changes the network for all predictions of an image."""
+"""The interface of changes to the network that apply to all predictions of an image."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class NetworkChange(BaseModel, frozen=True, extra="forbid", strict=True, allow_inf_nan=False):
-    """The same change inside the network in every prediction of an image; costs no evaluation."""
+    """A change inside the network in every prediction of an image; costs no evaluation."""
 
     summary: ClassVar[str]
     """One line for the user."""
@@ -22,4 +22,4 @@ class NetworkChange(BaseModel, frozen=True, extra="forbid", strict=True, allow_i
     @property
     @abstractmethod
     def edit(self) -> Edit:
-        """What is changed inside the network."""
+        """The change made inside the network."""

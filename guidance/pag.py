@@ -18,18 +18,19 @@ if TYPE_CHECKING:
     from guidance.edits import Edit
 
 LAST_TIMESTEP = 999
-"""Of the thousand that diffusion models are trained at, from 0."""
+"""The last of the 1000 timesteps, counted from 0, that diffusion models are trained at."""
 
 
 class PAG(Perturbation, frozen=True):
     """Perturbed-attention guidance (Ahn et al., arXiv 2403.17377, section 4).
 
-    The disturbed network's self-attention puts out its values, as if each place saw itself alone:
-    pictures of no structure, which guidance leads away from. Needs no second prompt.
+    In the perturbed network, self-attention returns its values, as if each position attended only
+    to itself. This gives pictures without structure, which guidance leads away from. No second
+    prompt is needed.
 
-    As in diffusers' pipelines (``pag_adaptive_scale``), the strength may fall along the run:
-    ``max(0, scale - adaptive_scale (1000 - t))``, t the timestep, 999 at noise. On models of
-    continuous time, t is the share of the diffusion's time times 999.
+    As in diffusers' pipelines (``pag_adaptive_scale``), the strength can decrease along the run:
+    ``max(0, scale - adaptive_scale (1000 - t))``, with t the timestep, 999 at noise. On
+    continuous-time models, t is the fraction of the diffusion's time multiplied by 999.
     """
 
     summary: ClassVar[str] = "Steers away from a prediction without self-attention."

@@ -1,4 +1,4 @@
-"""What the guidance of an image consists of beside its rule: one description of each part."""
+"""The parts of an image's guidance besides its rule, each described once."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One field of a `guidance` object beside the fields of its rule.
+    """One field of a `guidance` object besides the fields of its rule.
 
-    The schema of requests, the catalog, the checks, the sentences of errors and the text written
-    into pictures are all drawn from these descriptions, so a new part is one more of them.
+    The schema of requests, the catalog, the checks, the error messages and the text written into
+    pictures are all derived from these descriptions, so a new part needs only a further entry.
 
     Attributes:
-        field: its name in a request.
-        kinds: classes whose objects it takes, at least one.
+        field: name of the field in a request.
+        kinds: classes whose objects the field accepts, at least one.
         description: one sentence for the user.
-        label: what it is called in the text that is written into a picture.
-        plural: what the catalog calls the list of its classes.
-        default: its value in a request that leaves it out; None means that nothing acts. A part
-            that takes several has an empty list instead.
-        most: number of objects that it takes; above 1 it is a list.
-        beside_particles: whether images that are weighed as particles may have it.
+        label: name of the part in the text that is written into a picture.
+        plural: name that the catalog gives to the list of its classes.
+        default: value in a request that leaves the field out; None for no effect. A part that
+            accepts several objects has an empty list instead.
+        most: maximum number of objects; above 1 the field is a list.
+        beside_particles: whether images that are weighted as particles may have it.
     """
 
     field: str
@@ -50,25 +50,25 @@ class Part:
 
     @property
     def many(self) -> bool:
-        """Whether it is a list."""
+        """Whether the field is a list."""
         return self.most > 1
 
     @property
     def left_out(self) -> object:
-        """Its value in a request that leaves it out."""
+        """Value in a request that leaves the field out."""
         return () if self.many else self.default
 
     @property
     def named(self) -> bool:
-        """Whether its objects say which class they are of by ``name``.
+        """Whether its objects select their class by ``name``.
 
-        If so, a bare name stands for an object of defaults. If not, there is one class only.
+        If so, a bare name stands for an object with defaults. If not, there is only one class.
         """
         return all("name" in kind.model_fields for kind in self.kinds)
 
     @property
     def by_name(self) -> dict[str, type[BaseModel]]:
-        """Its classes by the name that a request gives; empty unless they are ``named``."""
+        """Its classes by their name in a request; empty unless they are ``named``."""
         if not self.named:
             return {}
         return {kind.model_fields["name"].default: kind for kind in self.kinds}
@@ -153,10 +153,10 @@ PARTS: tuple[Part, ...] = (
 
 
 def chosen(guidance: object) -> Iterator[tuple[str, Any]]:
-    """Everything that a guidance object holds beside its rule, with where it stands.
+    """All parts of a guidance object besides its rule, with their paths.
 
     Args:
-        guidance: has one attribute for each part.
+        guidance: object with one attribute for each part.
 
     Yields:
         The path within the guidance object (``policy``, ``perturbed.0``) and the object there.

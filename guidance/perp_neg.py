@@ -1,4 +1,4 @@
-"""Negative prompts that leave the prompt its own."""
+"""Negative prompts without what they share with the prompt."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ if TYPE_CHECKING:
 class PerpNeg(Rule, frozen=True):
     """Perp-Neg (Armandpour et al., arXiv 2304.04968).
 
-    With the prompt's and the negative prompt's differences from the empty prompt, p and n, only
-    the part of n across p is taken away: ``D = De + scale (p - negative (n - <n, p> / |p|^2 p))``.
-    Three evaluations a stage. Differences alone, so any space gives the same; per row.
+    Let p and n be the differences of the prompt's and of the negative prompt's prediction from that
+    of the empty prompt, De. Only the component of n orthogonal to p is subtracted:
+    ``D = De + scale (p - negative (n - <n, p> / |p|^2 p))``, per row. Three evaluations a stage. It
+    uses only differences, so the result is the same in any space.
     """
 
     summary: ClassVar[str] = (

@@ -1,4 +1,4 @@
-"""What a perturbation is: guidance away from a prediction that is worse on purpose."""
+"""The interface of perturbations: guidance away from a deliberately degraded prediction."""
 
 from __future__ import annotations
 
@@ -38,11 +38,12 @@ Layers: TypeAlias = Annotated[
 
 
 class Perturbation(Window, frozen=True):
-    """A term ``scale (Dc - Dp)``, Dp the prompt's prediction by a network that was disturbed.
+    """A term ``scale (Dc - Dp)``, with Dp the prompt's prediction by a perturbed network.
 
-    Such terms are added to what the rule gives, any number of them, so they go with any rule and
-    policy, and ``scale`` is their strength whatever those are. The difference is linear in the
-    prediction, so every space gives the same. Outside its window a term costs nothing.
+    Any number of such terms are added to the result of the rule, so they are compatible with any
+    rule and policy, and the meaning of ``scale`` does not depend on those. The difference is linear
+    in the predictions, so the result is the same in any space. Outside its window a term costs
+    nothing.
     """
 
     summary: ClassVar[str]
@@ -55,26 +56,26 @@ class Perturbation(Window, frozen=True):
     @property
     @abstractmethod
     def edit(self) -> Edit:
-        """What is changed inside the network."""
+        """The change made inside the network."""
 
     def evaluates(
         self, noise_ratio: NDArray[np.float64], progress: NDArray[np.float64]
     ) -> NDArray[np.bool_]:
-        """At which stages the disturbed prediction is evaluated, ``[stages]``.
+        """At which stages the perturbed prediction is evaluated, ``[stages]``.
 
         Args:
             noise_ratio: sigma / alpha at each stage, inf at pure noise, ``[stages]``.
-            progress: share of the steps done before each stage, in [0, 1), ``[stages]``.
+            progress: fraction of the steps done before each stage, in [0, 1), ``[stages]``.
         """
         return self.contains(noise_ratio, progress) & (self.scale != 0)
 
     def strengths(self, levels: DiffusionLevels) -> NDArray[np.float64]:
-        """What the term is multiplied by at each stage, ``[stages]``, window aside.
+        """The factor on the term at each stage, ``[stages]``, without regard to the window.
 
-        ``scale`` everywhere, unless a perturbation has it otherwise. Where it is 0 the disturbed
-        prediction is not needed.
+        It is ``scale`` everywhere unless a perturbation overrides this. Where it is 0, the
+        perturbed prediction is not needed.
 
         Args:
-            levels: where the stages stand in the diffusion.
+            levels: positions of the stages in the diffusion.
         """
         return np.full(len(levels.time), self.scale)

@@ -1,4 +1,4 @@
-"""What a guidance policy is: where the second prediction of a stage comes from."""
+"""The interface of guidance policies, which decide how a stage gets its second prediction."""
 
 from __future__ import annotations
 
@@ -21,20 +21,21 @@ if TYPE_CHECKING:
 
 
 class Filled(NamedTuple):
-    """What stands for the rule's branches, ``[rows, B, C, h, w]``, and the memory to keep."""
+    """The predictions of the rule's branches, ``[rows, B, C, h, w]``, and the memory to keep."""
 
     others: Tensor
     memory: Tensor
 
 
 class Policy(BaseModel, frozen=True, extra="forbid", strict=True, allow_inf_nan=False):
-    """A policy's parameters, and its answers.
+    """A policy's parameters and decisions.
 
-    Before a run it says at which stages the rule's branches are evaluated, and at which of the
-    others they are estimated; at the rest the row goes on with the prompt's prediction alone. A
-    policy that ``adapts`` looks at every stage that was evaluated and may end guidance for good,
-    which frees the row for others at once. A policy that ``estimates`` keeps a memory and fills in
-    the branches from it, however many the rule has, unless ``most_branches`` says otherwise.
+    Before a run, a policy determines at which stages the rule's branches are evaluated, and at
+    which of the other stages they are estimated. At the remaining stages, only the prompt's
+    prediction is used. A policy that ``adapts`` checks every stage that was evaluated and may end
+    guidance for the rest of the run, which frees the branches' rows at once. A policy that
+    ``estimates`` keeps a memory and fills in the branches from it, for rules with any number of
+    branches unless ``most_branches`` limits them.
     """
 
     summary: ClassVar[str]
@@ -42,23 +43,23 @@ class Policy(BaseModel, frozen=True, extra="forbid", strict=True, allow_inf_nan=
     source: ClassVar[str]
     """Paper and equation."""
     skips: ClassVar[bool] = True
-    """Whether it may leave the branches out at some stage. One that does not is all that a rule
-    without branches, and weighed particles, go with."""
+    """Whether the policy may leave out the branches at some stage. Rules that never combine and
+    weighted particles are only compatible with policies that do not."""
     adapts: ClassVar[bool] = False
-    """Whether ``settled`` is asked after each stage whose branches were evaluated."""
+    """Whether ``settled`` is called after each stage whose branches were evaluated."""
     estimates: ClassVar[bool] = False
     """Whether ``fill`` is called at each stage that is evaluated or estimated."""
     fitted: ClassVar[int] = 0
-    """Coefficients, for each stage and branch, that must have been fitted to the model and the run
-    beforehand."""
+    """Number of coefficients, for each stage and branch, that must be fitted to the model and the
+    run beforehand."""
     fitted_by: ClassVar[str | None] = None
-    """Command of `weft` that fits them and whose files they are found in. ``linear-ag`` is that of
-    :mod:`guidance.linear_fit`. None for policies that need none; one that does, and is fitted by
-    no command, cannot be served."""
+    """Command of `weft` that fits the coefficients and writes the files they are read from.
+    ``linear-ag`` is that of :mod:`guidance.linear_fit`. None for policies without coefficients; a
+    policy that has coefficients but no command cannot be served."""
     embeds: ClassVar[bool] = False
-    """Whether the rule's scale is told to the network, which then guides by itself."""
+    """Whether the network is conditioned on the rule's scale and guides by itself."""
     without_reference: ClassVar[str | None] = None
-    """Parameters, as JSON, with which it needs no reference, if there are such."""
+    """Parameters, as JSON, with which the policy needs no reference, if there are any."""
     name: str
 
     @abstractmethod
@@ -69,13 +70,13 @@ class Policy(BaseModel, frozen=True, extra="forbid", strict=True, allow_inf_nan=
 
         Args:
             noise_ratio: sigma / alpha at each stage, inf at pure noise, ``[stages]``.
-            progress: share of the steps done before each stage, in [0, 1), ``[stages]``.
+            progress: fraction of the steps done before each stage, in [0, 1), ``[stages]``.
         """
 
     def estimated(
         self, noise_ratio: NDArray[np.float64], progress: NDArray[np.float64]
     ) -> NDArray[np.bool_]:
-        """At which stages the branches are estimated: of a policy that does, all others.
+        """At which stages the branches are estimated: all others, if the policy ``estimates``.
 
         Args:
             noise_ratio: as for :meth:`evaluates`.
@@ -84,10 +85,10 @@ class Policy(BaseModel, frozen=True, extra="forbid", strict=True, allow_inf_nan=
         return ~self.evaluates(noise_ratio, progress) & self.estimates
 
     def refuses(self, rule: Rule) -> str | None:
-        """Why it cannot serve a rule, as a clause; None where it can.
+        """The reason why the policy is incompatible with a rule, as a clause; None if it is not.
 
         Args:
-            rule: with its parameters.
+            rule: the rule, with its parameters.
         """
         if self.skips and not rule.combines:
             return f"the rule {rule.name!r} makes one prediction only; leave the policy out"
@@ -106,7 +107,7 @@ class Policy(BaseModel, frozen=True, extra="forbid", strict=True, allow_inf_nan=
     ) -> NDArray[np.bool_]:
         """At which stages there is guidance at all, ``[stages]``.
 
-        A policy of which that is no stage of a run leaves the run unguided.
+        If that is no stage, the run is unguided.
 
         Args:
             noise_ratio: as for :meth:`evaluates`.
@@ -117,42 +118,41 @@ class Policy(BaseModel, frozen=True, extra="forbid", strict=True, allow_inf_nan=
 
     @property
     def fit_period(self) -> int:
-        """Steps from one evaluation of the branches to the next, which coefficients depend on."""
+        """Steps between evaluations of the branches, on which fitted coefficients depend."""
         return 1
 
     @property
     def most_branches(self) -> int | None:
-        """Branches of a rule that it can serve at these parameters; None is any number."""
+        """Maximum number of branches of a rule that it supports; None for any number."""
         return None
 
     def memory_slots(self, branches: int) -> int:
-        """Latent-sized slots that a row keeps for ``fill``; zero at first.
+        """Number of latent-sized slots that a row keeps for ``fill``; they are zero at first.
 
         Args:
-            branches: of the row's rule, at least 1.
+            branches: number of branches of the row's rule, at least 1.
         """
         del branches
         return 0
 
     @property
     def wants_reference(self) -> bool:
-        """Whether slot 0 of the memory is to hold the latent of the picture the run starts from."""
+        """Whether slot 0 of the memory must hold the latent of the run's start picture."""
         return False
 
     def constants(
         self, stages: int, branches: int, coefficients: NDArray[np.float64] | None = None
     ) -> NDArray[np.float64]:
-        """Numbers of each stage that ``fill`` is given, ``[stages, n]``.
+        """The numbers that ``fill`` gets for each stage, ``[stages, n]``.
 
         Args:
-            stages: of the run.
-            branches: of the rule, at least 1.
-            coefficients: what was fitted for this run, ``[stages, branches * fitted]``, those of
-                a branch side by side.
+            stages: number of stages of the run.
+            branches: number of branches of the rule, at least 1.
+            coefficients: coefficients fitted for this run, ``[stages, branches * fitted]``, with
+                those of one branch side by side.
 
         Raises:
-            ValueError: there are no coefficients and they are needed, or they are those of
-                another run.
+            ValueError: coefficients are needed and missing, or do not have the shape for this run.
         """
         if not self.fitted:
             return np.zeros((stages, 0))
@@ -167,11 +167,11 @@ class Policy(BaseModel, frozen=True, extra="forbid", strict=True, allow_inf_nan=
 
     @classmethod
     def parameters(cls, settings: Sequence[Self], like: Tensor) -> Mapping[str, Tensor]:
-        """What ``fill`` and ``settled`` are given of their rows' settings.
+        """The parameters that ``fill`` and ``settled`` get from their rows' settings.
 
         Args:
-            settings: one a row; fields that are no numbers agree over the rows.
-            like: ``[1, C, h, w]``, gives type, device and number of axes.
+            settings: settings of each row; fields that are not numbers are equal in all rows.
+            like: tensor ``[1, C, h, w]`` whose dtype, device and number of axes are used.
         """
         return stack(settings, like)
 
@@ -179,15 +179,15 @@ class Policy(BaseModel, frozen=True, extra="forbid", strict=True, allow_inf_nan=
     def fill(
         cls, rows: Rows, memory: Tensor, parameters: Mapping[str, Tensor], evaluated: Tensor
     ) -> Filled:
-        """The branches of each row, and what to keep; pure, each row by itself.
+        """The branches of each row and the memory to keep; pure, and independent per row.
 
-        A policy that ``estimates`` has its own; this one passes on what was evaluated.
+        Policies that ``estimates`` override this method; by default it returns what was evaluated.
 
         Args:
-            rows: stacked predictions; ``others`` are meaningful where they were evaluated.
-            memory: what the policy kept, ``[rows, slots, C, h, w]``.
-            parameters: what :meth:`parameters` gave, and ``constants`` ``[rows, n, 1, 1, 1]`` of
-                this stage.
+            rows: stacked predictions; ``others`` are valid where they were evaluated.
+            memory: memory of the policy, ``[rows, slots, C, h, w]``.
+            parameters: result of :meth:`parameters`, and ``constants`` of this stage,
+                ``[rows, n, 1, 1, 1]``.
             evaluated: whether the branches were evaluated at this stage, ``[rows, 1, 1, 1]`` bool.
         """
         del parameters, evaluated
@@ -195,11 +195,11 @@ class Policy(BaseModel, frozen=True, extra="forbid", strict=True, allow_inf_nan=
 
     @classmethod
     def settled(cls, rows: Rows, parameters: Mapping[str, Tensor]) -> Tensor:
-        """Which rows need none of their branches from now on, bool ``[rows]``."""
+        """Which rows need none of their branches any more, bool ``[rows]``."""
         del parameters
         return rows.closes_step.new_zeros(len(rows.closes_step))
 
 
 def steps_of(progress: NDArray[np.float64]) -> NDArray[np.int64]:
-    """The step that each stage belongs to, from 0, ``[stages]``, of the share done before it."""
+    """The step that each stage belongs to, from 0, ``[stages]``, given the progress before it."""
     return np.unique(progress, return_inverse=True)[1]

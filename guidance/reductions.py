@@ -1,4 +1,4 @@
-"""Sums over each row by itself, in float64: no row's company enters them."""
+"""Per-row reductions in float64, independent of the other rows of the batch."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ def inner(a: Tensor, b: Tensor) -> Tensor:
     """Inner products of rows, float64.
 
     Args:
-        a: ``[rows, C, h, w]``.
-        b: the same shape.
+        a: first factors, ``[rows, C, h, w]``.
+        b: second factors, of the same shape.
 
     Returns:
-        ``[rows, 1, 1, 1]``.
+        The products, ``[rows, 1, 1, 1]``.
     """
     products = a.double() * b.double()
     return products.flatten(1).sum(1).view(-1, *[1] * (a.ndim - 1))
@@ -26,11 +26,11 @@ def covariance(a: Tensor, b: Tensor) -> Tensor:
     """Covariances over the elements of rows, float64; of a row with itself, its variance.
 
     Args:
-        a: ``[rows, C, h, w]``.
-        b: the same shape.
+        a: first factors, ``[rows, C, h, w]``.
+        b: second factors, of the same shape.
 
     Returns:
-        ``[rows, 1, 1, 1]``, sums divided by the number of elements.
+        The covariances, ``[rows, 1, 1, 1]``: sums divided by the number of elements.
     """
     axes = tuple(range(1, a.ndim))
     a, b = a.double(), b.double()

@@ -1,4 +1,4 @@
-"""Rules, policies, perturbations, classifiers' terms and step caches: ours and packages'."""
+"""All rules, policies, perturbations, classifier terms and step caches, installed ones included."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ BESIDE_RULES: Final = (
     "nag",
     "cfg_norm",
 )
-"""Fields of a request's guidance that are none of its rule's (guidance/parts.py)."""
+"""Fields of a request's guidance that do not belong to its rule (guidance/parts.py)."""
 
 RULES: tuple[type[Rule], ...] = with_plugins(
     "weft.guidance_rules",

@@ -1,4 +1,4 @@
-"""Residual classifier-free guidance: a second prediction that needs no network."""
+"""Residual classifier-free guidance: a second prediction without a network evaluation."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 class Residual(Policy, frozen=True):
     """Residual classifier-free guidance (Kodaira et al., arXiv 2312.12491, section 3.2).
 
-    The second noise prediction is ``delta (x - alpha r) / sigma``: the noise that would have made
-    x of a reference picture r. In denoised form that is ``(1 - delta) x / alpha + delta r``. With
-    ``mode`` ``self`` r is the picture the run starts from; with ``onetime`` it is the branch's own
-    denoised prediction at the first stage, the only one that evaluates it. A rule of several
-    branches needs the latter: of one picture all of them would be the same.
+    The second noise prediction is ``delta (x - alpha r) / sigma``: for ``delta`` 1, the noise that
+    turns a reference picture r into x. In denoised form it is ``(1 - delta) x / alpha + delta r``.
+    With ``mode`` ``self``, r is the picture that the run starts from; with ``onetime`` it is the
+    branch's own denoised prediction at the first stage, the only stage that evaluates it. A rule
+    with several branches requires ``onetime``, as one picture would give the same for all of them.
 
     Departure from the paper: at pure noise, where ``x / alpha`` is infinite, ``delta`` is 1.
     """

@@ -1,4 +1,4 @@
-"""What a guidance rule is: one way to combine the predictions of a stage."""
+"""The interface of guidance rules, each of which combines the predictions of a stage."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """The predictions of the rows that share a rule; each row may have its own parameters.
+    """The predictions of rows that share a rule; each row may have its own parameters.
 
     Attributes:
-        cond: denoised prediction for the prompt, ``[rows, C, h, w]``.
+        cond: denoised predictions for the prompt, ``[rows, C, h, w]``.
         others: denoised predictions of the rule's branches, in their order,
             ``[rows, B, C, h, w]``, B at least 1.
-        x: the point that was evaluated, as ``cond``.
-        alpha: signal scale there, ``[rows, 1, 1, 1]``.
-        sigma: noise scale there, ``[rows, 1, 1, 1]``, above 0.
-        progress: share of the sampler's steps done before this one, in [0, 1),
+        x: points that were evaluated, of the shape of ``cond``.
+        alpha: signal scale at these points, ``[rows, 1, 1, 1]``.
+        sigma: noise scale at these points, ``[rows, 1, 1, 1]``, above 0.
+        progress: fraction of the sampler's steps done before this one, in [0, 1),
             ``[rows, 1, 1, 1]``.
-        memory: what the rule kept from earlier steps, ``[rows, slots, C, h, w]``; zero at first.
-        opens_step: whether this is the first evaluation of its step, the one before which a rule
+        memory: memory of the rule from earlier steps, ``[rows, slots, C, h, w]``; zero at first.
+        opens_step: whether this is the first evaluation of its step, the only one at which a rule
             may move x, ``[rows, 1, 1, 1]`` bool.
         closes_step: whether this is the last evaluation of its step, ``[rows, 1, 1, 1]`` bool.
     """
@@ -51,7 +51,7 @@ class Rows:
 
     @property
     def other(self) -> Tensor:
-        """The first branch's prediction, ``[rows, C, h, w]``: all there is for most rules."""
+        """The first branch's prediction, ``[rows, C, h, w]``; most rules have only one branch."""
         return self.others[:, 0]
 
 
@@ -64,44 +64,44 @@ class Guided(NamedTuple):
 
 
 class Rule(BaseModel, frozen=True, extra="forbid", strict=True, allow_inf_nan=False):
-    """A rule's parameters, and its mathematics over stacked rows."""
+    """A rule's parameters and its formula over stacked rows."""
 
     summary: ClassVar[str]
     """One line for the user."""
     source: ClassVar[str]
     """Paper and equation."""
     memory_slots: ClassVar[int] = 0
-    """Latent-sized slots that a row keeps between steps."""
+    """Number of latent-sized slots that a row keeps between steps."""
     combines: ClassVar[bool] = True
-    """Whether there is anything to combine at some parameters; if not, no policy has work."""
+    """Whether the rule combines predictions at some parameters; if not, policies have no effect."""
     plain_cfg: ClassVar[bool] = False
-    """Whether it is classifier-free guidance itself: ``Dc + (scale - 1) (Dc - Du)``.
+    """Whether the rule is plain classifier-free guidance: ``Dc + (scale - 1) (Dc - Du)``.
 
-    That is what a network may have been trained to do by itself (policies that embed), what
-    particles correct, and what statistics of a guided model are of.
+    Distilled networks embed this rule (policies with ``embeds``), particles correct it, and the
+    statistics of guided models refer to it.
     """
     name: str
 
     @property
     def branches(self) -> tuple[Branch, ...]:
-        """The predictions beside the prompt's that can change the result at these parameters."""
+        """The predictions, besides the prompt's, that can change the result at these parameters."""
         return (NEGATIVE,)
 
     def rewritten(self, read: Callable[[str], str]) -> Self:
-        """The rule with its own texts as the network is to read them; most rules have none.
+        """The rule with its own texts converted to what the network reads; most rules have none.
 
         Args:
-            read: a text as it is to be read.
+            read: converts a text.
         """
         return self
 
     @classmethod
     def parameters(cls, settings: Sequence[Self], like: Tensor) -> Mapping[str, Tensor]:
-        """What :meth:`combine` is given of its rows' settings.
+        """The parameters that :meth:`combine` gets from its rows' settings.
 
         Args:
-            settings: one a row; fields that are no numbers agree over the rows.
-            like: ``[1, C, h, w]``, gives type, device and number of axes.
+            settings: settings of each row; fields that are not numbers are equal in all rows.
+            like: tensor ``[1, C, h, w]`` whose dtype, device and number of axes are used.
         """
         return stack(settings, like)
 
@@ -111,13 +111,13 @@ class Rule(BaseModel, frozen=True, extra="forbid", strict=True, allow_inf_nan=Fa
         """The guided prediction of each row.
 
         Args:
-            rows: stacked predictions, as many branches in every row.
-            parameters: this rule's numeric fields, each ``[rows, 1, 1, 1]``.
+            rows: stacked predictions, with the same number of branches in every row.
+            parameters: numeric fields of the rule, each ``[rows, 1, 1, 1]``.
         """
 
 
 class ScaledRule(Rule, frozen=True):
-    """A rule that leads away from the negative prompt by a ``scale``, of which 1 does nothing."""
+    """A rule that leads away from the negative prompt by a ``scale``; 1 is no guidance."""
 
     scale: float = Field(default=4.0, ge=0, le=100, description="Strength; 1 is no guidance.")
 
@@ -128,13 +128,13 @@ class ScaledRule(Rule, frozen=True):
 
 
 def stack(settings: Sequence[BaseModel], like: Tensor) -> dict[str, Tensor]:
-    """The numeric fields of equal models as tensors ``[rows, 1, 1, 1]`` on the device of ``like``.
+    """Stack the numeric fields of models of one class as tensors ``[rows, 1, 1, 1]``.
 
     A field that is a tuple of n numbers gives ``[rows, n, 1, 1, 1]``.
 
     Args:
-        settings: one frozen model a row, all of one class, their tuples of one length.
-        like: ``[rows, C, h, w]``, gives type, device and number of axes.
+        settings: one frozen model per row, all of one class and with tuples of equal length.
+        like: tensor ``[rows, C, h, w]`` whose dtype, device and number of axes are used.
     """
     ones = [1] * (like.ndim - 1)
     scalars = [field for field, value in settings[0] if _is_number(value)]
@@ -149,15 +149,15 @@ def stack(settings: Sequence[BaseModel], like: Tensor) -> dict[str, Tensor]:
 
 
 def numbers_like(like: Tensor, values: object) -> Tensor:
-    """Numbers as a tensor of the type of ``like``, on its device.
+    """Numbers as a tensor with the dtype and device of ``like``.
 
     Args:
-        like: gives type and device.
+        like: tensor whose dtype and device are used.
         values: a number, or lists of numbers.
     """
     from torch import tensor
 
-    # Not `new_tensor`, which waits for the device.
+    # Not `new_tensor`, which synchronizes with the device.
     return tensor(values, dtype=like.dtype).to(like.device, non_blocking=True)
 
 

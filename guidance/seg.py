@@ -18,12 +18,13 @@ if TYPE_CHECKING:
 class SEG(Perturbation, frozen=True):
     """Smoothed energy guidance (Hong, arXiv 2408.00760, section 4).
 
-    The disturbed network's self-attention has its queries blurred over the picture, which flattens
-    the energy that attention descends. Gentler than ``pag`` at the same scale.
+    In the perturbed network, the queries of self-attention are blurred over the picture, which
+    smooths the energy that attention minimises. Its effect is weaker than that of ``pag`` at the
+    same scale.
 
-    The blur is that of the authors' code: a Gaussian that ends at three sigma, or half a side away
-    if that is nearer, over a picture that is mirrored at its borders. Their pictures are square;
-    here each side has its own kernel.
+    The blur is that of the authors' code: a Gaussian that is cut off at three sigma, or at half a
+    side if that is less, with mirrored borders. Their pictures are square; here each side has its
+    own kernel.
     """
 
     summary: ClassVar[str] = "Steers away from a prediction with blurred self-attention."

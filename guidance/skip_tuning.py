@@ -1,4 +1,4 @@
-"""Skip-tuning: less of what a U-Net's skip connections carry."""
+"""Skip-tuning: attenuation of a U-Net's skip connections."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 class SkipTuning(NetworkChange, frozen=True):
     """Skip-tuning (Ma et al., arXiv 2402.15170): factors on a U-Net's skip connections.
 
-    They rise linearly from the bottom connection to the top one, and act in every prediction of
-    the image. Costs nothing; helps most at few steps.
+    The factors change linearly from the bottom connection to the top one, and act in every
+    prediction of the image. Costs nothing; helps most with few steps.
     """
 
     summary: ClassVar[str] = "Scales a U-Net's skip connections; sharper at few steps, at no cost."

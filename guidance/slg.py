@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 class SLG(Perturbation, frozen=True):
     """Skip-layer guidance, as published with Stable Diffusion 3.5 medium.
 
-    The disturbed network leaves transformer blocks out; acts early in a run, where the structure
-    is laid out. For Stable Diffusion 3.5 medium its authors skip the blocks 7, 8 and 9.
+    The perturbed network skips some transformer blocks. It acts early in a run, where the structure
+    forms. For Stable Diffusion 3.5 medium its authors skip the blocks 7, 8 and 9.
     """
 
     summary: ClassVar[str] = "Steers away from a prediction without some transformer blocks."

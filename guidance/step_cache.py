@@ -1,4 +1,4 @@
-"""What a step cache is: it predicts that the network would say little new, and recalls the last."""
+"""The interface of step caches, which skip the network where its output would hardly change."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ if TYPE_CHECKING:
 
 
 class Evaluation(NamedTuple):
-    """What a network that predicts the velocity was given and put out.
+    """Input and output of a network that predicts the velocity.
 
-    Predictions of any other network are to be written as the velocity first. An error of it counts
-    sigma times in the denoised prediction; one of the noise counts sigma / alpha times, which early
-    in a run is many times more.
+    Predictions of any other network must be converted to the velocity first. An error in the
+    velocity is multiplied by sigma in the denoised prediction; one in the noise is multiplied by
+    sigma / alpha, which is many times larger early in a run.
 
     Attributes:
-        x: its input, at its own scale, ``[rows, C, h, w]``.
-        output: its output there, as it is, ``[rows, C, h, w]``.
+        x: input of the network, at its own scale, ``[rows, C, h, w]``.
+        output: raw output of the network, ``[rows, C, h, w]``.
     """
 
     x: Tensor
@@ -33,11 +33,11 @@ class Evaluation(NamedTuple):
 
 
 class Decision(NamedTuple):
-    """Which images recall their outputs at the next stage, and what the cache counts on.
+    """Which images recall their outputs at the next stage, and the updated state of the cache.
 
     Attributes:
-        recalls: bool ``[rows]``.
-        numbers: of the cache, ``[rows, n]``, for an image that recalls.
+        recalls: whether each image recalls its outputs, bool ``[rows]``.
+        numbers: numbers of the cache for images that recall, ``[rows, n]``.
     """
 
     recalls: Tensor
@@ -45,12 +45,12 @@ class Decision(NamedTuple):
 
 
 class StepCache(Window, frozen=True):
-    """A step cache's parameters, and its decisions.
+    """A step cache's parameters and decisions.
 
     It decides before a stage whether the network is evaluated there, so an image that recalls its
-    last outputs takes no row of the forward. The prompt's own row decides for all predictions of
-    the image. A stage is one evaluation: of a sampler with several a step each is decided by
-    itself. All methods on tensors are pure, and treat each row by itself.
+    last outputs takes no row of the forward pass. The prompt's own row decides for all predictions
+    of the image. A stage is one evaluation: with samplers that evaluate several times in a step,
+    each evaluation is decided separately. All methods on tensors are pure and independent per row.
     """
 
     summary: ClassVar[str]
@@ -58,17 +58,17 @@ class StepCache(Window, frozen=True):
     source: ClassVar[str]
     """Paper and equation."""
     warm_up: ClassVar[int] = 1
-    """Evaluations that it must have seen before it can decide."""
+    """Number of evaluations that the cache needs before it can decide."""
     name: str
 
     def may_recall(
         self, noise_ratio: NDArray[np.float64], progress: NDArray[np.float64]
     ) -> NDArray[np.bool_]:
-        """At which stages it decides, ``[stages]``; the others are evaluated, as the last is.
+        """At which stages it decides, ``[stages]``; all others are evaluated, among them the last.
 
         Args:
             noise_ratio: sigma / alpha at each stage, inf at pure noise, ``[stages]``.
-            progress: share of the steps done before each stage, in [0, 1), ``[stages]``.
+            progress: fraction of the steps done before each stage, in [0, 1), ``[stages]``.
         """
         inside = self.contains(noise_ratio, progress)
         inside[: self.warm_up] = False
@@ -78,11 +78,11 @@ class StepCache(Window, frozen=True):
     @classmethod
     @abstractmethod
     def parameters(cls, settings: Sequence[Self], like: Tensor) -> Mapping[str, Tensor]:
-        """What ``decide`` is given of the rows' settings, each ``[rows, ...]``.
+        """The parameters that ``decide`` gets from the rows' settings, each ``[rows, ...]``.
 
         Args:
-            settings: one a row.
-            like: ``[rows, C, h, w]``, gives the device.
+            settings: settings of each row.
+            like: tensor ``[rows, C, h, w]`` whose device is used.
         """
 
     @classmethod
@@ -91,7 +91,7 @@ class StepCache(Window, frozen=True):
         """The cache's numbers after an evaluation, ``[rows, n]``.
 
         Args:
-            before: the evaluation before this one; zeros at the first.
+            before: the previous evaluation; zeros at the first.
             now: this evaluation.
         """
 
@@ -109,18 +109,19 @@ class StepCache(Window, frozen=True):
 
         Args:
             last: the last evaluation.
-            numbers: that were learned there, or counted at the last decision to recall.
-            x: what the network is given at this stage, evaluated or not, ``[rows, C, h, w]``.
-            following: what it is given at the next, as ``x``.
-            parameters: what :meth:`parameters` gave.
+            numbers: numbers from :meth:`learned` at that evaluation, or from the last decision to
+                recall.
+            x: input of the network at this stage, evaluated or not, ``[rows, C, h, w]``.
+            following: input of the network at the next stage, of the same shape.
+            parameters: result of :meth:`parameters`.
         """
 
     @classmethod
     def recalled(cls, last: Evaluation, x: Tensor) -> Tensor:
-        """What stands for the output at ``x``: the difference of output and input is kept.
+        """The output used at ``x`` instead of an evaluation: output minus input stays constant.
 
         Args:
-            last: an evaluation, of any of an image's predictions.
-            x: the network's input at the stage that is not evaluated, ``[rows, C, h, w]``.
+            last: last evaluation of any of an image's predictions.
+            x: input of the network at the stage that is not evaluated, ``[rows, C, h, w]``.
         """
         return x + (last.output - last.x)

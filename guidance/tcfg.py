@@ -19,14 +19,15 @@ if TYPE_CHECKING:
 class TCFG(ScaledRule, frozen=True):
     """Tangential damping CFG (Kwon et al., arXiv 2503.18137, listing 1).
 
-    The unconditional noise is projected on the first right singular vector of both noises, per
-    row; then CFG. In noise space, as the paper's scores. diffusers does the same to whatever the
-    network puts out.
+    The unconditional noise is projected onto the first right singular vector of the two noises, per
+    row, and then CFG is applied. This is done in noise space, as the paper does it for scores;
+    diffusers does the same with the raw output of the network.
 
-    Two rows have a closed form. With eps_c, eps_u and the unit eigenvector (a, b) of their Gram
-    matrix, the projection is ``b (a eps_c + b eps_u)``, and the difference to guide by, in
-    denoised space, ``b^2 d - a (a - b) (x - alpha Dc) / alpha`` with ``d = Dc - Du``. Near pure
-    noise a and b tend to each other, so half of what lies across the noise is guided by.
+    For two vectors there is a closed form. With eps_c, eps_u and the first unit eigenvector (a, b)
+    of their Gram matrix, the projection is ``b (a eps_c + b eps_u)``, and the difference that
+    guidance uses, in denoised space, is ``b^2 d - a (a - b) (x - alpha Dc) / alpha`` with
+    ``d = Dc - Du``. Near pure noise a and b approach each other, so guidance uses half of the
+    component of d that is orthogonal to the noise.
     """
 
     summary: ClassVar[str] = (
@@ -48,8 +49,8 @@ class TCFG(ScaledRule, frozen=True):
         noise = rows.x.double() - alpha * cond
         difference = cond - rows.other.double()
         across, length = inner(noise, difference), inner(difference, difference)
-        # Entries of the Gram matrix of noise and noise + alpha difference. The eigenvector lies at
-        # 45 degrees less delta; tan(2 delta) is lean / (2 product), and lean vanishes with alpha.
+        # Entries of the Gram matrix of noise and noise + alpha difference. The eigenvector is at
+        # 45 degrees minus delta; tan(2 delta) is lean / (2 product), and lean vanishes with alpha.
         lean_by_alpha = -(2 * across + alpha * length)
         lean = alpha * lean_by_alpha
         twice_product = 2 * (inner(noise, noise) + alpha * across)

@@ -1,8 +1,8 @@
-"""What rules, policies and step caches promise, as checks that the author of a new one calls.
+"""The contract of rules, policies and step caches, as checks to call from the tests of a new one.
 
-``check_rule(MyRule(), MyRule(scale=7.5))`` makes all of those of a rule, ``check_policy`` those of
-a policy and ``check_step_cache`` those of a step cache. Each raises AssertionError with a sentence
-that says which promise is broken, and at which parameters. Weft holds its own to the same checks.
+``check_rule(MyRule(), MyRule(scale=7.5))`` runs all checks of a rule, ``check_policy`` those of a
+policy and ``check_step_cache`` those of a step cache. Each raises AssertionError with a sentence
+that says which promise is broken, and at which parameters. Weft applies the same checks to its own.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ if TYPE_CHECKING:
     from guidance.step_cache import Decision, StepCache
 
 SHAPE: Final = (4, 6, 5)
-"""Of the latents that rules are checked on: no two axes alike."""
+"""Shape of the latents that rules are checked on; no two axes are equal."""
 CLOSE: Final = 1e-12
-"""What float64 leaves of a difference, relative and absolute."""
+"""Tolerance for float64 rounding, relative and absolute."""
 
 
 def check_rule(*settings: Rule) -> None:
-    """All promises of a rule, at each of these parameters and in one batch of all of them.
+    """Check all promises of a rule, with each of these settings and in one batch of all of them.
 
     Args:
-        settings: of one rule: its defaults, and whatever else it does differently.
+        settings: settings of one rule: its defaults, and any that behave differently.
 
     Raises:
-        AssertionError: a promise is broken; says which.
+        AssertionError: a promise is broken; the message says which.
     """
     check_description(type(settings[0]))
     for rule in settings:
@@ -48,25 +48,25 @@ def check_rule(*settings: Rule) -> None:
         check_agreement(rule)
         check_branches(rule)
         check_moves_open_a_step(rule)
-    # Rows that ask for as many branches share a call, as they do in the server.
+    # Rows with the same number of branches share a call, as they do in the server.
     for count in sorted({len(rule.branches) for rule in settings}):
         together = [rule for rule in settings if len(rule.branches) == count]
         check_rows_are_independent(together)
 
 
 def check_policy(*settings: Policy) -> None:
-    """All promises of a policy, at each of these parameters and in one batch of all of them.
+    """Check all promises of a policy, with each of these settings and in one batch of all of them.
 
     Args:
-        settings: of one policy: its defaults, and whatever else it does differently.
+        settings: settings of one policy: its defaults, and any that behave differently.
 
     Raises:
-        AssertionError: a promise is broken; says which.
+        AssertionError: a promise is broken; the message says which.
     """
     check_description(type(settings[0]))
     for policy in settings:
         check_stages(policy)
-    # Rows that agree in all that is no number, and remember as much, share a call in the server.
+    # Rows with equal memory slots and equal non-numeric fields share a call in the server.
     for branches in (1, 2):
         alike: dict[object, list[Policy]] = {}
         for policy in settings:
@@ -78,16 +78,16 @@ def check_policy(*settings: Policy) -> None:
 
 
 def check_step_cache(*settings: StepCache) -> None:
-    """All promises of a step cache, at each of these parameters and in one batch of all of them.
+    """Check all promises of a step cache, with each of these settings and in one batch of them.
 
-    It decides nothing before its warm-up nor about the last stage, and what it learns and decides
-    of a row depends on no other row.
+    It must not decide before its warm-up or for the last stage, and its results for a row must not
+    depend on other rows.
 
     Args:
-        settings: of one cache: its defaults, and whatever else it does differently.
+        settings: settings of one cache: its defaults, and any that behave differently.
 
     Raises:
-        AssertionError: a promise is broken; says which.
+        AssertionError: a promise is broken; the message says which.
     """
     from numpy import arange, logspace
 
@@ -109,7 +109,7 @@ def check_step_cache(*settings: StepCache) -> None:
 
 
 def _decide(settings: Sequence[StepCache], rows: Sequence[Rows]) -> Decision:
-    """After two evaluations and a stage that recalled them; inputs and outputs are random."""
+    """The decision after two evaluations and a stage that recalled; the data are random."""
     kind, (first, second, third, following) = type(settings[0]), rows
     before, last = Evaluation(first.x, first.cond), Evaluation(second.x, second.cond)
     parameters = kind.parameters(settings, last.x)
@@ -118,9 +118,9 @@ def _decide(settings: Sequence[StepCache], rows: Sequence[Rows]) -> Decision:
 
 
 def check_description(kind: type[Rule | Policy | Perturbation | StepCache]) -> None:
-    """A name, a summary, a source and a docstring, and a sentence for each field.
+    """Check for a name, a summary, a source, a docstring and a description of each field.
 
-    They reach the API's documentation, the catalog and the command line.
+    These reach the API's documentation, the catalog and the command line.
 
     Raises:
         AssertionError: one of them is missing.
@@ -135,10 +135,11 @@ def check_description(kind: type[Rule | Policy | Perturbation | StepCache]) -> N
 
 
 def check_stages(policy: Policy) -> None:
-    """It says of each stage of a run whether its branches are evaluated or estimated, never both.
+    """Check that a policy's answers cover each stage and never both evaluate and estimate.
 
     Raises:
-        AssertionError: it says it of others, or estimates without declaring it.
+        AssertionError: an answer has another shape or dtype, a stage is both evaluated and
+            estimated, or the policy estimates without declaring it.
     """
     for steps, each in ((1, 1), (2, 1), (7, 1), (7, 2)):
         stages = steps * each
@@ -161,24 +162,24 @@ def check_stages(policy: Policy) -> None:
 
 
 def check_filled_in(settings: Sequence[Policy], branches: int) -> None:
-    """What it fills in and keeps has the shapes and the type of what went in, row by row.
+    """Check that branches and memory from ``fill`` have the shapes and dtype of its inputs.
 
-    Nothing is written into, and a row's result depends on no other row; nor does the end of its
-    guidance, which only a policy that ``adapts`` may call.
+    Inputs must not be modified, and results for a row must not depend on other rows. The same holds
+    for the end of guidance, which only a policy that ``adapts`` may request.
 
     Args:
-        settings: of one policy; they agree in all that is no number.
-        branches: of the rule.
+        settings: settings of one policy, with equal non-numeric fields.
+        branches: number of branches of the rule.
 
     Raises:
-        AssertionError: a promise is broken; says which.
+        AssertionError: a promise is broken; the message says which.
     """
     from torch import arange
     from torch import bool as yes_or_no
 
     kind, own = type(settings[0]), [*settings, *settings]
     rows = draw(len(own), branches=branches, slots=own[0].memory_slots(branches))
-    # Evaluated in the first half of the rows, so each setting is asked for both.
+    # Evaluated in the first half of the rows, so that each setting is checked for both cases.
     evaluated = (arange(len(own)) < len(settings)).view(-1, 1, 1, 1)
     constants = draw(len(own), 1, None, 1, branches * kind.fitted).memory[:, :, :1, :1, :1]
     before = {field.name: getattr(rows, field.name).clone() for field in fields(rows)}
@@ -214,7 +215,7 @@ def check_filled_in(settings: Sequence[Policy], branches: int) -> None:
 def _filled(
     own: Sequence[Policy], rows: Rows, evaluated: Tensor, constants: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What a policy fills in, what it keeps, and whose guidance it ends."""
+    """The branches that a policy fills in, its memory, and the rows whose guidance it ends."""
     kind = type(own[0])
     parameters = kind.parameters(own, rows.x[:1])
     told = {**parameters, "constants": constants}
@@ -223,10 +224,10 @@ def _filled(
 
 
 def check_shapes(rule: Rule) -> None:
-    """What comes out has the shapes and the type of what went in, and is finite.
+    """Check that results have the shapes and dtype of the inputs, and are finite.
 
     Raises:
-        AssertionError: it has others, or holds what is no number.
+        AssertionError: a shape or dtype differs, or a value is not finite.
     """
     from torch import float32, float64
 
@@ -244,13 +245,13 @@ def check_shapes(rule: Rule) -> None:
 
 
 def check_agreement(rule: Rule) -> None:
-    """Where all predictions agree there is nothing to guide: they are the result.
+    """Check that where all predictions agree, they are the result and x does not move.
 
     Raises:
-        AssertionError: the result, or the point to step from, is another.
+        AssertionError: the result or the point to step from differs.
     """
     rows = rows_for(rule, 3)
-    # Small, as what lies within a threshold's limit is left alone too.
+    # Small values, so that rules with a threshold do not clip them.
     cond = 0.01 * rows.cond
     others = cond[:, None].expand_as(rows.others)
     rows = replace(rows, cond=cond, others=others, memory=rows.memory * 0)
@@ -260,11 +261,10 @@ def check_agreement(rule: Rule) -> None:
 
 
 def check_branches(rule: Rule) -> None:
-    """Each branch that is asked for changes the result, and where none is asked for none does.
+    """Check that each requested branch changes the result, and that no other branch does.
 
     Raises:
-        AssertionError: an evaluation is spent for nothing, or a branch that matters is not asked
-            for.
+        AssertionError: a requested branch is not used, or a branch is used without being requested.
     """
     rows = rows_for(rule, 3)
     for k in range(rows.others.shape[1]):
@@ -283,10 +283,10 @@ def check_branches(rule: Rule) -> None:
 
 
 def check_inputs_are_kept(rule: Rule) -> None:
-    """A rule changes nothing that it is given: others read the same tensors.
+    """Check that a rule does not modify its inputs, which others read as well.
 
     Raises:
-        AssertionError: it writes into one.
+        AssertionError: it writes into one of them.
     """
     rows = rows_for(rule, 2)
     before = {field.name: getattr(rows, field.name).clone() for field in fields(rows)}
@@ -296,7 +296,7 @@ def check_inputs_are_kept(rule: Rule) -> None:
 
 
 def check_moves_open_a_step(rule: Rule) -> None:
-    """Within a step x stays where it is: a sampler counts on one move a step, before it.
+    """Check that x moves only at the first evaluation of a step, as samplers require.
 
     Raises:
         AssertionError: x is moved where ``rows.opens_step`` is false.
@@ -307,18 +307,18 @@ def check_moves_open_a_step(rule: Rule) -> None:
 
 
 def check_rows_are_independent(settings: Sequence[Rule]) -> None:
-    """Rows with parameters of their own get together what each gets alone.
+    """Check that rows with different parameters get the same results together as alone.
 
     Args:
-        settings: of one rule, all with as many branches.
+        settings: settings of one rule, all with the same number of branches.
 
     Raises:
-        AssertionError: a row's result depends on its neighbours.
+        AssertionError: the result of a row depends on other rows.
     """
     from torch import arange
 
     kind = type(settings[0])
-    # Two rows each, so that neighbours of equal parameters are covered too.
+    # Two rows for each, so that rows with equal parameters are covered too.
     own = [*settings, *settings]
     rows = rows_for(settings[0], len(own))
     odd = arange(len(own)).view(-1, 1, 1, 1) % 2 == 1
@@ -332,15 +332,15 @@ def check_rows_are_independent(settings: Sequence[Rule]) -> None:
 
 
 def rows_for(rule: Rule, count: int, seed: int = 0, dtype: dtype | None = None) -> Rows:
-    """Random rows of as many branches and slots of memory as a rule asks for.
+    """Random rows with the branches and memory slots that a rule requests.
 
-    There is one branch where it asks for none, which must not matter then.
+    If it requests no branch there is one, which must not affect the result.
 
     Args:
-        rule: with its parameters.
-        count: of rows.
-        seed: of the random numbers.
-        dtype: of the tensors; float64 by default.
+        rule: the rule, with its parameters.
+        count: number of rows.
+        seed: seed of the random numbers.
+        dtype: dtype of the tensors; float64 by default.
     """
     return draw(count, seed, dtype, len(rule.branches) or 1, rule.memory_slots)
 
@@ -348,16 +348,16 @@ def rows_for(rule: Rule, count: int, seed: int = 0, dtype: dtype | None = None) 
 def draw(
     count: int, seed: int = 0, dtype: dtype | None = None, branches: int = 1, slots: int = 0
 ) -> Rows:
-    """Random predictions at random variance-preserving levels, as in the midst of a run.
+    """Random predictions at random variance-preserving levels in the second half of a run.
 
-    They are of a run's second half, as there are rules that hold still at first.
+    Some rules do nothing at the start of a run.
 
     Args:
-        count: of rows.
-        seed: of the random numbers.
-        dtype: of the tensors; float64 by default.
-        branches: predictions of each row beside the prompt's, at least 1.
-        slots: of memory.
+        count: number of rows.
+        seed: seed of the random numbers.
+        dtype: dtype of the tensors; float64 by default.
+        branches: number of predictions of each row besides the prompt's, at least 1.
+        slots: number of memory slots.
     """
     import torch
 
@@ -392,7 +392,7 @@ def one_row(rows: Rows, i: int) -> Rows:
 
 
 def combine(rule: Rule, rows: Rows) -> Guided:
-    """A rule with the same parameters for all rows."""
+    """The result of a rule with the same parameters for all rows."""
     return rule.combine(rows, rule.parameters([rule] * len(rows.cond), rows.x[:1]))
 
 

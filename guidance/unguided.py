@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Unguided(Rule, frozen=True):
-    """The prompt's prediction as it is: one evaluation a stage, for distilled models."""
+    """The prompt's prediction unchanged: one evaluation a stage, for distilled models."""
 
     summary: ClassVar[str] = "No guidance: the prompt's prediction as it is, at half the cost."
     source: ClassVar[str] = "Conditional sampling without guidance."

@@ -1,4 +1,4 @@
-"""Velocity space: where flow matching and v-prediction networks speak."""
+"""Velocity space, in which flow-matching and v-prediction networks predict."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ if TYPE_CHECKING:
 
 
 def velocity_share(alpha: Tensor, sigma: Tensor) -> Tensor:
-    """The share c of x in a velocity: ``sigma v = c x - D``.
+    """The coefficient c of x in a velocity: ``sigma v = c x - D``.
 
     Along a path, ``v = (d alpha / d sigma) x0 + eps`` up to a factor, which gives
-    ``c = 1 / (alpha - sigma d alpha / d sigma)``: alpha where ``alpha^2 + sigma^2 = 1`` (v is that
-    of arXiv 2202.00512), and 1 for flow matching and where alpha is 1. Which of them a level
-    belongs to is read off the level; a level that belongs to two has the same c in both, but for
-    pure noise without any signal, which is taken for flow matching.
+    ``c = 1 / (alpha - sigma d alpha / d sigma)``. That is alpha where ``alpha^2 + sigma^2 = 1``
+    (v as in arXiv 2202.00512), and 1 for flow matching and where alpha is 1. The kind of path is
+    inferred from the level. A level that fits two kinds has the same c in both, except for pure
+    noise without any signal, which is treated as flow matching.
 
     Args:
         alpha: signal scale, any shape.
@@ -31,11 +31,12 @@ def velocity_share(alpha: Tensor, sigma: Tensor) -> Tensor:
 def velocity(rows: Rows, denoised: Tensor) -> Tensor:
     """``sigma v`` of a denoised prediction at the rows' points, ``[rows, C, h, w]``, float64.
 
-    The same formula leads back, as ``D = c x - sigma v``.
+    The same formula converts back, as ``D = c x - sigma v``.
 
     Args:
-        rows: give x, alpha and sigma.
-        denoised: ``[rows, C, h, w]``; or a velocity times sigma, to come back from.
+        rows: rows with x, alpha and sigma.
+        denoised: denoised prediction, ``[rows, C, h, w]``; or a velocity times sigma, to convert
+            back.
     """
     share = velocity_share(rows.alpha, rows.sigma).double()
     return share * rows.x.double() - denoised.double()

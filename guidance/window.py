@@ -1,4 +1,4 @@
-"""A window of a run: between two noise levels, and between two shares of the steps."""
+"""A window of a run: a range of noise levels and a range of steps."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class Window(BaseModel, frozen=True, extra="forbid", strict=True, allow_inf_nan=False):
-    """Noise levels and steps at which something acts; everywhere by default."""
+    """The range of noise levels and steps in which something acts; everywhere by default."""
 
     low: float = Field(
         default=0.0, ge=0, description="Lowest sigma / alpha at which it acts, exclusive."
@@ -42,11 +42,11 @@ class Window(BaseModel, frozen=True, extra="forbid", strict=True, allow_inf_nan=
     def contains(
         self, noise_ratio: NDArray[np.float64], progress: NDArray[np.float64]
     ) -> NDArray[np.bool_]:
-        """Which stages lie inside, ``[stages]``.
+        """Which stages lie inside the window, ``[stages]``.
 
         Args:
             noise_ratio: sigma / alpha at each stage, inf at pure noise, ``[stages]``.
-            progress: share of the steps done before each stage, in [0, 1), ``[stages]``.
+            progress: fraction of the steps done before each stage, in [0, 1), ``[stages]``.
         """
         high = np.inf if self.high is None else self.high
         by_noise = (noise_ratio > self.low) & (noise_ratio <= high)
