@@ -104,7 +104,7 @@ def _padding(height: int, width: int) -> tuple[int, int]:
 
 
 def _blurred(picture: Tensor) -> Tensor:
-    """Blur by sums of shifted copies, whose bits never depend on the batch as a convolution's do."""
+    """Blur by sums of shifted copies, whose bits, unlike a convolution's, ignore the batch size."""
     from torch.nn.functional import pad
 
     reach = len(KERNEL) // 2
