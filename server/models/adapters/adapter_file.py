@@ -21,7 +21,7 @@ from server.models.adapters.placing import (
     LARGEST_ALPHA,
     Header,
     Placed,
-    Placement,
+    PlacedChanges,
     Target,
     place,
 )
@@ -59,7 +59,7 @@ class AdapterFile:
     name: str
     path: Path
     stamp: tuple[int, int]
-    changes: Placement
+    changes: PlacedChanges
     target: Target
     defaults: ModelDefaults | None
 

@@ -46,7 +46,7 @@ __all__ = [
     "LARGEST_ALPHA",
     "Header",
     "Placed",
-    "Placement",
+    "PlacedChanges",
     "Target",
     "place",
 ]
@@ -203,7 +203,7 @@ class Placed:
         return DOWN, UP, *vectors
 
 
-class Placement(NamedTuple):
+class PlacedChanges(NamedTuple):
     """The changes of a file.
 
     Attributes:
@@ -224,7 +224,7 @@ def _shape_of(layer: nn.Module) -> tuple[int, ...] | None:
     return tuple(layer.weight.shape) if is_norm(layer) else None
 
 
-def place(header: Header, target: Target) -> Placement:
+def place(header: Header, target: Target) -> PlacedChanges:
     """Find what a file changes.
 
     Args:
@@ -274,7 +274,7 @@ def place(header: Header, target: Target) -> Placement:
         raise AdapterMismatch(f"has tensors that are not understood: {listed(unused)}")
     if not placed and not norms:
         raise AdapterMismatch("has no tensors")
-    return Placement(placed, norms)
+    return PlacedChanges(placed, norms)
 
 
 def _norm(target: Target, part: str, layer: str, own: Mapping[str, StandIn]) -> PlacedNorm | None:
