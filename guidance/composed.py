@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 class WeightedPrompt(BaseModel, frozen=True, extra="forbid", strict=True, allow_inf_nan=False):
     """A further prompt of a picture, with its weight."""
 
-    prompt: str = Field(max_length=4096, description="What else the picture shows.")
+    prompt: str = Field(max_length=4096, description="Describes what else the image shows.")
     weight: float = Field(
-        default=4.0, ge=-100, le=100, description="Strength; below 0 leads away from it."
+        default=4.0, ge=-100, le=100, description="Strength; negative values steer away from it."
     )
 
 

@@ -53,7 +53,7 @@ class GradientFree(ReferenceGuidance, frozen=True):
             if not word.search(prompt):
                 raise ValueError(
                     f"guidance.classifier.target.{attribute} is {said!r}, which the prompt does "
-                    f"not say; {self.name} replaces that word, so only words of the prompt are "
+                    f"not contain; {self.name} replaces that word, so only words of the prompt are "
                     "allowed."
                 )
             told += [word.sub(lambda _, q=q: q, prompt) for q in classes if q != said]

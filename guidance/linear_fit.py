@@ -173,7 +173,7 @@ class LinearFit:
                 return cls(coefficients, identity, runs, errors)
         # The last two are raised for dtypes that numpy does not have.
         except (OSError, SafetensorError, KeyError, ValueError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path.name} holds no coefficients of linear guidance.") from error
+            raise ValueError(f"{path.name} contains no coefficients of linear guidance.") from error
 
 
 def _identity(text: str) -> FitIdentity:

@@ -29,7 +29,8 @@ class NAG(Window, frozen=True):
     """
 
     summary: ClassVar[str] = (
-        "Steers away from the negative prompt inside the cross-attention, without an evaluation."
+        "Steers away from the negative prompt inside the cross-attention, without extra "
+        "evaluations."
     )
     source: ClassVar[str] = "Chen et al., arXiv 2505.21179."
     reads_negative_prompt: ClassVar[bool] = True

@@ -120,7 +120,7 @@ PARTS: tuple[Part, ...] = (
     Part(
         field="particles",
         kinds=(FeynmanKac,),
-        description="Treats the images of the request as particles, which are weighed and "
+        description="Treats the images of the request as particles, which are weighted and "
         "resampled at every step.",
         label="particles",
         plural="particles",

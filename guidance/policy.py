@@ -97,8 +97,8 @@ class Policy(BaseModel, frozen=True, extra="forbid", strict=True, allow_inf_nan=
         most, branches = self.most_branches, len(rule.branches)
         if most is not None and branches > most:
             return (
-                f"with these parameters it supports at most {most} second prediction, and the "
-                f"rule {rule.name!r} has {branches}"
+                f"with these parameters it supports at most {most} second prediction, but the rule "
+                f"{rule.name!r} has {branches}"
             )
         return None
 

@@ -76,8 +76,8 @@ class AlignYourSteps(ListedSpacing, frozen=True):
     table: Literal["sd15", "sdxl", "svd", "sd15_32", "sdxl_32", "gits_sd15", "gits_sdxl"] = Field(
         default="sd15",
         description=(
-            "The model whose published table is used; those with 32 are for about 31 steps, gits "
-            "are of another method."
+            "The model whose published table is used; those with 32 are for about 31 steps, and "
+            "those with gits come from another method."
         ),
     )
 

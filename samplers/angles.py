@@ -22,14 +22,14 @@ class Angles(LevelSpacing, frozen=True):
     of the angles, which is what the network is conditioned on.
     """
 
-    summary: ClassVar[str] = "Even in the angle of TrigFlow; for SANA-Sprint and its kin."
+    summary: ClassVar[str] = "Even in the angle of TrigFlow; for SANA-Sprint and related models."
     source: ClassVar[str] = "SANA-Sprint (arXiv 2503.09641); sCM (arXiv 2410.11081), section 3."
     name: Literal["angles"] = "angles"
     second: float = Field(
         default=1.3,
         gt=0,
         lt=np.pi / 2,
-        description="Angle in radians of the second step of a run of two; 0.785 is half way.",
+        description="Angle in radians of the second step in a run of two; 0.785 is half way.",
     )
 
     @override

@@ -49,15 +49,15 @@ class ChurnedSampler(Sampler, frozen=True):
     s_tmax: float | None = Field(
         default=None,
         gt=0,
-        description="Highest sigma / alpha at which s_churn adds noise; without it there is none.",
+        description="Highest sigma / alpha at which s_churn adds noise; null is no limit.",
     )
     s_noise: float = Field(
         default=1.0,
         ge=0,
         le=2,
         description=(
-            "Factor on the noise that s_churn adds; slightly above 1 makes up for detail that the"
-            " model removes."
+            "Factor on the noise that s_churn adds; values slightly above 1 compensate for detail "
+            "that the model removes."
         ),
     )
 

@@ -22,7 +22,7 @@ class Custom(ListedSpacing, frozen=True):
     necessarily whole; sigma in (0, 1] on flow matching, after the shift; sigma on an EDM model.
     """
 
-    summary: ClassVar[str] = "A list of your own, one time for each step."
+    summary: ClassVar[str] = "Custom list of times, one for each step."
     source: ClassVar[str] = "diffusers, set_timesteps(timesteps=...) and (sigmas=...)."
     name: Literal["custom"] = "custom"
     times: tuple[float, ...] = Field(
@@ -44,13 +44,14 @@ class Custom(ListedSpacing, frozen=True):
     def evaluated(self, schedule: Levels, steps: int) -> F64:
         if not self.times:
             raise PlanError(
-                "spacing.times", "spacing.times is empty; list one falling time for each step."
+                "spacing.times",
+                "spacing.times is empty; it must list one time for each step, in decreasing order.",
             )
         if steps != len(self.times):
             raise PlanError(
                 "steps",
-                f"steps is {steps}; spacing.times has {len(self.times)} entries, and steps must "
-                "be as many.",
+                f"steps is {steps}; it must be {len(self.times)}, the number of entries in "
+                "spacing.times.",
             )
         for before, after in zip(self.times, self.times[1:], strict=False):
             if after >= before:

@@ -176,9 +176,9 @@ class DPMSolverV3(FittedSampler, frozen=True):
         if statistics is None:
             raise PlanError(
                 "sampler.statistics",
-                f"statistics is {self.statistics!r}, and there are none of this model and "
-                "guidance; make them with `weft ems --model ... --guidance ... --scale ...`, or "
-                "allow 'none'.",
+                f"statistics is {self.statistics!r}, but there are none for this model and "
+                "guidance; compute them with `weft ems --model ... --guidance ... --scale ...`, or "
+                "choose 'none'.",
             )
         if self.levels == "statistics":
             grid = _on_points(grid, statistics.half_log_snr)
@@ -364,8 +364,8 @@ def _on_points(grid: Grid, points: F64) -> Grid:
     if np.any(np.diff(nearest) <= 0):
         raise PlanError(
             "steps",
-            f"steps is {grid.steps}; too many for {len(points)} statistics, as two fall on one "
-            "of their points; ask for fewer, or for levels 'asked'.",
+            f"steps is {grid.steps}, which is too many for {len(points)} statistics, since two "
+            "steps fall on the same point; choose fewer steps, or levels 'asked'.",
         )
     t, alpha, sigma = grid.t.copy(), grid.alpha.copy(), grid.sigma.copy()
     t[inner] = grid.schedule.time_of_half_log_snr(nearest)
@@ -380,7 +380,7 @@ def _refuse_levels_outside(grid: Grid, points: F64) -> None:
     if np.any((lam < low - BEYOND) | (lam > high + BEYOND)):
         raise PlanError(
             "spacing",
-            f"spacing goes from {lam.min():.4g} to {lam.max():.4g} in half-log-SNR, and the "
-            f"statistics from {low:.4g} to {high:.4g}; choose a spacing within, or the sampler's "
-            "statistics 'none'.",
+            f"spacing goes from {lam.min():.4g} to {lam.max():.4g} in half-log-SNR, but the "
+            f"statistics only from {low:.4g} to {high:.4g}; choose a spacing within that range, or "
+            "the sampler's statistics 'none'.",
         )

@@ -24,14 +24,16 @@ class GradientEstimation(Sampler, frozen=True):
     The first step is Euler's, and the last one lands on the denoised prediction.
     """
 
-    summary: ClassVar[str] = "Euler's method that leans away from the slope before; few steps."
+    summary: ClassVar[str] = (
+        "Euler's method, extrapolated away from the previous slope; for few steps."
+    )
     source: ClassVar[str] = "Permenter and Yuan, arXiv 2306.04848, algorithm 2; ComfyUI."
     name: Literal["gradient_estimation"] = "gradient_estimation"
     gamma: float = Field(
         default=2.0,
         ge=1,
         le=3,
-        description="Weight of the present slope, that of the one before being 1 less it.",
+        description="Weight of the current slope; the previous slope has 1 minus this weight.",
     )
 
     @property

@@ -61,8 +61,8 @@ class Grid:
         _, sigma_last = schedule.level(np.array(last))
         if not schedule.t_start >= first > last >= 0 or sigma_last == 0:
             raise ValueError(
-                f"t_start is {first:g} and t_end is {last:g}; a run goes from at most "
-                f"{schedule.t_start:g} down to a lower time, at which there is noise left."
+                f"t_start is {first:g} and t_end is {last:g}; a run must go from at most "
+                f"{schedule.t_start:g} down to a lower time, at which noise is left."
             )
         count = steps if t_end is None else steps + 1
         times = _of_steps(spacing, spacing.fill(schedule, count, first, last), count)

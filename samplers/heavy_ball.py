@@ -77,18 +77,18 @@ class MomentumSampler(Sampler, frozen=True):
         fraction = self._fraction
         if fraction < LEAST_BETA:
             raise ValueError(
-                f"order is {self.order:g}, which says a beta of {fraction:g}; "
-                f"at least {LEAST_BETA:g} is allowed."
+                f"order is {self.order:g}, which implies a beta of {fraction:g}; at least "
+                f"{LEAST_BETA:g} is allowed."
             )
         if self.beta is not None and fraction < 1 and not isclose(self.beta, fraction):
             raise ValueError(
-                f"beta is {self.beta:g} and order is {self.order:g}, which says a beta of "
+                f"beta is {self.beta:g} and order is {self.order:g}, which implies a beta of "
                 f"{fraction:g}; give a whole order with beta, or the order alone."
             )
         if self.weights == "variable" and self.damping < LEAST_BETA_OF_VARIABLE:
             raise ValueError(
-                f"weights is 'variable' and beta is {self.damping:g}; variable weights go with "
-                f"a beta of at least {LEAST_BETA_OF_VARIABLE:g}."
+                f"weights is 'variable' and beta is {self.damping:g}; variable weights need a beta "
+                f"of at least {LEAST_BETA_OF_VARIABLE:g}."
             )
         return self
 

@@ -486,15 +486,16 @@ def _check(
     for mixture in mixtures:
         if len(mixture.weights) != len(mixtures[0].weights) or abs(sum(mixture.weights) - 1) > 1e-9:
             raise ValueError(
-                f"mixtures has the weights {mixture.weights}; they must sum to 1, and all have "
-                "one weight a branch."
+                f"mixtures has the weights {mixture.weights}; they must sum to 1, with one weight "
+                "for each branch."
             )
 
 
 def _taken_from(samples: Tensor, count: int) -> Callable[[range], Tensor]:
     if len(samples) < count:
         raise ValueError(
-            f"count is {count}; samples holds {len(samples)} latents, which is the most."
+            f"count is {count}; at most {len(samples)}, the number of latents in samples, is "
+            "allowed."
         )
     return lambda rows: samples[rows.start : rows.stop]
 
@@ -549,12 +550,13 @@ class _Store:
             return None
         if description != self._description:
             raise ValueError(
-                f"checkpoint {str(self._folder)!r} is of another run; remove it or name another."
+                f"checkpoint {str(self._folder)!r} belongs to another run; remove it or choose "
+                "another."
             )
         if count > most:
             raise ValueError(
-                f"samples is {most}, and checkpoint {str(self._folder)!r} holds {count}; ask for "
-                "at least as many, or name another."
+                f"samples is {most}, but checkpoint {str(self._folder)!r} holds {count}; use at "
+                "least as many samples, or another checkpoint."
             )
         return Moments(count, sums)
 

@@ -51,9 +51,9 @@ class UnknownName(ValueError):
         by_case = {name.casefold(): name for name in known}
         found = get_close_matches(text.strip().casefold(), by_case, n=3, cutoff=0.5)
         self.near = tuple(by_case[name] for name in found)
-        hint = f"; near are: {', '.join(self.near)}" if self.near else ""
+        hint = f"; similar names are: {', '.join(self.near)}" if self.near else ""
         super().__init__(
-            f"{field} {text[:60]!r} is no name that AUTOMATIC1111, ComfyUI or diffusers use{hint}."
+            f"{field} {text[:60]!r} is not a name in AUTOMATIC1111, ComfyUI or diffusers{hint}."
         )
 
 
@@ -140,7 +140,7 @@ def of_diffusers(config: Mapping[str, Any]) -> tuple[Sampler, Spacing]:
     known = DIFFUSERS[name]
     for option, value in _NOT_HERE.items():
         if option in config and config[option] == value:
-            raise NoEqual(f"{option} of {name} is {value!r}, for which nothing here is equal.")
+            raise NoEqual(f"{option} of {name} is {value!r}, which has no equivalent here.")
     fields = dict(known.fields)
     for option, values in known.options.items():
         if option not in config:
@@ -148,7 +148,7 @@ def of_diffusers(config: Mapping[str, Any]) -> tuple[Sampler, Spacing]:
         if config[option] not in values:
             allowed = ", ".join(repr(value) for value in values)
             raise NoEqual(
-                f"{option} of {name} is {config[option]!r}; equals are here for {allowed}."
+                f"{option} of {name} is {config[option]!r}; equivalents exist here for {allowed}."
             )
         fields |= values[config[option]]
     return _built(SAMPLERS, fields), _built(SPACINGS, _spacing_of(config, known))
@@ -223,4 +223,4 @@ def _built(registry: Sequence[type[Kind]], fields: Fields) -> Kind:
 def _refuse_lacking(text: str) -> None:
     for name, why in LACKING.items():
         if text.strip().casefold() == name.casefold():
-            raise NoEqual(f"sampler {name!r} has no equal here: {why}.")
+            raise NoEqual(f"sampler {name!r} has no equivalent here: {why}.")

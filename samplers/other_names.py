@@ -332,7 +332,7 @@ DIFFUSERS: Final[Mapping[str, Scheduler]] = MappingProxyType(
 )
 """Schedulers of diffusers by their class."""
 
-_CFG_PLUS_PLUS: Final = "here it is a guidance, cfg_plus_plus, which goes with any sampler"
+_CFG_PLUS_PLUS: Final = "here CFG++ is a guidance rule, cfg_plus_plus, which works with any sampler"
 CFG_PLUS_PLUS: Final[Mapping[str, Fields]] = MappingProxyType(
     {
         "euler_cfg_pp": {"name": "euler"},
@@ -343,11 +343,12 @@ CFG_PLUS_PLUS: Final[Mapping[str, Fields]] = MappingProxyType(
 """Samplers whose steps equal those of our samplers with the guidance `cfg_plus_plus`."""
 
 _DEIS: Final = (
-    "it fits the noise over time there, and ours over log sigma; nearest is deis with order 3"
+    "there the polynomials of the noise are fitted over time, but here over log sigma; the closest "
+    "is deis with order 3"
 )
 _ADAPTIVE: Final = (
-    "the number of its steps depends on the picture, and a run here is planned before it begins;"
-    " nearest is dpm_fast"
+    "its number of steps depends on the image, but here a run is planned before it begins; the "
+    "closest is dpm_fast"
 )
 
 LACKING: Final[Mapping[str, str]] = MappingProxyType(
@@ -357,8 +358,8 @@ LACKING: Final[Mapping[str, str]] = MappingProxyType(
         "dpm_adaptive": _ADAPTIVE,
         "DEIS": _DEIS,
         "deis": _DEIS,
-        "sa_solver": "it corrects with order 4 and draws noise in the middle of a run there; ours"
-        " of that name draws it throughout",
+        "sa_solver": "there it corrects with order 4 and adds noise only in the middle of a run; "
+        "the sampler of that name here adds it throughout",
         **dict.fromkeys(
             (
                 "euler_cfg_pp",
@@ -371,8 +372,8 @@ LACKING: Final[Mapping[str, str]] = MappingProxyType(
             ),
             _CFG_PLUS_PLUS,
         ),
-        "cfgpp_ud10_ab": "an undocumented blend of CFG++, two slopes and an extrapolation, with"
-        " weights of its own; nearest is lms with the guidance cfg_plus_plus",
+        "cfgpp_ud10_ab": "an undocumented blend of CFG++, two slopes and an extrapolation, with "
+        "its own weights; the closest is lms with the guidance cfg_plus_plus",
     }
 )
 """Samplers of the three programs that are missing here, with the reason or the nearest match."""

@@ -54,7 +54,7 @@ class Columns:
             KeyError: a name is not that of a slot.
         """
         if unknown := slots.keys() - self._of_slot.keys():
-            raise KeyError(f"{sorted(unknown)} are no slots; they are {list(self._slots)}.")
+            raise KeyError(f"{sorted(unknown)} are not slots; the slots are {list(self._slots)}.")
         shape = np.broadcast_shapes(self.one.shape, *(row.shape for row in slots.values()))
         table = np.zeros((len(self._slots), *shape))
         for place, name in enumerate(self._slots):

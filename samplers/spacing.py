@@ -121,5 +121,6 @@ def refuse_more_than_trained(trained: int, steps: int, field: str = "steps") -> 
     if steps > trained:
         raise PlanError(
             field,
-            f"{field} is {steps}; the model has {trained} trained timesteps, which is the most.",
+            f"{field} is {steps}; at most {trained}, the number of the model's trained timesteps, "
+            "is allowed.",
         )

@@ -82,8 +82,8 @@ class StatisticsIdentity:
         ):
             if own != asked:
                 raise ValueError(
-                    f"statistics are of {what} {own}, and the model's is {asked}; "
-                    "they must be made anew."
+                    f"statistics are for {what} {own}, but the model's is {asked}; they must be "
+                    "computed again."
                 )
 
 
@@ -113,7 +113,7 @@ class Statistics:
         shapes = [array.shape for array in (self.l, self.s, self.b)]
         if shapes != [shapes[0]] * 3 or shapes[0][:1] != self.half_log_snr.shape:
             raise ValueError(
-                f"l, s and b have the shapes {', '.join(map(str, shapes))}; all must be alike, "
+                f"l, s and b have the shapes {', '.join(map(str, shapes))}; all must be the same, "
                 f"with one entry for each of the {self.half_log_snr.size} points of half_log_snr."
             )
         if not self.half_log_snr.size:
@@ -142,7 +142,7 @@ class Statistics:
             return self
         if own[0] not in (1, shape[0]):
             raise ValueError(
-                f"statistics are of {own[0]} latent channels, and the latent has {shape[0]}."
+                f"statistics are for {own[0]} latent channels, but the latent has {shape[0]}."
             )
         return self.per_channel()
 
@@ -192,10 +192,10 @@ def read_identity(path: Path) -> StatisticsIdentity | None:
     except (SafetensorError, OSError) as error:
         raise ValueError(f"statistics file {str(path)!r} cannot be read: {error}.") from None
     if metadata.get("format") != FORMAT:
-        raise ValueError(f"{str(path)!r} holds no statistics of the form {FORMAT}.")
+        raise ValueError(f"{str(path)!r} contains no statistics in the format {FORMAT}.")
     if "identity" not in metadata:
         return None
     try:
         return TypeAdapter(StatisticsIdentity).validate_json(metadata["identity"])
     except ValidationError:
-        raise ValueError(f"{str(path)!r} does not say what its statistics are of.") from None
+        raise ValueError(f"{str(path)!r} does not say what its statistics belong to.") from None

@@ -11,9 +11,9 @@ LowerOrder: TypeAlias = Literal[True, False, "below_15_steps", "always"]
 """When the last steps are of a lower order than requested; see :func:`step_order`."""
 
 LOWER_ORDER = (
-    "Lower the order of the last two steps: true, to 2, and to 1 where a step is long beside the"
-    " one before it; below_15_steps, in shorter runs alone, as DPM-Solver's authors and diffusers"
-    " do; always, as UniPC's authors do; false, never."
+    "Lower the order of the last two steps: true, to 2, and to 1 where a step is long compared "
+    "with the one before it; below_15_steps, only in runs shorter than that, like DPM-Solver's "
+    "authors and diffusers; always, in every run, like UniPC's authors; false, never."
 )
 """Description of a field of type :data:`LowerOrder`."""
 

@@ -83,7 +83,7 @@ def test_statistics_are_remade_by_one_command_and_go_stale_with_the_weights(
     raw[-1] ^= 1
     file.write_bytes(raw)
     assert derive("--check") == 1
-    assert capsys.readouterr().out.count("statistics are of model revision") == len(SCALES)
+    assert capsys.readouterr().out.count("statistics are for model revision") == len(SCALES)
 
 
 def test_linear_guidance_is_fitted_by_one_command_and_goes_stale_with_the_weights(

@@ -155,7 +155,7 @@ def test_what_fits_are_for_tells_their_files_apart() -> None:
 
 def test_a_file_of_something_else_is_refused(tmp_path) -> None:
     file = tmp_path / "some.safetensors"
-    sentence = r"some\.safetensors holds no coefficients of linear guidance\."
+    sentence = r"some\.safetensors contains no coefficients of linear guidance\."
     with pytest.raises(ValueError, match=sentence):
         LinearFit.load(file)
     file.write_bytes(b"not safetensors")

@@ -487,14 +487,14 @@ class TestRefusals:
     grid = DISCRETE.grid(Trailing(), 8)
 
     def test_missing_statistics_say_how_to_make_them(self) -> None:
-        with pytest.raises(ValueError, match=r"^statistics is 'exact', and .* `weft ems .*'none'"):
+        with pytest.raises(ValueError, match=r"^statistics is 'exact', but .* `weft ems .*'none'"):
             DPMSolverV3().plan(self.grid)
 
     def test_levels_outside_the_statistics(self) -> None:
         low, high = ends_of(DISCRETE)
         for ends in ((low + 0.01, high), (low, 0.5)):
             with pytest.raises(
-                ValueError, match=r"^spacing goes from -5.* statistics from .*'none'"
+                ValueError, match=r"^spacing goes from -5.* statistics only from .*'none'"
             ):
                 DPMSolverV3().plan(self.grid, smooth(np.array(ends)))
         DPMSolverV3().plan(self.grid, smooth(np.array([low + 5e-4, high])))
@@ -504,5 +504,5 @@ class TestRefusals:
             DPMSolverV3(statistics="none", levels="statistics").plan(self.grid)
 
     def test_more_steps_than_points(self) -> None:
-        with pytest.raises(ValueError, match=r"^steps is 8; too many for 6 statistics"):
+        with pytest.raises(ValueError, match=r"^steps is 8, which is too many for 6 statistics"):
             DPMSolverV3(levels="statistics").plan(self.grid, smooth(ends_of(DISCRETE), 6))

@@ -118,14 +118,13 @@ def test_a_fraction_and_a_beta_say_the_same(kind: Kind) -> None:
     [
         (
             {"order": 3.8, "beta": 0.5},
-            "beta is 0.5 and order is 3.8, which says a beta of 0.8; "
+            "beta is 0.5 and order is 3.8, which implies a beta of 0.8; "
             "give a whole order with beta, or the order alone.",
         ),
-        ({"order": 3.05}, "order is 3.05, which says a beta of 0.05; at least 0.1 is allowed."),
+        ({"order": 3.05}, "order is 3.05, which implies a beta of 0.05; at least 0.1 is allowed."),
         (
             {"order": 3.5, "weights": "variable"},
-            "weights is 'variable' and beta is 0.5; variable weights go with a beta of at least "
-            "0.8.",
+            "weights is 'variable' and beta is 0.5; variable weights need a beta of at least 0.8.",
         ),
         ({"order": 5.1}, "less than or equal to 5"),
         ({"order": 0.05}, "greater than or equal to 0.1"),

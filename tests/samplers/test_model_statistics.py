@@ -341,7 +341,7 @@ def test_a_stopped_run_goes_on_to_the_same_result(tmp_path: Path, mode_of_files:
         assert np.array_equal(getattr(extended, name), getattr(whole, name))
     assert {file.suffix for file in folder.iterdir()} == {".safetensors"}
     assert {stat.S_IMODE(file.stat().st_mode) for file in folder.iterdir()} == {mode_of_files}
-    with pytest.raises(ValueError, match=r"samples is 16, and checkpoint .* holds 24"):
+    with pytest.raises(ValueError, match=r"samples is 16, but checkpoint .* holds 24"):
         run(16, folder)
 
 
@@ -389,7 +389,7 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
 
     run(0)
     run(0)
-    with pytest.raises(ValueError, match="is of another run; remove it or name another"):
+    with pytest.raises(ValueError, match="belongs to another run; remove it or choose another"):
         run(1)
 
 
@@ -397,7 +397,7 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
     ("change", "says"),
     [
         ({"count": 1}, "count is 1; it must be a whole number of at least 2"),
-        ({"count": 3}, "count is 3; samples holds 2 latents, which is the most"),
+        ({"count": 3}, "count is 3; at most 2, the number of latents in samples"),
         ({"points": 2}, "points is 2; it must be a whole number of at least 3"),
         ({"chunk": 0}, "chunk is 0; it must be a whole number of at least 1"),
         ({"seed": -1}, "seed is -1; it must be a whole number of at least 0"),
@@ -411,7 +411,7 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
         ({"t_start": 1.0}, "t_start is 1 and t_end is 0.001"),
         ({"t_start": 0.4, "t_end": 0.6}, "t_start is 0.4 and t_end is 0.6"),
         ({"mixtures": [Mixture(weights=(2.0,))]}, "must sum to 1"),
-        ({"mixtures": [Mixture(), Mixture(weights=(2.0, -1.0))]}, "one weight a branch"),
+        ({"mixtures": [Mixture(), Mixture(weights=(2.0, -1.0))]}, "one weight for each branch"),
     ],
 )
 def test_what_makes_no_sense_is_refused(change: dict[str, object], says: str) -> None:

@@ -213,7 +213,7 @@ def test_the_embedded_models_own_scheduler_is_known() -> None:
 
 def test_what_is_lacking_is_said_with_its_reason() -> None:
     for name, reason in LACKING.items():
-        with pytest.raises(NoEqual, match=r" has no equal here: ") as caught:
+        with pytest.raises(NoEqual, match=r" has no equivalent here: ") as caught:
             named(name)
         assert reason in str(caught.value)
 
@@ -225,7 +225,10 @@ def test_what_is_lacking_is_said_with_its_reason() -> None:
             {"algorithm_type": "dpmsolver"},
             "algorithm_type of DPMSolverMultistepScheduler is 'dpms",
         ),
-        ({"thresholding": True}, "thresholding of DPMSolverMultistepScheduler is True, for which"),
+        (
+            {"thresholding": True},
+            "thresholding of DPMSolverMultistepScheduler is True, which has no equivalent",
+        ),
         ({"final_sigmas_type": "sigma_min"}, "final_sigmas_type of DPMSolverMultistepScheduler is"),
     ],
     ids=str,
@@ -236,14 +239,16 @@ def test_options_without_an_equal_are_refused(config: dict[str, Any], sentence: 
 
 
 def test_unknown_names_are_answered_with_near_ones() -> None:
-    with pytest.raises(ValueError, match=r"near are: DPM\+\+ 2M") as caught:
+    with pytest.raises(ValueError, match=r"similar names are: DPM\+\+ 2M") as caught:
         named("DPM++2M")
     assert not isinstance(caught.value, NoEqual)
-    with pytest.raises(ValueError, match=r"^sampler 'qqqq' is no name that .* diffusers use\.$"):
+    with pytest.raises(ValueError, match=r"^sampler 'qqqq' is not a name in .* diffusers\.$"):
         named("qqqq")
-    with pytest.raises(ValueError, match=r"near are: DDIMScheduler"):
+    with pytest.raises(ValueError, match=r"similar names are: DDIMScheduler"):
         of_diffusers({"_class_name": "DDIMSheduler"})
-    with pytest.raises(ValueError, match=r"^spacing 'Karas' is no name .* near are: Karras"):
+    with pytest.raises(
+        ValueError, match=r"^spacing 'Karas' is not a name .* similar names are: Karras"
+    ):
         schedule_type("Karas")
 
 

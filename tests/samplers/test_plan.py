@@ -76,7 +76,7 @@ def test_arithmetic_on_columns_is_a_matrix() -> None:
 
 def test_a_slot_that_is_not_there_is_refused() -> None:
     columns = Columns("x")
-    with pytest.raises(KeyError, match=r"\['y'\] are no slots; they are \['x'\]"):
+    with pytest.raises(KeyError, match=r"\['y'\] are not slots; the slots are \['x'\]"):
         columns.table(y=columns["x"])
 
 

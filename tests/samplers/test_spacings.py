@@ -222,8 +222,12 @@ def test_a_list_of_json_is_taken_and_a_text_is_not() -> None:
 @pytest.mark.parametrize(
     ("times", "steps", "sentence"),
     [
-        ((), 5, r"^spacing\.times is empty; list one falling time for each step\.$"),
-        ((999.0, 10.0), 5, r"^steps is 5; spacing\.times has 2 entries, and steps must be as many"),
+        (
+            (),
+            5,
+            r"^spacing\.times is empty; it must list one time for each step, in decreasing",
+        ),
+        ((999.0, 10.0), 5, r"^steps is 5; it must be 2, the number of entries in"),
         ((999.0, 300.0, 400.0), 3, r"^spacing\.times go from 300 to 400; each must be below"),
         ((999.0, 999.0), 2, r"^spacing\.times go from 999 to 999; each must be below"),
         ((1000.0, 1.0), 2, r"^spacing\.times go from 1000 to 1; this model has .* 999 to 0\.$"),

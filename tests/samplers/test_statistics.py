@@ -74,17 +74,17 @@ def test_scalars_serve_every_shape() -> None:
 
 
 def test_other_channels_are_refused(statistics: Statistics) -> None:
-    with pytest.raises(ValueError, match="4 latent channels, and the latent has 16"):
+    with pytest.raises(ValueError, match="4 latent channels, but the latent has 16"):
         statistics.for_shape((16, 3, 2))
 
 
 def test_statistics_of_another_model_or_schedule_are_refused() -> None:
     IDENTITY.check(IDENTITY.model, IDENTITY.schedule)
     with pytest.raises(
-        ValueError, match="of model revision 0123456789abcdef, and the model's is f"
+        ValueError, match="for model revision 0123456789abcdef, but the model's is f"
     ):
         IDENTITY.check("f", IDENTITY.schedule)
-    with pytest.raises(ValueError, match="of noise schedule DiscreteVP-"):
+    with pytest.raises(ValueError, match="for noise schedule DiscreteVP-"):
         IDENTITY.check(IDENTITY.model, schedule_fingerprint(FLOW))
 
 
@@ -104,13 +104,13 @@ def test_what_holds_no_statistics_is_refused(statistics: Statistics, tmp_path: P
     with pytest.raises(ValueError, match="cannot be read"):
         read_identity(tmp_path / "missing.safetensors")
     save_file({"l": np.zeros(3)}, file)
-    with pytest.raises(ValueError, match="holds no statistics of the form"):
+    with pytest.raises(ValueError, match="contains no statistics in the format"):
         read_identity(file)
     save_file({"l": np.zeros(3)}, file, {"format": "weft.statistics.1"})
     with pytest.raises(ValueError, match="is incomplete"):
         Statistics.load(file)
     save_file({"l": np.zeros(3)}, file, {"format": "weft.statistics.1", "identity": '{"shape": 3}'})
-    with pytest.raises(ValueError, match="does not say what its statistics are of"):
+    with pytest.raises(ValueError, match="does not say what its statistics belong to"):
         Statistics.load(file)
     arrays = {n: torch.zeros(3, dtype=torch.bfloat16) for n in ("half_log_snr", "l", "s", "b")}
     save_tensors(arrays, file, {"format": "weft.statistics.1"})

@@ -152,12 +152,17 @@ def test_times_fall_from_no_higher_than_the_noisiest_level(
 
 def test_more_steps_than_the_spacing_has_are_refused() -> None:
     for spacing in (Leading(), Trailing(), Linspace()):
-        with pytest.raises(ValueError, match="steps is 1001; the model has 1000 trained timesteps"):
+        with pytest.raises(
+            ValueError,
+            match="steps is 1001; at most 1000, the number of the model's trained timesteps",
+        ):
             DISCRETE.grid(spacing, 1001)
     with pytest.raises(ValueError, match="steps is 51; the spacing 'lcm' has at most 50"):
         DISCRETE.grid(LCMSpacing(), 51)
     few = NoiseSchedule.from_diffusers({"num_train_timesteps": 40})
-    with pytest.raises(ValueError, match="distilled_steps is 50; the model has 40 trained"):
+    with pytest.raises(
+        ValueError, match="distilled_steps is 50; at most 40, the number of the model's trained"
+    ):
         few.grid(LCMSpacing(), 4)
 
 

@@ -272,7 +272,7 @@ def test_an_error_in_a_group_ends_that_group_alone_and_never_splits_it(engine: E
 
 def test_a_policy_that_cannot_serve_a_rule_is_an_error() -> None:
     one = task(TWO, Residual())
-    with pytest.raises(ValueError, match="supports at most 1 second prediction, and the rule"):
+    with pytest.raises(ValueError, match="supports at most 1 second prediction, but the rule"):
         plan_guidance(one)
 
 

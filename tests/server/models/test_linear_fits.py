@@ -73,7 +73,7 @@ def test_a_file_that_says_nothing_sensible_is_left_out(
     assert fits.available(IDENTITY.model) == ()
     assert fits.find(IDENTITY) is None
     assert caplog.messages == [
-        f"{file} is left out: {file.name} holds no coefficients of linear guidance."
+        f"{file} is left out: {file.name} contains no coefficients of linear guidance."
     ]
 
 

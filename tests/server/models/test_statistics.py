@@ -77,7 +77,7 @@ def test_arrays_come_elementwise_at_their_size_and_per_channel_at_others(folder:
     assert found.load(identity, SHAPE).l.shape == (3, *SHAPE)
     assert found.load(identity, (4, 8, 8)).l.shape == (3, 4, 1, 1)
     assert found.load(identity, SHAPE) is found.load(identity, SHAPE)
-    with pytest.raises(InvalidRequest, match="4 latent channels, and the latent has 16"):
+    with pytest.raises(InvalidRequest, match="4 latent channels, but the latent has 16"):
         found.load(identity, (16, 8, 8))
 
 
@@ -115,10 +115,10 @@ def test_files_of_other_weights_are_left_out_with_a_warning(
     with caplog.at_level(logging.WARNING):
         found = read(tmp_path)
     assert "is of no model" in caplog.text
-    assert "of model revision feedfeedfeedfeed, and the model's is 0123" in caplog.text
+    assert "for model revision feedfeedfeedfeed, but the model's is 0123" in caplog.text
     assert found.available == ()
     with pytest.raises(
-        InvalidRequest, match=r"of model revision feed.* made anew; compute them with"
+        InvalidRequest, match=r"for model revision feed.* computed again; compute them with"
     ):
         found.exact("cfg", 4.0)
     with pytest.raises(InvalidRequest, match=r"no statistics at all.*or choose 'none'\.$"):

@@ -216,7 +216,7 @@ def test_images_are_resized_as_there(mode: int, ours: str, said: bool) -> None:
 def test_a_refusal_names_the_field() -> None:
     with pytest.raises(InvalidRequest, match="steps is 0"):
         request(steps=0)
-    with pytest.raises(InvalidRequest, match="near are: Euler a"):
+    with pytest.raises(InvalidRequest, match="similar names are: Euler a"):
         request(sampler_name="Euler b")
 
 

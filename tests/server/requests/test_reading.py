@@ -241,5 +241,5 @@ def test_names_for_other_faces() -> None:
     assert schedule_of("Automatic") is None
     # Ours have two of the names.
     for name in set(LACKING) - set(CHOICES["sampler"]):
-        with pytest.raises(NoEqual, match=" has no equal here: "):
+        with pytest.raises(NoEqual, match=" has no equivalent here: "):
             sampler_of(name)

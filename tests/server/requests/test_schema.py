@@ -210,7 +210,7 @@ def test_an_unknown_name_is_answered_with_the_known_ones(
         (
             "sampler",
             "DPM adaptive",
-            "sampler 'DPM adaptive' has no equal here: the number of its steps ",
+            "sampler 'DPM adaptive' has no equivalent here: its number of steps ",
         ),
         ("sampler", "DPM++2M", "sampler 'DPM++2M' is unknown (did you mean DPM++ 2M, DPM++ 2M SDE"),
         ("spacing", "Karas", "spacing 'Karas' is unknown (did you mean Karras?); allowed are: lea"),

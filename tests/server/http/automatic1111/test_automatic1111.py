@@ -389,7 +389,10 @@ def test_images_are_enlarged_one_after_the_other(
 
 
 REFUSED: dict[str, tuple[Callable[[WebUIApi], Any], str]] = {
-    "sampler": (lambda api: txt2img(api, **SMALL, sampler_name="Euler b"), "near are: Euler a"),
+    "sampler": (
+        lambda api: txt2img(api, **SMALL, sampler_name="Euler b"),
+        "similar names are: Euler a",
+    ),
     "steps": (lambda api: txt2img(api, prompt="x", steps=1000), "at most 200"),
     "images": (lambda api: img2img(api, [], **SMALL), "init_images is required"),
     "size": (lambda api: txt2img(api, prompt="x", width=8000, height=8000), "pixels are allowed"),

@@ -200,11 +200,15 @@ def test_listed_times_are_as_many_steps_as_they_are(generate: Generate) -> None:
 @pytest.mark.parametrize(
     ("fields", "field", "sentence"),
     [
-        ({"spacing": "custom"}, "spacing.times", "spacing.times is empty; list one falling time"),
+        (
+            {"spacing": "custom"},
+            "spacing.times",
+            "spacing.times is empty; it must list one time for each step",
+        ),
         (
             {"spacing": {"name": "custom", "times": [999, 10]}, "steps": 7},
             "steps",
-            "steps is 7; spacing.times has 2 entries, and steps must be as many.",
+            "steps is 7; it must be 2, the number of entries in spacing.times.",
         ),
         (
             {"spacing": {"name": "custom", "times": [10, 20]}, "steps": 2},

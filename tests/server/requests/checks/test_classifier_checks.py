@@ -70,7 +70,7 @@ def plan_of(model: HostedModel, request: ResolvedRequest) -> Any:
         (
             {"name": "gradient_free", "target": {"shape": "circle"}},
             "guidance.classifier.target",
-            "guidance.classifier.target.shape is 'circle', which the prompt does not say; "
+            "guidance.classifier.target.shape is 'circle', which the prompt does not contain; "
             "gradient_free replaces that word, so only words of the prompt are allowed.",
         ),
         (

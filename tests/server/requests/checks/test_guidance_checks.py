@@ -69,7 +69,7 @@ def test_a_picture_cannot_stand_for_several_predictions() -> None:
     assert refusal(Toy(), name="perp_neg", policy="residual") == (
         "guidance.policy",
         "guidance.policy is 'residual'; with these parameters it supports at most 1 second "
-        "prediction, and the rule 'perp_neg' has 2.",
+        "prediction, but the rule 'perp_neg' has 2.",
     )
 
 
