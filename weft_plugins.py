@@ -1,7 +1,7 @@
-"""Plug-ins: classes that installed packages and files of the operator's add to Weft's own.
+"""Plug-ins: classes that installed packages and the operator's files add to Weft's own.
 
 `samplers` and `guidance` build their registries with this module. Neither may import the other, so
-it stands beside them, and it imports neither.
+the module is part of neither, and it imports neither.
 """
 
 from __future__ import annotations
@@ -38,17 +38,18 @@ logger = logging.getLogger(__name__)
 Kind = TypeVar("Kind")
 
 VARIABLE: Final = "WEFT_PLUGINS"
-"""Environment variable that names plug-in files; processes that this one starts inherit it."""
+"""Environment variable with the names of plug-in files; child processes inherit it."""
 
 FAILURES: Final = (Exception, SystemExit)
-"""What a plug-in's code may raise at its own fault; an interrupt is the operator's."""
+"""Exceptions that count as failures of the plug-in whose code raises them. KeyboardInterrupt is the
+operator's."""
 
 _ORIGINS: Final[dict[type, str]] = {}
-"""Where each registered class comes from that is not Weft's own."""
+"""Distribution or file name of each registered class that is not Weft's own."""
 
 
 class PluginError(Exception):
-    """A file that the operator named cannot be used; the message is the sentence for them."""
+    """A plug-in file cannot be used; the message is a sentence for the operator."""
 
 
 def with_plugins(
@@ -57,16 +58,17 @@ def with_plugins(
     ours: Iterable[type[Kind]],
     reserved: Collection[str] = (),
 ) -> tuple[type[Kind], ...]:
-    """Our classes, then those of installed packages, then those of the operator's files.
+    """Our classes, followed by those of an entry-point group and those of the operator's files.
 
-    A class of a package that cannot be used is named in the log and left out, as the package may
-    have been installed for something else. A file was named for this, so its failure is an error.
+    A class of a package that cannot be used is left out, with a warning that names it: the package
+    may have been installed for something else. A failing file is an error, because the operator
+    named it.
 
     Args:
-        group: of entry points.
-        kind: what each must be a subclass of.
-        ours: whose names are taken.
-        reserved: names that no parameter may have, as requests have fields of these names beside.
+        group: name of the entry-point group.
+        kind: class that each plug-in must be a subclass of.
+        ours: our own classes, whose names are taken.
+        reserved: names that no parameter may have, as requests have other fields of these names.
 
     Raises:
         PluginError: a file, or one of its classes of this kind, cannot be used.
@@ -105,7 +107,7 @@ def with_plugins(
 
 
 def plugin_files() -> tuple[Path, ...]:
-    """The files that :data:`VARIABLE` names, with commas between them or as a JSON list.
+    """The files that :data:`VARIABLE` names, separated by commas or as a JSON list.
 
     Raises:
         PluginError: its value is neither.
@@ -125,11 +127,11 @@ def plugin_files() -> tuple[Path, ...]:
 
 
 def classes_of(file: Path, kind: type[Kind]) -> tuple[type[Kind], ...]:
-    """The public subclasses of a class that a file defines, in their order.
+    """The public subclasses of a class that a file defines, in the order of their definition.
 
     Args:
-        file: is run when it is first asked for.
-        kind: of the classes.
+        file: path of the file, which runs when this is first called for it.
+        kind: base class.
 
     Raises:
         PluginError: the file is missing, or its code fails.
@@ -148,16 +150,16 @@ def classes_of(file: Path, kind: type[Kind]) -> tuple[type[Kind], ...]:
 
 
 def origin_of(kind: type) -> str | None:
-    """Where a registered class comes from: a distribution or the name of a file.
+    """The distribution or the file name of a registered class.
 
-    None for Weft's own classes, and for those that are not registered.
+    None for Weft's own classes and for classes that are not registered.
     """
     return _ORIGINS.get(kind)
 
 
 @cache
 def _module_of(file: Path) -> ModuleType:
-    """The module that a file is run as, under a name that shadows no other module."""
+    """Run a file as a module, under a name that no other module has."""
     # Unlike pathlib, os.path takes a path that is too long for one at which there is nothing.
     if not os.path.isfile(file):
         folder = "it is a folder; name a Python file" if os.path.isdir(file) else None
@@ -171,14 +173,14 @@ def _module_of(file: Path) -> ModuleType:
     spec = ModuleSpec(name, loader, origin=str(file))
     spec.has_location = True
     module = module_from_spec(spec)
-    # Annotations that are strings are looked up there.
+    # pydantic resolves annotations that are strings in this module.
     sys.modules[name] = module
     try:
         loader.exec_module(module)
     except FAILURES as error:
         del sys.modules[name]
         if isinstance(error, PluginError):
-            # It imports a registry, which runs it once more, and says what fails then.
+            # The file imports a registry, which ran it once more; the error says where that failed.
             raise
         raise _unusable(file, _told(error, file)) from error
     return module
@@ -189,7 +191,7 @@ def _unusable(file: Path, reason: str) -> PluginError:
 
 
 def _told(error: BaseException, file: Path | None = None) -> str:
-    """An error in one line: the line of the file that it is from, its type and its message."""
+    """Describe an error in one line: line of the file that raised it, type and message."""
     lines = [
         frame.lineno for frame in extract_tb(error.__traceback__) if frame.filename == str(file)
     ]
@@ -201,13 +203,13 @@ def _told(error: BaseException, file: Path | None = None) -> str:
 
 
 def _name_of(kind: type) -> str:
-    """The default of its field `name`, by which requests choose it; empty if it has none."""
+    """The default of the class's field `name`, by which requests choose it; empty without one."""
     field = getattr(kind, "model_fields", {}).get("name")
     return field.default if field is not None and isinstance(field.default, str) else ""
 
 
 def _check(one: Any, name: str, reserved: Collection[str]) -> None:
-    """Raise what requests and the catalog would come to, which have all classes in one schema."""
+    """Raise what would fail later in requests and the catalog, which share one schema."""
     if taken := [field for field in one.model_fields if field in reserved]:
         raise ValueError(f"its parameter {taken[0]!r} has the name of another field of requests")
     if get_args(one.model_fields["name"].annotation) != (name,):
@@ -218,6 +220,7 @@ def _check(one: Any, name: str, reserved: Collection[str]) -> None:
         text for text in ("summary", "source") if not isinstance(getattr(one, text, None), str)
     ]:
         raise TypeError(f"it has no {missing[0]}, a ClassVar[str] that the catalog shows")
-    # What its bare name stands for; plans are kept, and rows grouped, by what is equal.
+    # The instance that the bare name stands for must be hashable: plans are cached, and rows
+    # grouped, by equality.
     hash(one.model_validate({}))
     one.model_json_schema()

@@ -201,7 +201,7 @@ def serve(
     Every setting is also an environment variable, WEFT_PORT for --port, and those without an
     option are documented in docs/operating.md: WEFT_API_KEYS, WEFT_DRAIN_S and others.
     """
-    _register(plugin)
+    registered = _register(plugin)
     settings = _settings(
         host=host,
         port=port,
@@ -228,6 +228,8 @@ def serve(
 
     for sentence in unknown_variables(os.environ):
         log.warning(sentence)
+    for file, names in registered.items():
+        log.info("plug-in %s: %s", file, ", ".join(names))
 
     with _refusals():
         listeners = listen(settings.host, settings.port)
@@ -557,13 +559,13 @@ def linear_ag(
     typer.echo(_with_stages(lambda tell: fulfil(order, tell)))
 
 
-def _register(plugins: Sequence[Path] | None) -> None:
+def _register(plugins: Sequence[Path] | None) -> dict[Path, list[str]]:
     """Add the operator's files to the registries; before anything imports these."""
     from server.plugin_files import register
     from weft_plugins import PluginError
 
     try:
-        register(plugins or ())
+        return register(plugins or ())
     except PluginError as error:
         _refuse(str(error))
 

@@ -1,4 +1,4 @@
-"""What plug-ins do at fault beside raising errors, which an engine or a server must survive."""
+"""Faults of plug-ins other than ordinary exceptions, which the engine and the server survive."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ log = logging.getLogger(__name__)
 
 @contextmanager
 def containing_exits() -> Generator[None]:
-    """Have a plug-in that exits fail its own request, where it would end a thread or the server.
+    """Turn `SystemExit` raised by a plug-in into a failure of its own request.
+
+    Otherwise it would end the engine's thread or the event loop.
 
     Raises:
         WeftError: `SystemExit` was raised inside.

@@ -1,4 +1,4 @@
-"""The operator's plug-in files: Weft's registries are built with the classes of these."""
+"""Registration of the operator's plug-in files, before the registries are built."""
 
 from __future__ import annotations
 
@@ -16,11 +16,14 @@ __all__ = ["register"]
 REGISTRIES: Final = ("samplers.registry", "samplers.spacings", "guidance.registry")
 
 
-def register(files: Iterable[Path] = ()) -> None:
-    """Build the registries with the classes of files, before anything else imports them.
+def register(files: Iterable[Path] = ()) -> dict[Path, list[str]]:
+    """Build the registries with the classes of files; call this before anything imports them.
 
     Args:
-        files: in place of those that the environment names; none leaves these.
+        files: paths of the files. If there are none, those that the environment names are used.
+
+    Returns:
+        The names of the classes by which requests choose them, by file.
 
     Raises:
         PluginError: a file cannot be used, or defines nothing to register.
@@ -30,7 +33,7 @@ def register(files: Iterable[Path] = ()) -> None:
         os.environ[VARIABLE] = json.dumps(named)
     found = plugin_files()
     if not found:
-        return
+        return {}
     from guidance import ClassifierGuidance, Perturbation, Policy, Rule, StepCache
     from samplers import Sampler, Spacing
 
@@ -49,3 +52,6 @@ def register(files: Iterable[Path] = ()) -> None:
             f"The plug-in {late[0]} cannot be used: the registries were built before it was named; "
             f"name it in {VARIABLE}."
         )
+    return {
+        file: [one.model_fields["name"].default for one in own] for file, own in classes.items()
+    }

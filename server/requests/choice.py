@@ -9,6 +9,8 @@ from typing import Annotated, Any, Union
 from pydantic import BaseModel, Discriminator, GetCoreSchemaHandler, GetJsonSchemaHandler
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
+from server.plugin_faults import containing_exits
+
 __all__ = ["choice", "listed", "name_of"]
 
 
@@ -33,7 +35,7 @@ class _NameOrObject:
     def __get_pydantic_core_schema__(
         self, source: Any, handler: GetCoreSchemaHandler
     ) -> CoreSchema:
-        return core_schema.no_info_before_validator_function(self._expand, handler(source))
+        return core_schema.no_info_wrap_validator_function(self._read, handler(source))
 
     def __get_pydantic_json_schema__(
         self, schema: CoreSchema, handler: GetJsonSchemaHandler
@@ -44,6 +46,11 @@ class _NameOrObject:
             "description": "A bare name selects its defaults.",
         }
         return {"anyOf": [by_name, handler(schema)]}
+
+    def _read(self, value: Any, validate: core_schema.ValidatorFunctionWrapHandler) -> Any:
+        # Runs the validators that a plug-in's class defines.
+        with containing_exits():
+            return validate(self._expand(value))
 
     def _expand(self, value: Any) -> Any:
         if isinstance(value, BaseModel):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -180,6 +181,18 @@ def test_a_file_is_refused_once_the_registries_are_built(
     file.write_text(RULE_AND_MORE)
     with pytest.raises(PluginError, match="registries were built before it was named"):
         register([file])
+
+
+def test_the_log_of_a_server_says_what_a_file_adds(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    added = {Path("/mine.py"): ["my_euler", "layout"]}
+    monkeypatch.setattr("server.plugin_files.register", lambda _: added)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        assert CliRunner().invoke(app, ["serve", "--port", port]).exit_code == 2
+    assert "plug-in /mine.py: my_euler, layout" in caplog.text
 
 
 def test_files_of_the_command_line_take_precedence(

@@ -1,13 +1,15 @@
 import json
+import sys
 from itertools import product
-from typing import Any
+from typing import Any, Literal
 
 import pytest
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError, field_validator
 
 from guidance import PERTURBATIONS, POLICIES, RULES, SkipTuning
-from samplers import SAMPLERS, SPACINGS
-from server.requests.choice import name_of
+from samplers import DDIM, SAMPLERS, SPACINGS
+from server.errors import WeftError
+from server.requests.choice import choice, name_of
 from server.requests.messages import explain
 from server.requests.schema import DEFAULT_SAMPLER, GenerateRequest, default_sampler, split
 
@@ -331,3 +333,20 @@ def test_the_schema_shows_every_parameter() -> None:
             # Tuples are lists in JSON.
             assert described["default"] == json.loads(json.dumps(info.default)), parameter
             assert parameter == "name" or described["description"] == info.description, parameter
+
+
+class Leaving(DDIM, frozen=True):
+    name: Literal["leaving"] = "leaving"  # type: ignore[assignment]
+    level: float = 1.0
+
+    @field_validator("level")
+    @classmethod
+    def _leave(cls, value: float) -> float:
+        sys.exit("not told to clients")
+
+
+def test_a_validator_of_a_plug_in_that_exits_costs_its_own_request_alone() -> None:
+    choosing = TypeAdapter(choice("sampler", (Leaving, *SAMPLERS)))
+    assert choosing.validate_python("leaving") == Leaving()
+    with pytest.raises(WeftError, match=r"^A plug-in failed with SystemExit; the server's log"):
+        choosing.validate_python({"name": "leaving", "level": 2.0})
