@@ -24,7 +24,8 @@
     |- Cancelled                     409  the client cancelled the generation
     |- Overloaded                    429  the queue is full
     |- NotReady                      503  loading, draining or broken
-    |   `- DeviceLost                503  the GPU failed in a way that only a restart repairs
+    |   |- DeviceLost                503  the GPU failed in a way that only a restart repairs
+    |   `- JobsUnavailable           503  the database of durable jobs cannot be used now
     |- ModelMismatch                 500  a model folder is unsupported
     |- ModelTooLarge                 507  a model does not fit in memory
     |- CannotListen                  500  the address or port cannot be listened on
@@ -58,6 +59,7 @@ __all__ = [
     "ImagePromptMismatch",
     "InvalidRequest",
     "JobsOff",
+    "JobsUnavailable",
     "MalformedBody",
     "MalformedRequest",
     "ModelInUse",
@@ -357,6 +359,15 @@ class DeviceLost(NotReady):
         super().__init__(
             f"The server's device failed and it must restart: {reason}", retry_after_s=60
         )
+
+
+class JobsUnavailable(NotReady):
+    """The database of durable jobs cannot be reached, or cannot store anything."""
+
+    code = "predictions_unavailable"
+
+    def __init__(self) -> None:
+        super().__init__("The database of durable jobs cannot be used now; try again later.")
 
 
 class ModelMismatch(WeftError):

@@ -24,9 +24,17 @@ async def livez(service: ServiceDep) -> JSONResponse:
 
 @router.head("/readyz", include_in_schema=False)
 @router.get("/readyz")
-async def readyz(service: ServiceDep) -> JSONResponse:
-    """Readiness for requests: 200 if the models are loaded and warmed up."""
+async def readyz(service: ServiceDep, request: Request) -> JSONResponse:
+    """Readiness for requests: 200 if the models are loaded and warmed up.
+
+    Also without the database of durable jobs, which `degraded` then names: other requests do not
+    need it, and it is as far from every server that shares it.
+    """
     service.ready_engine()
+    jobs = request.app.state.jobs
+    if jobs is not None and not jobs.reachable:
+        degraded = {"predictions": "The database of durable jobs cannot be reached."}
+        return JSONResponse({"status": "ready", "degraded": degraded})
     return JSONResponse({"status": "ready"})
 
 

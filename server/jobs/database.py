@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import fcntl
 import json
+import logging
 import os
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,11 +17,14 @@ from alembic.command import upgrade
 from alembic.config import Config
 from alembic.util.exc import CommandError
 from sqlalchemy import Connection, Engine, create_engine, event, make_url, text
+from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.pool import StaticPool
 
-from server.errors import NotReady
+from server.errors import JobsUnavailable, NotReady
 
 __all__ = ["Database", "of_folder", "of_url"]
+
+log = logging.getLogger("weft")
 
 Given = ParamSpec("Given")
 Result = TypeVar("Result")
@@ -27,8 +32,20 @@ Result = TypeVar("Result")
 PRAGMAS: Final = ("journal_mode=WAL", "synchronous=FULL", "mmap_size=0", "foreign_keys=ON")
 """With these, a transaction is on the disk before it is acknowledged."""
 
+FILE: Final = "jobs.sqlite"
 CONNECTIONS: Final = 4
 """Number of connections to PostgreSQL."""
+
+PATIENCE: Final = {"connect_timeout": "5", "tcp_user_timeout": "10000"}
+"""Seconds for a connection to PostgreSQL, and milliseconds for an acknowledgement of what was sent;
+by default libpq and the kernel wait for minutes. Parameters of the URL take precedence."""
+
+PROBE_S: Final = 2.0
+"""Seconds between attempts to reach a PostgreSQL that could not be reached; transactions between
+them fail at once, instead of waiting for a connection one after another."""
+
+SAY_S: Final = 60.0
+"""Seconds for which the log does not repeat that the database cannot be used."""
 
 MIGRATING: Final = 0x77656674
 """Key of PostgreSQL's lock, which lets only one of several servers migrate."""
@@ -42,10 +59,16 @@ class Database:
         threads: number of concurrent transactions.
         lock: descriptor of an open file whose lock is held; -1 without one.
         alone: whether no other process uses the database.
+
+    Attributes:
+        reachable: whether PostgreSQL answered the last transaction; always true for SQLite.
     """
 
     def __init__(self, engine: Engine, threads: int, lock: int = -1, *, alone: bool) -> None:
         self.alone = alone
+        self.reachable = True
+        self._probe_at = 0.0
+        self._say_at = 0.0
         self._engine = engine
         self._lock = lock
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="jobs")
@@ -59,13 +82,38 @@ class Database:
         """Run `work` as a transaction; return its result once the transaction is on the disk.
 
         Once begun, a transaction runs to its end, even if its caller gives up waiting.
+
+        Raises:
+            JobsUnavailable: the database cannot be reached, or cannot store anything now.
         """
+        if not self.reachable:
+            if time.monotonic() < self._probe_at:
+                raise JobsUnavailable
+            self._probe_at = time.monotonic() + PROBE_S
 
         def transaction() -> Result:
             with self._engine.begin() as connection:
                 return work(connection, *given, **named)
 
-        return await asyncio.get_running_loop().run_in_executor(self._threads, transaction)
+        try:
+            done = await asyncio.get_running_loop().run_in_executor(self._threads, transaction)
+        except (InterfaceError, OperationalError) as error:
+            self._note(error)
+            raise JobsUnavailable from error
+        if not self.reachable:
+            self.reachable = True
+            log.info("durable jobs: the database is reachable again")
+        return done
+
+    def _note(self, error: DBAPIError) -> None:
+        now = time.monotonic()
+        if not self.alone and _unanswered(error):
+            self.reachable = False
+            self._probe_at = now + PROBE_S
+        if now >= self._say_at:
+            self._say_at = now + SAY_S
+            reason = str(error.orig).partition("\n")[0]
+            log.error("durable jobs: the database cannot be used, and is tried again: %s", reason)
 
     def close(self) -> None:
         """Close the connections, after the running transactions."""
@@ -92,8 +140,10 @@ def of_folder(folder: Path) -> Database:
     except BlockingIOError:
         os.close(lock)
         raise NotReady(f"jobs.folder is {str(folder)!r}, which another server uses.") from None
+    file = folder / FILE
+    _make_private(file)
     engine = create_engine(
-        f"sqlite:///{folder / 'jobs.sqlite'}",
+        f"sqlite:///{file}",
         poolclass=StaticPool,
         connect_args={"check_same_thread": False},
         # Prompts must not appear in the log.
@@ -108,9 +158,9 @@ def of_folder(folder: Path) -> Database:
 
 def of_url(url: str) -> Database:
     """Open a PostgreSQL database, which several servers may share."""
-    psycopg = make_url(url).set(drivername="postgresql+psycopg")
+    given = make_url(url).set(drivername="postgresql+psycopg")
     engine = create_engine(
-        psycopg,
+        given.set(query={**PATIENCE, **given.query}),
         pool_size=CONNECTIONS,
         pool_pre_ping=True,
         hide_parameters=True,
@@ -118,6 +168,20 @@ def of_url(url: str) -> Database:
     )
     _migrate(engine)
     return Database(engine, CONNECTIONS, alone=False)
+
+
+def _make_private(file: Path) -> None:
+    """Let only this user read a database, whatever the umask; SQLite's other files follow it."""
+    for path in (file, *file.parent.glob(f"{file.name}-*")):
+        descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o600)
+        os.fchmod(descriptor, 0o600)
+        os.close(descriptor)
+
+
+def _unanswered(error: DBAPIError) -> bool:
+    """Whether PostgreSQL did not answer, or answered that it is shutting down or starting."""
+    state: str | None = getattr(error.orig, "sqlstate", None)
+    return state is None or state.startswith("57P")
 
 
 def _stored(text: str) -> Any:

@@ -6,13 +6,14 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Coroutine, Mapping
+from contextlib import suppress
 from typing import Any, Final
 
 from sqlalchemy.exc import SQLAlchemyError
 
 from server.blobs import Blobs
 from server.engine.client import ANYONE
-from server.errors import InvalidRequest, NotReady, UnknownJob, WeftError
+from server.errors import InvalidRequest, JobsUnavailable, NotReady, UnknownJob, WeftError
 from server.jobs import store
 from server.jobs.database import Database, of_folder, of_url
 from server.jobs.deliveries import Deliveries
@@ -92,6 +93,11 @@ class Jobs:
             work.append(deliveries.run)
         self._tasks = [asyncio.create_task(_for_ever(one)) for one in work]
 
+    @property
+    def reachable(self) -> bool:
+        """Whether the database answered the last time; the runner tries it every second or so."""
+        return self._database.reachable
+
     async def close(self) -> None:
         """Stop; running jobs wait for the next start."""
         for task in self._tasks:
@@ -126,15 +132,9 @@ class Jobs:
         Raises:
             Overloaded: its owner already has the maximum number of waiting jobs.
             ReusedKey: its idempotency key was used with another body.
-            NotReady: the disk is full, or the database cannot be reached.
+            JobsUnavailable: the database cannot be reached, or its disk is full.
+            NotReady: its pictures could not be stored.
         """
-        try:
-            return await self._add(new, uploads)
-        except (OSError, SQLAlchemyError):
-            log.exception("a job could not be stored")
-            raise NotReady("The prediction could not be stored; try again later.") from None
-
-    async def _add(self, new: NewJob, uploads: Mapping[str, bytes]) -> Job:
         # Most repetitions are found here, before their pictures are stored again.
         same = await self._database.run(store.repeated, new.owner, new.idempotency_key, new.digest)
         if same is not None:
@@ -143,9 +143,17 @@ class Jobs:
             for field, data in uploads.items():
                 await self._blobs.write(upload_name(new.id, field), data)
             job = await self._database.run(store.add, new, self._settings.waiting, time.time())
+        except JobsUnavailable:
+            # Its pictures stay: the job may have been stored before the connection was lost.
+            raise
         except WeftError:
             await self._blobs.delete([new.id])
             raise
+        except OSError as error:
+            log.error("the pictures of a job could not be stored: %s", error)
+            with suppress(OSError):
+                await self._blobs.delete([new.id])
+            raise NotReady("The prediction could not be stored; try again later.") from None
         if job.id != new.id:
             await self._blobs.delete([new.id])
         self._runner.wake()
@@ -163,11 +171,17 @@ class Jobs:
         return await self._database.run(store.page, owner, after, count)
 
     async def positions(self, jobs: list[Job]) -> dict[str, int]:
-        """Number of jobs that will begin before each of these, for those that wait."""
+        """Number of jobs that will begin before each of these, for those that wait.
+
+        Empty while the database cannot be used.
+        """
         waiting = [job.id for job in jobs if job.status == "starting"]
         if not waiting:
             return {}
-        return await self._database.run(store.positions, waiting)
+        try:
+            return await self._database.run(store.positions, waiting)
+        except JobsUnavailable:
+            return {}
 
     async def cancel(self, owner: str, identifier: str) -> Job:
         """Cancel a job, unless it has ended; raises UnknownJob."""
@@ -185,11 +199,16 @@ class Jobs:
         return await self._blobs.read(output_name(job.id, attempt, index))
 
     async def ended(self, job: Job, within_s: float) -> Job:
-        """Wait until a job has ended, a time has passed, or the server stops; return its state."""
+        """Wait until a job has ended, a time has passed, or the server stops.
+
+        Returns:
+            Its state, as last known if the database cannot be used: the job was accepted.
+        """
         until = time.monotonic() + within_s
         with self.watches.on(job.id) as watch:
             while not job.ended and not self.leaving.is_set():
-                job = await self.get(job.owner, job.id)
+                with suppress(JobsUnavailable):
+                    job = await self.get(job.owner, job.id)
                 left = until - time.monotonic()
                 if job.ended or left <= 0:
                     break
@@ -202,6 +221,9 @@ async def _for_ever(work: Callable[[], Coroutine[Any, Any, None]]) -> None:
     while True:
         try:
             await work()
+        except JobsUnavailable:
+            # The database has said so.
+            await asyncio.sleep(AGAIN_S)
         except Exception:
             log.exception("durable jobs: something failed, and is tried again")
             await asyncio.sleep(AGAIN_S)

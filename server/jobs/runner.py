@@ -7,17 +7,18 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from copy import deepcopy
 from functools import partial
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from server.blobs import Blobs
 from server.engine.client import Client
 from server.errors import (
     Cancelled,
     DidNotFit,
+    JobsUnavailable,
     NotReady,
     OutOfMemory,
     Overloaded,
@@ -33,6 +34,9 @@ from server.requests.upload import put_upload
 from server.service.pictures import Pictures
 from server.service.service import Service
 from server.settings import JobSettings
+
+if TYPE_CHECKING:
+    from sqlalchemy import Connection
 
 __all__ = ["Runner", "output_name", "upload_name"]
 
@@ -163,8 +167,10 @@ class Runner:
         for _, task in under_way:
             task.cancel()
         await asyncio.gather(*(task for _, task in under_way), return_exceptions=True)
-        for job, _ in under_way:
-            await self._database.run(store.requeue, job, 0.0, spare=True)
+        # Without the database, they are begun again when their leases have ended.
+        with suppress(JobsUnavailable):
+            for job, _ in under_way:
+                await self._database.run(store.requeue, job, 0.0, spare=True)
 
     async def _delete_strays(self) -> None:
         """Delete pictures that a process stored before it ended, without storing the job."""
@@ -277,9 +283,21 @@ class Runner:
             await self._blobs.delete([f"{job.id}/{job.attempt}"])
 
     async def _end(self, job: Job, status: Any, **outcome: Mapping[str, Any]) -> bool:
-        return await self._database.run(
-            store.finish, job, status, self._settings.keep_s, time.time(), **outcome
+        keep_s, now = self._settings.keep_s, time.time()
+        return await self._once_stored(
+            partial(store.finish, job=job, status=status, keep_s=keep_s, now=now, **outcome)
         )
+
+    async def _once_stored(self, work: Callable[[Connection], bool]) -> bool:
+        """Run a transaction on what came of an attempt, as soon as the database can be used.
+
+        Without it, the attempt would be made again, and count as one that was interrupted.
+        """
+        while True:
+            try:
+                return await self._database.run(work)
+            except JobsUnavailable:
+                await asyncio.sleep(LOOK_S)
 
     async def _fail(self, job: Job, code: str, sentence: str, field: str | None = None) -> None:
         param = None if field is None else f"input.{field}"
@@ -294,7 +312,7 @@ class Runner:
 
     async def _wait(self, job: Job, wait_s: float, *, spare: bool) -> None:
         again_at = time.time() + min(max(LOOK_S, wait_s), LONGEST_WAIT_S)
-        await self._database.run(store.requeue, job, again_at, spare=spare)
+        await self._once_stored(partial(store.requeue, job=job, not_before=again_at, spare=spare))
 
 
 def _generation_of(job: Job) -> str:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from typing import Final
 
 from fastapi.sse import KEEPALIVE_COMMENT, EventSourceResponse, format_sse_event
 from pydantic import BaseModel
 
+from server.errors import JobsUnavailable
 from server.http.native.events import PING_S
 from server.http.predictions.answers import Step, predicted
 from server.jobs.job import Job
@@ -50,7 +52,8 @@ async def _events(jobs: Jobs, job: Job) -> AsyncIterator[bytes]:
             if time.monotonic() - spoke > PING_S:
                 spoke = time.monotonic()
                 yield KEEPALIVE_COMMENT
-            job = await jobs.get(job.owner, job.id)
+            with suppress(JobsUnavailable):
+                job = await jobs.get(job.owner, job.id)
 
 
 def _event(name: str, data: BaseModel) -> bytes:

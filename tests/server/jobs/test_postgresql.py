@@ -1,51 +1,87 @@
-"""Two servers share a PostgreSQL database, Debian's, which the test starts."""
+"""A PostgreSQL database, Debian's, which the tests start: shared by servers, or out of reach."""
 
 from __future__ import annotations
 
 import asyncio
+import io
+import logging
 import os
 import shutil
+import sqlite3
 import subprocess
 import tempfile
+import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from time import monotonic, sleep
+from typing import Any, NamedTuple, cast
 
 import pytest
+from sqlalchemy import create_engine
+from starlette.testclient import TestClient
+from torch import Tensor
 
+from server.errors import JobsUnavailable
+from server.http.app import create_app
 from server.jobs import store
 from server.jobs.database import Database, of_url
+from server.jobs.job import ENDED
+from server.models.inputs import RowInputs
+from server.service.hosting import Hosted
+from server.settings import Settings
 from tests.server.jobs.test_store import KEEP_S, LEASE_S, new
+from tests.server.toy_model import Toy, started
 
+INPUT = {"prompt": "a red circle", "steps": 2, "width": 64, "height": 64, "guidance": "none"}
 FOUND = sorted(Path("/usr/lib/postgresql").glob("*/bin/postgres"))
 
 
-@pytest.fixture
-def url() -> Iterator[str]:
+class PostgreSQL:
+    """A server of PostgreSQL with an empty database."""
+
+    def __init__(self) -> None:
+        # PostgreSQL does not run as root, and does not reach into pytest's folders.
+        user = "postgres" if os.getuid() == 0 else None
+        self.folder = Path(tempfile.mkdtemp())
+        if user is not None:
+            shutil.chown(self.folder, user)
+        self.url = f"postgresql:///postgres?host={self.folder}&user=weft"
+        self._quiet: dict[str, Any] = {
+            "user": user,
+            "stdout": subprocess.DEVNULL,
+            "cwd": self.folder,
+            "check": True,
+        }
+        programs, data = FOUND[-1].parent, self.folder / "data"
+        setting_up = [programs / "initdb", "-D", data, "-A", "trust", "-U", "weft", "--no-sync"]
+        subprocess.run(setting_up, **self._quiet)
+        self._control = [programs / "pg_ctl", "-D", data, "-w", "-l", self.folder / "log"]
+
+    def start(self) -> None:
+        options = f"-c listen_addresses= -c unix_socket_directories={self.folder} -c fsync=off"
+        subprocess.run([*self._control, "-o", options, "start"], **self._quiet)
+
+    def stop(self) -> None:
+        subprocess.run([*self._control, "-m", "immediate", "stop"], **self._quiet)
+
+
+@pytest.fixture(scope="module")
+def postgresql() -> Iterator[PostgreSQL]:
     if not FOUND:
         pytest.skip("Debian's package postgresql is not installed")
-    # PostgreSQL does not run as root, and does not reach into pytest's folders.
-    user = "postgres" if os.getuid() == 0 else None
-    folder = Path(tempfile.mkdtemp())
-    if user is not None:
-        shutil.chown(folder, user)
-    data = folder / "data"
-    quiet: dict[str, Any] = {"user": user, "stdout": subprocess.DEVNULL, "cwd": folder}
-    programs = FOUND[-1].parent
-    setting_up = [programs / "initdb", "-D", data, "-A", "trust", "-U", "weft", "--no-sync"]
-    subprocess.run(setting_up, check=True, **quiet)
-    options = f"-c listen_addresses= -c unix_socket_directories={folder} -c fsync=off"
-    control = [programs / "pg_ctl", "-D", data, "-w", "-l", folder / "log"]
-    subprocess.run([*control, "-o", options, "start"], check=True, **quiet)
-    yield f"postgresql:///postgres?host={folder}&user=weft"
-    subprocess.run([*control, "-m", "immediate", "stop"], check=True, **quiet)
-    shutil.rmtree(folder)
+    server = PostgreSQL()
+    server.start()
+    yield server
+    server.stop()
+    shutil.rmtree(server.folder)
 
 
-def test_servers_share_jobs_and_each_is_begun_and_ended_once(url: str) -> None:
-    asyncio.run(_share(url))
+def test_servers_share_jobs_and_each_is_begun_and_ended_once(postgresql: PostgreSQL) -> None:
+    asyncio.run(_share(postgresql.url))
 
 
 async def _share(url: str) -> None:
@@ -97,3 +133,192 @@ async def _each_is_begun_once(one: Database, other: Database) -> None:
     assert [delivery.job.id for delivery in chain(*due)] == [again.id]
     await one.run(store.forget, [job.id for job in accepted])
     assert await other.run(store.page, "b", None, 9) == []
+
+
+class Answer(NamedTuple):
+    status: int
+    retry_after: str | None
+    body: Any
+
+
+class Outage(NamedTuple):
+    """What a server said while its database was down, and after that.
+
+    Attributes:
+        during: answers while it was down, by what was asked for.
+        log: log in this time, with tracebacks.
+        after: answers after it was up again.
+        ended: job that was accepted before, and ended while it was down.
+        events: data of the events of that job, whose stream began before.
+    """
+
+    during: dict[str, Answer]
+    log: str
+    after: dict[str, Answer]
+    ended: Any
+    events: str
+
+
+class Gated(Toy):
+    """A toy that draws when it is allowed to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.allowed = threading.Event()
+
+    def evaluate(self, x: Tensor, t: Tensor, inputs: RowInputs) -> Tensor:
+        assert self.allowed.wait(60)
+        return super().evaluate(x, t, inputs)
+
+
+@contextmanager
+def serving(postgresql: PostgreSQL, pictures: Path) -> Generator[tuple[TestClient, Gated]]:
+    """A server whose jobs are in a database, and its model."""
+    toy = Gated()
+    toy.allowed.set()
+    engine, nowhere = started(toy, 8), cast("Any", None)
+    settings = Settings.model_validate(
+        {"jobs": {"database": postgresql.url, "pictures": str(pictures)}}
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("server.http.app.host", lambda *_: Hosted(engine, {"toy": toy}, nowhere))
+        with TestClient(create_app(settings), base_url="http://127.0.0.1:8000") as client:
+            until(lambda: client.get("/readyz").status_code == 200)
+            yield client, toy
+    engine.stop(0)
+
+
+def processed(client: TestClient, toy: Gated) -> str:
+    """Path of a job that is being processed until the model may draw."""
+    toy.allowed.clear()
+    path = client.post("/v1/predictions", json={"input": INPUT}).headers["location"]
+    until(lambda: client.get(path).json()["status"] == "processing")
+    return path
+
+
+@pytest.fixture(scope="module")
+def outage(postgresql: PostgreSQL, tmp_path_factory: pytest.TempPathFactory) -> Outage:
+    with serving(postgresql, tmp_path_factory.mktemp("pictures")) as (client, toy):
+        return _put_down(postgresql, client, toy)
+
+
+def _put_down(postgresql: PostgreSQL, client: TestClient, toy: Gated) -> Outage:
+    path = processed(client, toy)
+    with logged() as log, ThreadPoolExecutor() as threads:
+        events = threads.submit(lambda: client.get(f"{path}/events").text)
+        postgresql.stop()
+        try:
+            during = asked(client, path)
+            toy.allowed.set()
+            sleep(2.0)
+            during |= {f"later {what}": one for what, one in asked(client, path).items()}
+        finally:
+            postgresql.start()
+        said = log.getvalue()
+        until(lambda: "degraded" not in client.get("/readyz").json())
+        after = asked(client, path)
+        until(lambda: client.get(path).json()["status"] in ENDED)
+        return Outage(during, said, after, client.get(path).json(), events.result(60))
+
+
+def asked(client: TestClient, path: str) -> dict[str, Answer]:
+    answers = {
+        "post": client.post("/v1/predictions", json={"input": INPUT}),
+        "get": client.get(path),
+        "list": client.get("/v1/predictions"),
+        "cancel": client.post(f"/v1/predictions/{'0' * 32}/cancel"),
+        "ready": client.get("/readyz"),
+        "generate": client.post("/v1/generate", json={}),
+    }
+    return {
+        what: Answer(one.status_code, one.headers.get("retry-after"), one.json())
+        for what, one in answers.items()
+    }
+
+
+def until(happened: Callable[[], Any]) -> None:
+    last = monotonic() + 60
+    while not happened():
+        assert monotonic() < last
+        sleep(0.02)
+
+
+@contextmanager
+def logged() -> Generator[io.StringIO]:
+    """Everything that is logged in a `with` block, formatted with tracebacks."""
+    text = io.StringIO()
+    handler = logging.StreamHandler(text)
+    handler.setFormatter(logging.Formatter("%(levelname)s %(message)s"))
+    logging.getLogger().addHandler(handler)
+    yield text
+    logging.getLogger().removeHandler(handler)
+
+
+@pytest.mark.parametrize("what", ["post", "get", "list", "cancel", "later post"])
+def test_without_its_database_a_job_s_route_asks_to_try_again(outage: Outage, what: str) -> None:
+    answer = outage.during[what]
+    assert (answer.status, answer.body["error"]["code"]) == (503, "predictions_unavailable")
+    assert answer.body["error"]["message"] == (
+        "The database of durable jobs cannot be used now; try again later."
+    )
+    assert answer.retry_after == "5"
+
+
+def test_without_its_database_the_log_has_one_line(outage: Outage) -> None:
+    (line,) = outage.log.splitlines()
+    assert line.startswith("ERROR durable jobs: the database cannot be used, and is tried again: ")
+
+
+def test_without_the_jobs_database_a_server_is_ready_and_names_what_is_not(outage: Outage) -> None:
+    for what in ("ready", "later ready"):
+        degraded = {"predictions": "The database of durable jobs cannot be reached."}
+        assert outage.during[what].body == {"status": "ready", "degraded": degraded}
+        assert outage.during[what].status == 200
+    assert outage.after["ready"].body == {"status": "ready"}
+
+
+def test_once_its_database_is_back_jobs_are_accepted_and_shown(outage: Outage) -> None:
+    statuses = {what: answer.status for what, answer in outage.after.items()}
+    assert statuses["post"] == 202
+    assert statuses["get"] == statuses["list"] == 200
+    assert statuses["cancel"] == 404
+
+
+def test_a_job_that_ends_while_the_database_is_down_has_its_images_afterwards(
+    outage: Outage,
+) -> None:
+    assert (outage.ended["status"], outage.ended["attempts"]) == ("succeeded", 1)
+
+
+def test_events_of_a_job_go_on_after_the_database_was_down(outage: Outage) -> None:
+    assert '"status":"succeeded"' in outage.events.rpartition("event: status")[2]
+
+
+def test_a_server_stops_in_order_without_its_database(
+    postgresql: PostgreSQL, tmp_path: Path
+) -> None:
+    with logged() as log:
+        with serving(postgresql, tmp_path) as (client, toy):
+            processed(client, toy)
+            postgresql.stop()
+            toy.allowed.set()
+        postgresql.start()
+    assert "Traceback" not in log.getvalue()
+
+
+def test_while_the_database_is_out_of_reach_only_one_transaction_at_a_time_tries_it() -> None:
+    tries: list[None] = []
+
+    def refuse() -> Any:
+        tries.append(None)
+        raise sqlite3.OperationalError("no route to host")
+
+    async def run() -> None:
+        database = Database(create_engine("sqlite://", creator=refuse), 1, alone=False)
+        for _ in range(5):
+            with pytest.raises(JobsUnavailable):
+                await database.run(store.free_all)
+        database.close()
+
+    asyncio.run(run())
+    assert len(tries) == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 from sqlalchemy import Connection, LargeBinary, Text, literal, text, update
 
-from server.errors import NotReady, Overloaded, ReusedKey, UnknownJob
+from server.errors import JobsUnavailable, NotReady, Overloaded, ReusedKey, UnknownJob
 from server.jobs import store
 from server.jobs.database import Database, of_folder
 from server.jobs.job import Job, NewJob
@@ -277,3 +278,50 @@ def test_the_database_is_durable_and_one_server_s(tmp_path: Path) -> None:
         assert len(await database.run(store.page, "a", None, 9)) == 1
 
     with_database(tmp_path, again)
+
+
+@pytest.mark.parametrize("mask", [0o000, 0o022, 0o777])
+def test_nobody_else_may_read_the_database_whatever_the_umask(tmp_path: Path, mask: int) -> None:
+    modes: dict[str, int] = {}
+
+    def look() -> None:
+        modes.update({one.name: one.stat().st_mode & 0o777 for one in tmp_path.glob("jobs.*")})
+
+    async def work(database: Database) -> None:
+        await added(database, "a")
+        look()
+
+    before = os.umask(mask)
+    try:
+        with_database(tmp_path, work)
+    finally:
+        os.umask(before)
+    assert modes == {f"jobs.sqlite{kind}": 0o600 for kind in ("", "-shm", "-wal")}
+
+
+def test_a_database_that_others_may_read_is_made_private(tmp_path: Path) -> None:
+    file = tmp_path / "jobs.sqlite"
+    file.touch()
+    file.chmod(0o644)
+
+    async def work(database: Database) -> None:
+        assert file.stat().st_mode & 0o777 == 0o600
+
+    with_database(tmp_path, work)
+
+
+def test_a_job_for_which_the_disk_has_no_room_is_refused_and_nothing_of_it_is_left(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def work(database: Database) -> None:
+        await database.run(lambda connection: connection.execute(text("PRAGMA max_page_count=1")))
+        large = new(webhook="x" * 100_000)
+        for _ in range(2):
+            with pytest.raises(JobsUnavailable):
+                await database.run(store.add, large, 100, 1.0)
+        assert database.reachable
+        assert await database.run(store.page, "a", None, 9) == []
+
+    with_database(tmp_path, work)
+    (line,) = [record.getMessage() for record in caplog.records if record.name == "weft"]
+    assert line.endswith("tried again: database or disk is full")
