@@ -238,14 +238,14 @@ class UnknownJob(WeftError):
 
 
 class UnknownResult(WeftError):
-    """There is no image at this URL; it may have expired."""
+    """There is no image at this URL, or no longer; the message says what the reason may be."""
 
     status = 404
     type = "invalid_request_error"
     code = "result_not_found"
 
-    def __init__(self) -> None:
-        super().__init__("There is no image at this URL; it may have expired.")
+    def __init__(self, reason: str = "") -> None:
+        super().__init__(f"There is no image at this URL{reason and f'; {reason}'}.")
 
 
 class JobsOff(WeftError):

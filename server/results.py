@@ -37,6 +37,13 @@ RANDOM_BYTES: Final = 24
 LONGEST_SLEEP_S: Final = 60.0
 SHORTEST_SLEEP_S: Final = 0.05
 
+EXPIRED: Final = "it has expired"
+MISSING: Final = (
+    "it has not expired, so it was deleted to make room or when its server stopped, or another "
+    "server made it that has no WEFT_RESULTS__PLACE in common with this one"
+)
+"""Reasons for which an image is not found."""
+
 _NAME: Final = re.compile(r"([0-9a-f]{8})-[A-Za-z0-9_-]{32}\.(?:png|jpeg|webp)")
 
 
@@ -162,13 +169,15 @@ class Results:
             UnknownResult: there is no image of this name, or no longer.
         """
         expires_at = _expiry_of(name)
-        left_s = 0.0 if expires_at is None else expires_at - time.time()
-        if left_s <= 0:
+        if expires_at is None:
             raise UnknownResult
+        left_s = expires_at - time.time()
+        if left_s <= 0:
+            raise UnknownResult(EXPIRED)
         try:
             return await (await self.open()).read(name), left_s
         except FileNotFoundError:
-            raise UnknownResult from None
+            raise UnknownResult(MISSING) from None
 
     def _make_room(self, owner: str, needed: int) -> list[str]:
         """Forget as many images as it takes to store those of an owner, and return their names."""

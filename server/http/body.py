@@ -208,7 +208,11 @@ class JsonRoute(APIRoute):
         make_uploads(parsed, uploads, share)
 
     def narrowed(self, parsed: Any) -> Any:
-        """Return the part of a parsed body that is used: all of it, unless a route overrides it."""
+        """Return the part of a parsed body that is used: all of it, unless a route overrides it.
+
+        Raises:
+            InvalidRequest: it cannot be used.
+        """
         return parsed
 
     def _count(self, request: Request, outcome: str) -> None:

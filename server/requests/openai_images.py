@@ -11,12 +11,13 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from pydantic_core import PydanticCustomError
 
 from server.decoding.picture import MaskForm
+from server.errors import InvalidRequest
 from server.requests.numbers import Count
 from server.requests.reference_images import MOST
 from server.requests.schema import GenerateRequest
 from server.requests.upload import Upload
 
-__all__ = ["ImageEdit", "ImageGeneration", "request_of"]
+__all__ = ["ImageEdit", "ImageGeneration", "request_of", "with_referenced_images"]
 
 _THEIR_MODELS: Final = re.compile(r"(dall-e|gpt-image|chatgpt-image)[\w.-]*")
 _ANSWERED_BY_URL: Final = re.compile(r"dall-e[\w.-]*")
@@ -86,7 +87,11 @@ class ImageGeneration(GenerateRequest):
 
 
 class ImageEdit(ImageGeneration):
-    """A request of OpenAI's `POST /v1/images/edits`, as a multipart form or as JSON."""
+    """A request of OpenAI's `POST /v1/images/edits`, as a multipart form or as JSON.
+
+    JSON may have `images` in place of `image`: a list of objects whose `image_url` is a data URL.
+    `mask` may be such an object too.
+    """
 
     image: Upload | None = Field(
         repr=False,
@@ -133,6 +138,63 @@ class ImageEdit(ImageGeneration):
                 {"count": len(images), "field": "image"},
             )
         return {**data, **several, "image": images[0]}
+
+
+def with_referenced_images(body: Any) -> Any:
+    """Return the JSON of an edit with its images in place of OpenAI's references to images.
+
+    A reference is an object with `image_url` or `file_id` (``ImageRefParam`` in OpenAI's
+    specification); only data URLs are accepted, because this server fetches and stores nothing.
+
+    Args:
+        body: parsed JSON; without references it is returned unchanged.
+
+    Raises:
+        InvalidRequest: a reference is something else than a data URL, or there are none.
+    """
+    if not isinstance(body, dict):
+        return body
+    changed: dict[str, Any] = dict(body)
+    if isinstance(mask := body.get("mask"), dict):
+        changed["mask"] = _referenced(mask, "mask")
+    images = changed.pop("images", None)
+    if images is None:
+        return changed
+    if not isinstance(images, list) or not 0 < len(images) <= MOST:
+        raise InvalidRequest(
+            "images", f"images must be a list of 1 to {MOST} objects with image_url."
+        )
+    if body.get("image") is not None:
+        raise InvalidRequest("images", "images are given, and image is too; send one of them.")
+    changed["image"] = [_referenced(one, f"images.{place}") for place, one in enumerate(images)]
+    return changed
+
+
+def _referenced(reference: Any, field: str) -> str:
+    """Return the data URL of a reference to an image."""
+    if not isinstance(reference, dict):
+        raise InvalidRequest(field, f"{field} must be an object with image_url.")
+    given: dict[str, Any] = {name: one for name, one in reference.items() if one is not None}
+    if "file_id" in given:
+        raise InvalidRequest(
+            f"{field}.file_id",
+            f"{field}.file_id is given, but no files are stored here; send image_url with a data "
+            "URL.",
+        )
+    for name in given.keys() - {"image_url"}:
+        raise InvalidRequest(
+            f"{field}.{name[:60]}", f"{field} has {name[:60]!r}; only image_url is allowed."
+        )
+    url = given.get("image_url")
+    if not isinstance(url, str):
+        raise InvalidRequest(field, f"{field} must be an object with image_url.")
+    if url[:5].lower() != "data:":
+        raise InvalidRequest(
+            f"{field}.image_url",
+            f"{field}.image_url is {url[:60]!r}, which is not fetched; send a data URL, such as "
+            "'data:image/png;base64,...'.",
+        )
+    return url
 
 
 def request_of(

@@ -120,6 +120,23 @@ def test_no_name_is_guessed_or_leads_elsewhere(tmp_path: Path) -> None:
     run(work)
 
 
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("ffffffff-" + "A" * 32 + ".png", "no WEFT_RESULTS__PLACE in common with this one."),
+        ("00000001-" + "A" * 32 + ".png", "There is no image at this URL; it has expired."),
+        ("picture.png", "There is no image at this URL."),
+    ],
+)
+def test_why_an_image_may_not_be_found_is_said(tmp_path: Path, name: str, said: str) -> None:
+    async def work() -> None:
+        with pytest.raises(UnknownResult) as refusal:
+            await Results(str(tmp_path), 3600, 1000).read(name)
+        assert refusal.value.message.endswith(said)
+
+    run(work)
+
+
 def test_a_place_that_cannot_be_used_is_named(tmp_path: Path) -> None:
     async def work() -> None:
         for place, said in ((__file__, "kept for URLs"), ("nothing://x", "nothing")):

@@ -21,7 +21,12 @@ from server.http.making import make, unless_disconnected
 from server.http.native.events import PING_S, GenerationStream
 from server.http.openai.answers import Event, ImagesAnswer, Kind, answered, finished, previewed
 from server.http.results import links_to
-from server.requests.openai_images import ImageEdit, ImageGeneration, request_of
+from server.requests.openai_images import (
+    ImageEdit,
+    ImageGeneration,
+    request_of,
+    with_referenced_images,
+)
 from server.requests.schema import GenerateRequest
 from server.service.generation import Generation, Progress
 from server.service.own_mask import with_own_mask
@@ -37,8 +42,17 @@ _RESPONSES: Final[dict[int | str, dict[str, Any]]] = {
     },
 }
 
+
+class EditRoute(FormRoute):
+    """A route whose JSON may contain images as OpenAI's JSON does: as references by URL."""
+
+    @override
+    def narrowed(self, parsed: Any) -> Any:
+        return with_referenced_images(parsed)
+
+
 generations = APIRouter(tags=["openai"], route_class=JsonRoute)
-edits = APIRouter(tags=["openai"], route_class=FormRoute)
+edits = APIRouter(tags=["openai"], route_class=EditRoute)
 
 
 @generations.post("/v1/images/generations", response_model=ImagesAnswer, responses=_RESPONSES)

@@ -15,6 +15,7 @@ import openai
 import pytest
 from numpy.typing import NDArray
 from openai import OpenAI
+from openai.types import ImagesResponse
 from PIL import Image
 
 from tests.server.conftest import PATIENCE_S, Running
@@ -162,6 +163,23 @@ def test_an_image_may_be_its_own_mask_and_an_opaque_one_is_changed_as_a_whole(
     assert (pixels_of(whole.data[0].b64_json) == expected).all()
 
 
+def test_an_edit_in_json_is_the_edit_of_a_form(sdk: OpenAI) -> None:
+    """The SDK has no method for OpenAI's `EditImageBodyJsonParam` yet, so it posts it as it is."""
+    image, mask = png(WHITE[..., :3]), png(HOLE)
+    in_form = sdk.images.edit(image=image, mask=mask, prompt="a red circle", extra_body=FAST)
+    body = FAST | {
+        "prompt": "a red circle",
+        "images": [{"image_url": f"data:image/png;base64,{b64(image)}"}],
+        "mask": {"image_url": f"data:image/png;base64,{b64(mask)}"},
+    }
+    in_json = sdk.post("/images/edits", cast_to=ImagesResponse, body=body)
+    assert in_form.data is not None
+    assert in_json.data is not None
+    assert in_json.data[0].b64_json == in_form.data[0].b64_json
+    assert in_json.model_extra is not None
+    assert in_json.model_extra["warnings"] == []
+
+
 def test_an_image_is_decoded_only_if_the_queue_has_room(
     running: Running, client: httpx2.Client
 ) -> None:
@@ -205,6 +223,13 @@ def test_an_edit_streams_events_of_its_own(sdk: OpenAI) -> None:
     assert [event.type for event in events] == ["image_edit.completed"]
 
 
+def edited_as(images: Any, **more: Any) -> Callable[[OpenAI], Any]:
+    """A call that posts references to images as JSON."""
+    body = {"prompt": "x", "images": images} | more
+    return lambda sdk: sdk.post("/images/edits", cast_to=ImagesResponse, body=body)
+
+
+DATA_URL = f"data:image/png;base64,{b64(png(WHITE))}"
 Refused = tuple[type[openai.APIStatusError], str, str]
 BAD = openai.BadRequestError
 REFUSED: dict[str, tuple[Callable[[OpenAI], Any], Refused]] = {
@@ -231,6 +256,35 @@ REFUSED: dict[str, tuple[Callable[[OpenAI], Any], Refused]] = {
     "mask": (
         lambda sdk: sdk.images.edit(prompt="x", image=png(WHITE), mask=png(WHITE)),
         (BAD, "mask", "no transparent pixel"),
+    ),
+    "remote image": (
+        edited_as([{"image_url": DATA_URL}, {"image_url": "https://example.com/source.png"}]),
+        (BAD, "images.1.image_url", "'https://example.com/source.png', which is not fetched"),
+    ),
+    "remote mask": (
+        edited_as([{"image_url": DATA_URL}], mask={"image_url": "http://169.254.169.254/"}),
+        (BAD, "mask.image_url", "which is not fetched; send a data URL"),
+    ),
+    "uploaded file": (
+        edited_as([{"file_id": "file-abc123"}]),
+        (BAD, "images.0.file_id", "no files are stored here; send image_url with a data URL"),
+    ),
+    "unknown field of a reference": (
+        edited_as([{"image_url": DATA_URL, "detail": "high"}]),
+        (BAD, "images.0.detail", "only image_url is allowed"),
+    ),
+    "text in place of a reference": (
+        edited_as([DATA_URL]),
+        (BAD, "images.0", "must be an object with image_url"),
+    ),
+    "no images": (edited_as([]), (BAD, "images", "must be a list of 1 to 4 objects")),
+    "images of both kinds": (
+        edited_as([{"image_url": DATA_URL}], image=DATA_URL),
+        (BAD, "images", "and image is too; send one of them"),
+    ),
+    "several images in json": (
+        edited_as([{"image_url": DATA_URL}] * 2),
+        (BAD, "image", "2 images"),
     ),
     "stream": (
         lambda sdk: list(sdk.images.generate(prompt="x", stream=True, n=1000)),
