@@ -3,14 +3,14 @@
     python -m benchmarks.adapters
     python -m benchmarks.adapters --architecture sd15 --device cuda
 
-Forward passes with and without adapters take turns; each figure is a median, and its ratio is the
-median of the ratios to the pass without adapters in the same turn. Prints one table: rows of as
-many different adapters as asked for, on attention alone, as most LoRA files are, on all linear
-layers, and on all layers with their convolutions; and, for comparison, one pass for each adapter,
-as a server needs that merges adapters into the weights.
+Forward passes with and without adapters take turns. Each time is a median, and each ratio is the
+median of the ratios to the pass without adapters in the same turn. Prints one table for rows with
+the given number of different adapters: on attention only, as in most LoRA files; on all linear
+layers; and on all layers including convolutions. For comparison it also has one pass for each
+adapter, as needed by a server that merges adapters into the weights.
 
-On a GPU a second table has passes of few rows with adapters on all linear layers, as they are
-launched from Python and as the engine replays them from CUDA graphs.
+On a GPU, a second table shows passes of few rows with adapters on all linear layers: launched from
+Python, and replayed by the engine from CUDA graphs.
 """
 
 from __future__ import annotations
@@ -43,18 +43,18 @@ KINDS = {
     "linear layers": ("", nn.Linear),
     "all layers": ("", nn.Module),
 }
-"""Which layers an adapter changes: a part of their names, and a class."""
+"""Layers that an adapter changes: a substring of their names, and their class."""
 
 RECORDED_ROWS = (1, 2, 4, 8)
 RECORDED_KIND = "linear layers"
 
 TOLD = 500.0
-"""The timestep of all rows, which costs the same as any other."""
+"""Timestep of all rows; its value does not affect the cost."""
 
 
 @dataclass(frozen=True, slots=True)
 class Forward:
-    """What one forward pass of a benchmark is given, and by what it is run."""
+    """The inputs of one forward pass of a benchmark, and the function that runs it."""
 
     evaluate: Callable[[torch.Tensor, torch.Tensor, RowInputs], torch.Tensor]
     x: torch.Tensor
@@ -62,10 +62,10 @@ class Forward:
     clock: Callable[[], float]
 
     def seconds(self) -> float:
-        """Of one pass."""
+        """The duration of one pass."""
         t = torch.full((len(self.x),), TOLD, device=self.x.device)
         began = self.clock()
-        # Reading one number waits for the device.
+        # Reading one number synchronizes with the device.
         self.evaluate(self.x, t, self.inputs).flatten()[0].item()
         return self.clock() - began
 
@@ -74,7 +74,7 @@ class Forward:
         return replace(self, inputs=replace(self.inputs, adapters=rows))
 
     def of(self, rows: list[int]) -> Forward:
-        """The same pass of some rows."""
+        """The same pass for some of the rows."""
         return replace(self, x=self.x[rows], inputs=self.inputs.of(rows))
 
 
@@ -121,7 +121,7 @@ def main() -> None:
 
 
 def _print_recorded(model: HostedModel, plain: Forward, options: argparse.Namespace) -> None:
-    """Print what CUDA graphs make of passes of few rows."""
+    """Print the times of passes of few rows with and without CUDA graphs."""
     columns = "ms without, launched", "replayed", "ms with adapters, launched", "replayed"
     print(f"\n| rows | {' | '.join(columns)} |")
     print("|---|---|---|---|---|")
@@ -164,7 +164,7 @@ def _options() -> argparse.Namespace:
 
 
 def _adapter(model: HostedModel, kind: str, rank: int) -> Adapter:
-    """Random changes, too small to matter."""
+    """An adapter with random weights, too small to affect the result."""
     within, of = KINDS[kind]
     changes: dict[str, LowRank] = {}
     for name, layer in model.adaptable()["unet"].named_modules():
@@ -178,7 +178,7 @@ def _adapter(model: HostedModel, kind: str, rank: int) -> Adapter:
 
 
 def _spread(adapters: list[Adapter], rows: int) -> RowAdapters:
-    """The adapters over the rows, in turn."""
+    """The adapters, assigned to the rows in turn."""
     return RowAdapters(
         tuple((Weighted(adapters[row % len(adapters)], 0.8),) for row in range(rows))
     )

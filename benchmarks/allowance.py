@@ -1,4 +1,4 @@
-"""The time that a benchmark may take, and what it says of its progress."""
+"""The time limit of a benchmark, and its progress messages."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ LONGEST_IMPORTS_S: Final = 300.0
 
 
 def _age_s() -> float:
-    """Seconds since this process began, with its imports; 0 where the system does not tell."""
+    """Seconds since this process started, including its imports; 0 if the system does not say."""
     try:
         fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return 0.0
     since_boot = int(fields[19]) / os.sysconf("SC_CLK_TCK")
     age_s = time.clock_gettime(time.CLOCK_BOOTTIME) - since_boot
-    # Some containers have a clock of their own, and no such times of processes.
+    # Some containers have a clock of their own, to which these process times do not refer.
     return age_s if 0 <= age_s < LONGEST_IMPORTS_S else 0.0
 
 
@@ -38,16 +38,16 @@ BEGAN: Final = perf_counter() - _age_s()
 
 
 class Allowance:
-    """How long the process may take, from its start with all imports.
+    """The time limit of the process, counted from its start, including all imports.
 
-    It says on the standard error what is done, each line with the seconds since that start.
+    It reports progress on standard error, each line with the seconds since that start.
 
     Args:
-        seconds: in all.
+        seconds: time limit; unlimited by default.
 
     Attributes:
-        left_out: what there was no time for.
-        failed: what ended in an error.
+        left_out: names of what was skipped for lack of time.
+        failed: names of what ended in an error.
     """
 
     def __init__(self, seconds: float = inf) -> None:
@@ -57,24 +57,24 @@ class Allowance:
 
     @property
     def ends(self) -> float:
-        """When it is over, by ``perf_counter``."""
+        """Time at which the limit is reached, by ``perf_counter``."""
         return self._ends
 
     @property
     def left_s(self) -> float:
-        """Seconds that are left."""
+        """Remaining seconds."""
         return self._ends - perf_counter()
 
     def say(self, what: str) -> None:
-        """Tell what has been done, or is being done."""
+        """Print a progress message."""
         print(f"{perf_counter() - BEGAN:.1f} s: {what}", file=sys.stderr, flush=True)
 
     def allows(self, seconds: float, what: str) -> bool:
-        """Whether there is time for something; where there is not, it is left out, and said so.
+        """Whether there is time for something; if not, it is recorded and reported as left out.
 
         Args:
-            seconds: that it may take.
-            what: as the report names it.
+            seconds: time that it may take.
+            what: its name in the report.
         """
         if seconds <= self.left_s:
             self.say(what)
@@ -84,21 +84,21 @@ class Allowance:
         return False
 
     def attempt(self, what: str, work: Callable[[], Result]) -> Result | None:
-        """What some work comes to; None if it fails, which is told, and the benchmark goes on.
+        """The result of some work; None if it fails, which is reported and ends nothing else.
 
         Args:
-            what: as the report names it.
-            work: of one of the systems that are compared.
+            what: its name in the report.
+            work: work of one of the systems that are compared.
         """
         try:
             return work()
-        except Exception:  # noqa: BLE001 - the other systems are still to be measured
+        except Exception:  # noqa: BLE001 - the other systems must still be measured
             traceback.print_exc()
             self.failed.append(what)
             return None
 
     def report(self) -> int:
-        """Print what was left out and what failed, if anything; the status to exit with."""
+        """Print what was left out and what failed, if anything; returns the exit status."""
         if self.left_out:
             print(f"\nNo time was left for: {', '.join(self.left_out)}.", flush=True)
         if self.failed:
@@ -107,7 +107,7 @@ class Allowance:
 
 
 def add_within(parser: argparse.ArgumentParser) -> None:
-    """Add the limit of time that an :class:`Allowance` has."""
+    """Add an option for the time limit of an :class:`Allowance`."""
     parser.add_argument(
         "--within",
         type=float,
@@ -117,7 +117,7 @@ def add_within(parser: argparse.ArgumentParser) -> None:
 
 
 def add_settle(parser: argparse.ArgumentParser, seconds: float = 60.0) -> None:
-    """Add the time that the engine has to prepare its forwards."""
+    """Add an option for the time that the engine has to prepare its forward passes."""
     parser.add_argument(
         "--settle",
         type=float,

@@ -43,25 +43,25 @@ RANDOM: dict[str, Callable[[torch.device, torch.dtype], Any]] = {
 ARCHITECTURES = ("embedded", *RANDOM)
 
 IN_BFLOAT16 = ("z_image",)
-"""What overflows in float16."""
+"""Architectures that overflow in float16."""
 
 
 MOST_OF_SHARED_MEMORY = 0.5
-"""Of its free bytes, that the files of a model may take."""
+"""Maximum fraction of its free bytes that the files of a model may use."""
 
-SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - as a folder for files of its own name
+SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - files in it have names of their own
 
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
     """One model, hosted by Weft and as diffusers' pipeline, with the same weights.
 
-    The two share no network: what Weft does to its own, such as another memory format, is not the
-    pipeline's.
+    The two do not share modules, so that Weft's changes to its own, such as another memory format,
+    do not affect the pipeline.
 
     Attributes:
-        hosted: for the engine.
-        pipeline: diffusers'.
+        hosted: the model as hosted by Weft, for its engine.
+        pipeline: diffusers' pipeline.
         side: width and height of the pictures in pixels.
     """
 
@@ -78,13 +78,13 @@ class Architecture:
 def build(
     architecture: str, device: str, dtype: str, say: Callable[[str], None] = lambda _: None
 ) -> Architecture:
-    """A model by its name in ``ARCHITECTURES``.
+    """Build a model by its name in ``ARCHITECTURES``.
 
     Args:
-        architecture: the name.
-        device: as the server's setting.
-        dtype: as the server's setting; ``auto`` is half precision on a GPU.
-        say: told what has been done.
+        architecture: name of the model.
+        device: device, as in the server's setting.
+        dtype: dtype, as in the server's setting; ``auto`` is half precision on a GPU.
+        say: called with progress messages.
     """
     if architecture not in RANDOM:
         hosted = load_model(MODEL_FOLDER, name="model", device=device, dtype=dtype)
@@ -96,7 +96,7 @@ def build(
         part.parameters() for part in pipeline.components.values() if isinstance(part, nn.Module)
     )
     with TemporaryDirectory(dir=_place(sum(one.nbytes for one in parameters))) as temporary:
-        # Once written, and once read: the pipeline is the one that was drawn.
+        # Written and read only once: the pipeline is the one that was just created.
         pipeline.save_pretrained(temporary)
         say("weights written")
         hosted = load_model(Path(temporary), name="model", device=device, dtype=dtype)
@@ -105,13 +105,13 @@ def build(
 
 
 def write(architecture: str, folder: Path, device: str, dtype: str) -> None:
-    """Write a model of random weights as a model folder.
+    """Write a model with random weights as a model folder.
 
     Args:
-        architecture: its name in ``ARCHITECTURES``, but not the embedded model.
-        folder: to write.
-        device: where the weights are drawn.
-        dtype: that they are kept in.
+        architecture: name in ``ARCHITECTURES``, except the embedded model.
+        folder: folder to write.
+        device: device on which the weights are drawn.
+        dtype: dtype in which they are stored.
     """
     _random(architecture, device, dtype).save_pretrained(folder)
 
@@ -125,7 +125,7 @@ def _random(architecture: str, device: str, dtype: str) -> Any:
 
 
 def _place(nbytes: int) -> Path | None:
-    """Where files of so many bytes are kept for a while; None is as the system has it."""
+    """Folder for temporary files of this many bytes; None for the system's default."""
     try:
         free = disk_usage(SHARED_MEMORY).free
     except OSError:

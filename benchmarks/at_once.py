@@ -1,18 +1,21 @@
-"""How many images a second there are with so many requests at once, beside diffusers.
+"""Measure images per second at given numbers of concurrent requests, compared with diffusers.
 
     python -m benchmarks.at_once                                    # CPU, embedded model
     python -m benchmarks.at_once --architecture sdxl                # GPU, SDXL's sizes
     python -m benchmarks.at_once --architecture z_image --steps 8 --scale 0
 
 Prints Markdown tables, each row as soon as it is measured: diffusers' pipeline with one image after
-another, Weft with so many clients, in the order of ``--counts``, and static batches of as many
-images as there are clients. Clients ask for one image after another, with settings that agree: the
-best case of static batches. One limit is what the denoiser alone would allow in eager forward
-passes of as many rows, the other what it and the decoder would, one after the other. Of the
-engine's time the table says what the denoiser and the decoder had. What there is no time for within
-the seconds of ``--within`` is left out. With
-``--compile`` both systems are measured once more with compiled blocks, minutes later: where other
-work comes and goes, ``benchmarks.compiled_blocks`` tells what they save, as it takes turns.
+another; Weft with each number of clients, in the order of ``--counts``; and static batches of as
+many images as there are clients. Each client requests one image after another, all with the same
+settings, which is the best case for static batches. The table compares with two limits: the rate
+that the denoiser alone would allow in eager forward passes of as many rows, and the rate that
+denoiser and decoder would allow one after the other. It also shows the fractions of the engine's
+time spent in the denoiser and the decoder. Measurements for which there is no time within the
+seconds of ``--within`` are left out.
+
+With ``--compile`` both systems are measured again with compiled blocks, minutes later. On a machine
+with other load, use ``benchmarks.compiled_blocks`` to see what compilation saves, as it takes
+turns.
 """
 
 from __future__ import annotations
@@ -49,32 +52,32 @@ if TYPE_CHECKING:
 
 COUNTS = (1, 2, 4, 8, 16, 32)
 TIMINGS = 3
-"""Of which the median counts."""
+"""Number of timings whose median is used."""
 
 WARM_UP = 2
-"""Runs of a pipeline before its times count: on a GPU the second is slow still, by choices of
-kernels that it makes."""
+"""Runs of a pipeline before it is timed: on a GPU the second one is still slow, as kernels are
+chosen."""
 
 WARM_UP_STEPS = 2
-"""Of Weft's images before its times count: the engine has run the forwards of its sizes already."""
+"""Steps of Weft's images before it is timed: the engine has warmed up its forward passes itself."""
 
 LONG_S = 3.0
-"""A run of a pipeline that takes longer is warm after the first."""
+"""Seconds of a pipeline's run above which one run is enough warm-up."""
 
 TIMED_IF_LONG = 2
-"""Such runs that are timed at most."""
+"""Maximum number of such long runs that are timed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Ran:
-    """What some clients got.
+    """Measurements of a run with some clients.
 
     Attributes:
-        rate: images a second.
-        mean_s: mean latency.
-        late_s: 95th percentile of the latency.
+        rate: images per second.
+        mean_s: mean latency in seconds.
+        late_s: 95th percentile of the latency in seconds.
         rows: mean rows of a tick.
-        shares: of the time, what the engine's thread gave to each of its works.
+        shares: fractions of the time that the engine's thread spent on each kind of work.
     """
 
     rate: float
@@ -91,7 +94,7 @@ def main() -> int:
     torch.set_num_threads(options.threads)
     architecture = build(options.architecture, options.device, options.dtype, allowance.say)
     print(_heading(options), flush=True)
-    # Before an engine runs: one that has nothing to do records graphs on the same device.
+    # Before an engine runs, as an idle engine records graphs on the same device.
     one_by_one = "diffusers, one by one"
     alone = allowance.attempt(one_by_one, partial(_static, architecture, 1, options, allowance))
     if alone is not None:
@@ -122,7 +125,7 @@ def _weft_by_counts(
     )
     ours: dict[int, Ran] = {}
     for count in options.counts:
-        # No slower than one by one, and often faster.
+        # Weft is no slower than one by one, and often faster.
         least = options.images * count / (alone or inf)
         if not allowance.allows(least, f"Weft, {count} at once"):
             continue
@@ -176,7 +179,7 @@ def _report_compiled(
     eager: Mapping[int, Ran],
     allowance: Allowance,
 ) -> None:
-    """Print what compiled blocks make of it, of ours and of diffusers."""
+    """Print the rates of both systems with compiled blocks."""
     ours, shapes, waited_s = _weft_compiled(architecture, options, allowance)
     print(f"\n{shapes} shapes of blocks compiled; Weft's programs took {waited_s:.0f} s.\n")
     print("| at once | Weft, images/s | mean s | p95 s | x eager |\n|---|---|---|---|---|")
@@ -196,7 +199,7 @@ def _report_compiled(
 def _weft_compiled(
     architecture: Architecture, options: argparse.Namespace, allowance: Allowance
 ) -> tuple[dict[int, Ran], int, float]:
-    """The same clients once all programs are there, their number and the seconds until then."""
+    """Results with compiled blocks, the number of compiled shapes, and the seconds that it took."""
     model = architecture.hosted
     with TemporaryDirectory() as temporary:
         compile_blocks(model, BlockCompiler(options.programs or Path(temporary)))
@@ -204,7 +207,7 @@ def _weft_compiled(
             raise RuntimeError(f"nothing is compiled: {model.runs_eager}")
         began = perf_counter()
         weft = Weft(architecture, None)
-        # Until all shapes have been called often enough to be compiled; few steps are few calls.
+        # Run until all shapes have been called often enough to be compiled.
         most, called = max(options.counts), weft.forwards
         while weft.forwards < called + OFTEN:
             weft.run([_request(options, seed) for seed in range(most)])
@@ -223,7 +226,7 @@ def _weft_compiled(
 
 
 def _weft(weft: Weft, count: int, options: argparse.Namespace, allowance: Allowance) -> Ran:
-    """Clients that ask for the next image when they have one, each for so many."""
+    """Run clients that each request a number of images, one after another."""
     few = min(WARM_UP_STEPS, options.steps)
     weft.run([replace(_request(options, seed), steps=few) for seed in range(count)])
     settle(weft.engine, weft.model, options.settle, allowance)
@@ -254,7 +257,7 @@ def _request(options: argparse.Namespace, seed: int) -> Request:
 def _static(
     architecture: Architecture, count: int, options: argparse.Namespace, allowance: Allowance
 ) -> float:
-    """Images a second of batches of so many images."""
+    """Images per second in static batches of ``count`` images."""
     generate = _pipeline_call(architecture, count, options)
     first_s = _seconds(generate)
     allowance.say(f"first batch of {count} of diffusers: {first_s:.1f} s")
@@ -286,7 +289,7 @@ def _pipeline_call(
 def _limits(
     architecture: Architecture, count: int, options: argparse.Namespace
 ) -> tuple[float, float]:
-    """Images a second if there were the denoiser alone, and if there were the decoder, too."""
+    """Images per second that the denoiser alone would allow, and with the decoder as well."""
     model, side = architecture.hosted, architecture.side
     rows = count * (2 if options.scale else 1)
     with torch.inference_mode():
@@ -297,7 +300,7 @@ def _limits(
         inputs = RowInputs(model.stack([told] * rows))
 
         def forward() -> None:
-            # Reading one number waits for the device.
+            # Reading one number synchronizes with the device.
             model.evaluate(x, t, inputs).flatten()[0].item()
 
         def decode() -> None:

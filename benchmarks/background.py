@@ -1,4 +1,4 @@
-"""Background load, as on a shared machine, which can be repeated."""
+"""Repeatable background load, as on a shared machine."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ Begin: TypeAlias = "Callable[[int], None]"
 
 LONGEST_SPELL_S = 3.0
 NOTICED_S = 0.005
-"""How soon an idle process notices that the load begins anew."""
+"""Seconds within which an idle process notices that the load restarts."""
 
 
 @contextmanager
 def busy(processes: int) -> Generator[Begin]:
-    """Load the machine with so many processes, each busy and idle in turn for up to 3 seconds.
+    """Load the machine with processes that are alternately busy and idle for up to 3 seconds.
 
     Yields:
-        Begins the spells anew, drawn from the seed that it is given: two runs that each begin with
-        the same seed meet the same load.
+        A function that restarts the load with a seed: two runs that start with the same seed get
+        the same load.
     """
     spawning = get_context("spawn")
     seed = spawning.Value("q", 0, lock=False)

@@ -1,4 +1,4 @@
-"""Frames for live streams: a disc that moves over a shaded ground, and stands still at times."""
+"""Frames for live streams: a disc that moves over a shaded background, with optional pauses."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 STEP = 0.25
-"""How far the disc goes from one frame to the next, in radians of its orbit."""
+"""Movement of the disc from one frame to the next, in radians of its orbit."""
 
 SPELL = 15
-"""Frames after which it stands still or goes on."""
+"""Number of frames after which the disc stops or resumes."""
 
 GRAIN = 2.0
 """Standard deviation of a camera's noise, in levels of 255."""
 
 
 def clip(side: int, *, seed: int, pauses: bool = False) -> Iterator[NDArray[np.uint8]]:
-    """Endless frames, uint8 ``[side, side, 3]``.
+    """An endless sequence of frames, uint8 ``[side, side, 3]``.
 
     Args:
         side: width and height in pixels.
-        seed: of colour, orbit and noise.
-        pauses: whether the disc stands still in every second spell of 15 frames; the camera's
-            noise goes on.
+        seed: seed of colour, orbit and noise.
+        pauses: whether the disc stands still for every second group of 15 frames; the camera's
+            noise continues.
     """
     random = np.random.default_rng(seed)
     colour = random.uniform(40, 255, 3)

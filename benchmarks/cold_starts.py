@@ -1,7 +1,7 @@
-"""Engines that just started, beside one that fills every tick up to the best fixed budget.
+"""Newly started engines compared with one that fills every tick up to the best fixed budget.
 
-A machine that others use is faster at one moment than at the next by more than the two differ. So
-they take turns, both meet the same background load, and what is compared is the time of all turns.
+On a shared machine, speed varies over time by more than the two systems differ. They therefore take
+turns under the same background load, and the total time of all turns is compared.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
     from benchmarks.traffic import Request
 
 BUDGETS = (8, 16, 32, 64, 128)
-"""Rows of a tick that cold starts are compared with."""
+"""Fixed row budgets among which the best is determined."""
 
 QUALIFYING = 3
-"""Turns of every budget, which show the best of them."""
+"""Turns of every budget to determine the best one."""
 
 
 def compare(
@@ -35,14 +35,14 @@ def compare(
     begin: Begin,
     warm_up: Callable[[Weft], object],
 ) -> None:
-    """Print a table of so many starts, and the worst and the median of them.
+    """Print a table of several starts, with the worst and the median of them.
 
     Args:
         architecture: the model.
-        requests: of a turn.
-        starts: engines to start.
-        turns: of each start and of the best budget beside it.
-        begin: begins the background load anew from a seed.
+        requests: requests of a turn.
+        starts: number of engines to start.
+        turns: number of turns for each start and for the best budget compared with it.
+        begin: restarts the background load with a seed.
         warm_up: runs a few requests.
     """
     best = _best_budget(architecture, requests, begin, warm_up)
@@ -60,7 +60,7 @@ def compare(
             warm_up(weft)
             for turn in range(turns):
                 pair = [(weft, ours), (filled, theirs)]
-                # Neither is always the first.
+                # The order alternates.
                 for system, outcomes in pair[:: 1 if turn % 2 else -1]:
                     begin(1000 * start + turn)
                     outcomes.append(system.run(requests))
@@ -88,7 +88,7 @@ def _best_budget(
         for rows in BUDGETS:
             systems[rows] = Weft(architecture, rows, kind=Filled)
             warm_up(systems[rows])
-            # Two engines of one GPU would spoil each other's recordings.
+            # Two engines on one GPU would disturb each other's recordings.
             undisturbed.enter_context(systems[rows].undisturbed())
         for turn in range(QUALIFYING):
             for rows, system in systems.items():
@@ -104,5 +104,5 @@ def _best_budget(
 
 
 def _rate(outcomes: list[Outcome], requests: list[Request]) -> float:
-    """Images a second over all turns."""
+    """Images per second over all turns."""
     return len(requests) * len(outcomes) / sum(outcome.total_s for outcome in outcomes)

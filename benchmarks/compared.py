@@ -1,4 +1,4 @@
-"""Runs of Weft and of diffusers' pipelines in turns, each printed as soon as it is measured."""
+"""Alternating runs of Weft and diffusers' pipelines, each printed as soon as it is measured."""
 
 from __future__ import annotations
 
@@ -23,27 +23,27 @@ __all__ = ["Compared", "Figures"]
 OURS: Final = "weft"
 
 SPARE: Final = 1.3
-"""How many times as long as its last run a run may take that is begun in the time that is left."""
+"""Factor on the duration of the last run for which there must be time before a run is started."""
 
 LEAST_S: Final = 5.0
-"""Of a pipeline's run, which is not begun for less."""
+"""Minimum remaining seconds for which a run of a pipeline is started."""
 
 SHARE_OF_TIME: Final = 0.6
-"""Of the time that is left, which one run of a pipeline may take."""
+"""Fraction of the remaining time that one run of a pipeline may take."""
 
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """What a table says of one run, or of the median of several.
+    """The figures that a table shows for one run, or for the median of several.
 
     Attributes:
-        rate: images a second.
+        rate: images per second.
         average: mean latency in seconds.
-        late: 95th percentile of the latency.
-        outside: share of the working time that the denoiser does not have.
-        decoder: that the decoder has.
+        late: 95th percentile of the latency in seconds.
+        outside: fraction of the working time spent outside the denoiser.
+        decoder: fraction of the working time spent in the decoder.
         batch: mean rows of a tick, or images of a batch.
-        share: of the evaluations, what was done.
+        share: fraction of the evaluations that was done.
     """
 
     rate: float
@@ -56,9 +56,9 @@ class Figures:
 
     @classmethod
     def of(cls, outcome: Outcome, count: int) -> Figures:
-        """The figures of a run of so many requests."""
+        """The figures of a run of ``count`` requests."""
         busy = sum(outcome.seconds.values())
-        # Without two latencies there is no percentile of theirs.
+        # A percentile needs at least two latencies.
         latencies = outcome.latencies * 2
         return cls(
             count * outcome.share / outcome.total_s,
@@ -72,19 +72,19 @@ class Figures:
 
     @classmethod
     def median(cls, runs: Sequence[Figures]) -> Figures:
-        """Each figure the median over runs."""
+        """The median of each figure over runs."""
         return cls(*map(median, zip(*map(astuple, runs), strict=True)))
 
 
 class Compared:
-    """Weft, and pipelines that run while its engine does nothing else.
+    """Weft and pipelines, which run while Weft's engine is idle.
 
     Args:
         weft: the engine.
-        pipelines: by name, in the order of their worth.
-        few: requests that warm each of them up, before it runs for the first time.
-        options: ``rounds`` and ``settle``.
-        allowance: of the benchmark.
+        pipelines: pipelines by name, in decreasing order of importance.
+        few: requests that warm up each system before its first run.
+        options: the command's options; uses ``rounds`` and ``settle``.
+        allowance: time limit of the benchmark.
     """
 
     def __init__(
@@ -106,11 +106,11 @@ class Compared:
         settle(weft.engine, weft.model, options.settle, allowance)
 
     def table(self, title: str, requests: list[Request]) -> dict[str, Figures]:
-        """Run all systems in turns, and print what comes of it.
+        """Run all systems in turns and print a table.
 
         Args:
-            title: of the table.
-            requests: of each run.
+            title: title of the table.
+            requests: requests of each run.
 
         Returns:
             The medians of each system that ran at all.
@@ -124,7 +124,7 @@ class Compared:
             for name in (OURS, *self._pipelines):
                 called = f"{title}: {name}"
                 run = partial(self._run, name, requests, called)
-                # Without ours there is nothing to compare.
+                # An error of Weft is raised, as nothing could be compared with it.
                 ran = run() if name == OURS else self._allowance.attempt(called, run)
                 if ran is not None:
                     measured.setdefault(name, []).append(ran)
@@ -137,7 +137,7 @@ class Compared:
         return medians
 
     def explain(self) -> None:
-        """Print what the signs in the tables mean."""
+        """Print the meaning of the signs in the tables."""
         print("\n\\* rows of a forward for Weft, images of a batch for the pipelines", flush=True)
         if self._cut:
             print(

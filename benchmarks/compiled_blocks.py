@@ -1,13 +1,14 @@
-"""What compiled blocks and CUDA graphs save of a forward pass, alone and together.
+"""Measure what compiled blocks and CUDA graphs save in a forward pass, alone and together.
 
     python -m benchmarks.compiled_blocks                          # CPU, embedded model
     python -m benchmarks.compiled_blocks --architecture sd15      # GPU, SD 1.5's sizes
 
-Prints Markdown tables of milliseconds of a plain forward pass by its rows, each row as soon as it
-is measured: first as it is, on a GPU also replayed from graphs, and once the blocks are compiled
-all forms again, the median of rounds in which they take turns. Programs that the folder has already
-are not compiled again. What is not compiled in the seconds of ``--wait``, or of ``--within`` less
-those for the second table, runs as it is, and the report says how much that is.
+Prints Markdown tables of the milliseconds of a plain forward pass by its number of rows, each row
+as soon as it is measured: first eager, and on a GPU also replayed from graphs; then, once the
+blocks are compiled, all forms again. Each figure is the median of rounds in which the forms take
+turns. Programs already in the folder are not compiled again. Blocks that are not compiled within
+the seconds of ``--wait``, or of ``--within`` minus the time for the second table, run eagerly, and
+the report says how many there are.
 """
 
 from __future__ import annotations
@@ -54,11 +55,11 @@ if TYPE_CHECKING:
 
 ROWS = (1, 4, 16)
 ROWS_TO_COMPILE = 2
-"""A forward of one row does not tell which sizes are those of rows."""
+"""Rows of the forward pass that is compiled: with one row, row axes cannot be told from others."""
 
 LAST_TABLE = 4
-"""How many times as long as the first table the second one may take, which has twice as many forms,
-with their recordings."""
+"""Time reserved for the second table, as a multiple of that of the first: it has twice as many
+forms, which must be recorded."""
 
 
 def main() -> None:
@@ -105,10 +106,10 @@ def main() -> None:
 
 
 class Hurried:
-    """Has blocks compiled until it is told to stop; what is not compiled by then never is.
+    """A compiler that can be stopped; blocks not compiled by then are never compiled.
 
     Args:
-        compiler: that compiles them.
+        compiler: compiler that does the work.
     """
 
     def __init__(self, compiler: Compiler) -> None:
@@ -132,14 +133,14 @@ class Hurried:
         self._compiler.ask(job, identity, hear, lambda: asked in self._waiting and wanted())
 
     def stop(self) -> int:
-        """Give up what is waited for, and end the processes that compile; how much that was."""
+        """Give up pending jobs and end the compiling processes; returns the number of jobs."""
         with self._lock:
             late, self._waiting = self._waiting, {}
         for tell in late.values():
             tell(None, "there was no time to compile it")
         for process in active_children() if late else ():
             if process.pid is not None:
-                # With the compilers that it has started.
+                # Together with the compilers that it has started.
                 with suppress(OSError):
                     os.killpg(process.pid, signal.SIGKILL)
             process.kill()
@@ -149,7 +150,7 @@ class Hurried:
 def _compile(
     blocks: CompiledBlocks, forward: Callable[[], object], most_s: float, allowance: Allowance
 ) -> None:
-    """Run forwards until blocks are asked for, and wait for their programs."""
+    """Run forward passes until compilation is requested, and wait for the programs."""
     ends = perf_counter() + most_s
     for _ in range(OFTEN):
         forward()
@@ -175,7 +176,7 @@ def _replayed(
     rehearsal: Rehearsal,
     rows: Sequence[int],
 ) -> Evaluate:
-    """Forwards that are recorded where that is faster."""
+    """Forward passes that are recorded where that is faster."""
     model.blocks = blocks
     graphs, cost = Graphs(model, CudaRecorder(model.device)), TickCost({1: 1.0})
     for count in rows:
@@ -196,7 +197,7 @@ def _report(
     rehearsal: Rehearsal,
     options: argparse.Namespace,
 ) -> float:
-    """Print the milliseconds of all forms, which take turns; the seconds that this took."""
+    """Print the milliseconds of all forms, which take turns; returns the seconds that this took."""
     began = perf_counter()
     print(f"\n### {title}\n\n| rows | {' | '.join(f'{name}, ms' for name in forms)} |")
     print(f"|---{'|---' * len(forms)}|", flush=True)

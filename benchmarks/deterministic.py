@@ -1,11 +1,11 @@
-"""What bit-identical images cost: an engine in deterministic mode beside one that is not.
+"""Measure the cost of bit-identical images: an engine in deterministic mode and one that is not.
 
     python -m benchmarks.deterministic                       # CPU, embedded model
     python -m benchmarks.deterministic --architecture sd15   # GPU, SD 1.5's sizes
 
-Prints a Markdown table. Each client asks for one guided image after another, with one of four
-samplers. Both engines have the same model and take turns by rounds. On a CPU, seconds are those
-that the process had of it, which other programs do not lengthen.
+Prints a Markdown table. Each client requests one guided image after another, with one of four
+samplers. Both engines have the same model and alternate by rounds. On a CPU, processor time of the
+process is measured, which other programs do not affect.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def _report(engines: tuple[Weft, Weft], clients: list[list[Request]], rounds: in
 
 
 def _rate(engine: Weft, clients: list[list[Request]]) -> float:
-    """Images a second."""
+    """Images per second."""
     clock = perf_counter if torch.cuda.is_available() else process_time
     began = clock()
     return len(engine.follow(clients).latencies) / (clock() - began)

@@ -1,11 +1,11 @@
-"""How much longer the first call of its size takes, on a model that has been warmed up.
+"""Measure how much longer the first call of each size takes on a model that has been warmed up.
 
     python -m benchmarks.first_forwards --architecture sd15
 
-Prints a Markdown table. Before a server is ready it runs forwards at some numbers of rows, and
-others while nothing waits; rows of a tick are filled up to such a number. A forward at another
-number is the first of its size, for which a GPU's libraries choose or load kernels. The last column
-is of calls that were recorded as CUDA graphs, which a server does while nothing waits.
+Prints a Markdown table. Before a server is ready, it runs forward passes at some numbers of rows,
+and at others while it is idle; the rows of a tick are padded to such a number. A forward pass at
+any other number is the first of its size, for which a GPU's libraries choose or load kernels. The
+last column shows calls that were recorded as CUDA graphs, which a server does while it is idle.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def _recorder_of(model: HostedModel) -> CudaRecorder:
 
 def _seconds(call: Callable[[int], Tensor], rows: int) -> float:
     began = perf_counter()
-    # Reading one number waits for the device.
+    # Reading one number synchronizes with the device.
     call(rows).flatten()[0].item()
     return perf_counter() - began
 

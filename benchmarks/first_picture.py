@@ -1,11 +1,10 @@
-"""How long one picture takes from the command line, beside a plain script of diffusers.
+"""Measure how long one picture takes from the command line, compared with a plain diffusers script.
 
     python -m benchmarks.first_picture --runs 5
 
-Both start in a process of their own, load the embedded model from the disk and draw one picture in
-25 steps with guidance. They take turns, so that a machine which slows down favours neither. Prints
-a Markdown table of medians. The seconds of processor time count all threads, and depend less on
-what else the machine does.
+Each starts in its own process, loads the embedded model from disk and draws one picture in 25 steps
+with guidance. They take turns, so that a slowdown of the machine favours neither. Prints a Markdown
+table of medians. Processor time counts all threads and is less affected by other load.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ WEFT: Final = ("-c", "from server.cli import main; main()")
 
 
 def main() -> None:
-    """Run all in turn and print the table, or be the plain script."""
+    """Run all commands in turn and print the table, or be the plain script."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.first_picture")
     parser.add_argument("--runs", type=int, default=5, help="of each")
     parser.add_argument("--plain", metavar="FOLDER", help="be the plain script, with this model")
@@ -42,7 +41,7 @@ def main() -> None:
 
 
 def table(runs: int) -> str:
-    """Medians of so many runs of each command."""
+    """The table of medians over a number of runs of each command."""
     from server.models.folder import embedded_folders
 
     folder = str(embedded_folders()["embedded"])
@@ -73,10 +72,10 @@ def _seconds(arguments: Sequence[str]) -> tuple[float, float]:
 
 
 def draw(folder: str) -> None:
-    """One picture, by as little as diffusers and transformers allow; it is not written."""
+    """Draw one picture with a minimum of diffusers and transformers; it is not written."""
     import torch
 
-    # Not all of their types are known.
+    # Not all of their types are known to the type checker.
     diffusers: Any = import_module("diffusers")
     transformers: Any = import_module("transformers")
     tokenizer = transformers.CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer")

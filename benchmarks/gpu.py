@@ -1,15 +1,15 @@
-"""All that is to be measured on a GPU, part by part, into one folder.
+"""Run all GPU measurements, part by part, into one folder.
 
     python -m benchmarks.gpu --folder docs/gpu/h100
     python -m benchmarks.gpu --folder FOLDER --only tests at-once-sd15=90 --seconds 300
     python -m benchmarks.gpu --folder FOLDER --rehearse     # CPU, tiny sizes
 
-Each part is a command of its own. What it prints becomes ``PART.md``, with the command, the device
-and the versions, as far as it came: of a part that was cut off or failed it says so. All its output
-and its times are kept in ``PART.json``, and what it prints is shown meanwhile. A part that has
-succeeded is not run again, so a measurement that was cut off goes on where it was. Parts are in the
-order of their worth, and all that run unnamed are done in 25 minutes; a few more run where
-``--only`` names them.
+Each part is a separate command. Its output is written to ``PART.md`` with the command, the device
+and the versions; if the part was cut off or failed, the file holds the output so far and says so.
+The whole output and the times are stored in ``PART.json``, and the output is also shown while the
+part runs. A part that has succeeded is not run again, so an interrupted measurement can be
+continued. Parts are in decreasing order of importance, and all that run by default take 25 minutes;
+a few more run only if ``--only`` names them.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ PACKAGES = ("torch", "diffusers", "transformers")
 GPUS = ("nvidia-smi", "--query-gpu=name", "--format=csv,noheader")
 
 CUT_OFF = 124
-"""Status of a part that took too long."""
+"""Exit status of a part that took too long."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,12 +49,12 @@ class Part:
     """One measurement.
 
     Attributes:
-        title: of its table.
+        title: title of its table.
         command: arguments of Python.
         rehearsal: the same at sizes that a CPU runs in seconds.
-        seconds: that it may take.
-        by_name: whether it runs only where it is named.
-        within: whether it is told how long it may take, and ends in time with what it has.
+        seconds: time limit.
+        by_name: whether it runs only if it is named.
+        within: whether it accepts its time limit as an option and ends in time with what it has.
     """
 
     title: str
@@ -66,14 +66,14 @@ class Part:
 
 
 ENDING_S = 5
-"""Seconds before its limit at which a part is to end by itself, if it can."""
+"""Seconds before its limit at which a part should end by itself, if it can."""
 
 
 WITHIN = tuple(
     f"benchmarks.{name}"
     for name in ("at_once", "compiled_blocks", "streams", "throughput", "tick_costs")
 )
-"""Benchmarks that take a limit of time, and measure what they can in it."""
+"""Benchmarks that accept a time limit and measure what they can within it."""
 
 
 def _measured(module: str, full: str, tiny: str) -> dict[str, Any]:
@@ -85,12 +85,12 @@ def _measured(module: str, full: str, tiny: str) -> dict[str, Any]:
 
 
 def _tested(*files: str) -> tuple[str, ...]:
-    # Each test is named as soon as it is done, and in the end those that took long.
+    # Prints each test as soon as it is done, and the slowest ones at the end.
     return ("-m", "pytest", "-v", "-m", "cuda", "--durations", "10", *files)
 
 
 LONGEST_S = 1500
-"""For all parts that run unnamed."""
+"""Time limit for all parts that run by default."""
 
 RECORDINGS = "tests/server/engine/test_cuda_recordings.py"
 LOST_DEVICE = "tests/server/test_lost_device.py"
@@ -103,15 +103,16 @@ CUDA_TESTS = (
     "tests/server/models/gguf/test_blocks.py",
     LOST_DEVICE,
 )
-"""By name: to collect all files takes half a minute, and needs the extras."""
+"""Listed by name, as collecting all files takes half a minute and needs the extras."""
 
 FEW = "--counts 1 2 --batches 1 --images 1 --rounds 1"
 ONE_RUN = "--rounds 1 --requests 3 --steps 4"
 TINY_PROGRAMS = "--architecture tiny_z_image --rows 1 2 --rounds 1"
-"""Of few blocks: a C++ compiler takes longer for each than all other parts of a rehearsal."""
+"""An architecture with few blocks, as compiling each takes a C++ compiler longer than all other
+parts of a rehearsal."""
 
 PROGRAMS = "out/programs"
-"""What one part has compiled is there for the next one, and for itself when it runs again."""
+"""Folder for compiled programs, which later parts and later runs reuse."""
 
 PARTS: Mapping[str, Part] = {
     "tests": Part(
@@ -340,14 +341,14 @@ def _run(name: str, options: argparse.Namespace, limit_s: float) -> dict[str, An
 
 
 def run_shown(command: Sequence[str], limit_s: float) -> tuple[int, str, str]:
-    """Run a command, show what it writes, and end it and all that it started when it is late.
+    """Run a command, show its output, and kill it with all its children when the time is over.
 
     Args:
-        command: its first word and the others.
-        limit_s: seconds that it may take.
+        command: program and its arguments.
+        limit_s: time limit in seconds.
 
     Returns:
-        Its exit status, or `CUT_OFF`, and what it wrote to its standard output and error.
+        Its exit status, or `CUT_OFF`, and its standard output and error.
     """
     kept: tuple[list[str], list[str]] = ([], [])
     with Popen(command, stdout=PIPE, stderr=PIPE, text=True, start_new_session=True) as process:
@@ -363,7 +364,7 @@ def run_shown(command: Sequence[str], limit_s: float) -> tuple[int, str, str]:
         except TimeoutExpired:
             code = CUT_OFF
         finally:
-            # What it started is in its group, too, and may have its output open.
+            # Processes that it started are in its group, too, and may keep its output open.
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             for reader in readers:
@@ -391,7 +392,7 @@ def _document(record: Mapping[str, Any]) -> str:
 
 
 def _write_index(folder: Path) -> None:
-    """What was measured, what failed and what was not run."""
+    """Write an index of what was measured, what failed and what was not run."""
     lines = ["# Measured", "", "| part | | command |", "|---|---|---|"]
     for name, part in PARTS.items():
         file = folder / f"{name}.json"
@@ -412,7 +413,7 @@ def _write_index(folder: Path) -> None:
 
 def _device() -> str:
     if which(GPUS[0]):
-        # Without torch, whose import takes seconds of those that are lent.
+        # Without torch, whose import would take seconds of the limited device time.
         names = run(GPUS, capture_output=True, text=True, check=False).stdout.splitlines()
         if names:
             return names[0]
@@ -420,7 +421,7 @@ def _device() -> str:
 
 
 def _chosen(given: str) -> tuple[str, float]:
-    """The name of a part, and the seconds that it may take."""
+    """Parse the name of a part and its time limit in seconds."""
     name, _, seconds = given.partition("=")
     if name not in PARTS:
         raise argparse.ArgumentTypeError(f"{name!r} is no part; there are {', '.join(PARTS)}")

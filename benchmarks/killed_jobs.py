@@ -4,10 +4,10 @@
     python -m benchmarks.killed_jobs --kills 5 --jobs 20
 
 Starts the real server on a folder of jobs, lets clients send jobs, and ends it with SIGKILL at a
-random moment, while it accepts, draws or stores; then starts it on the same folder again. A client
-that got no answer sends its job again, with the same `Idempotency-Key`. At the end every job that a
-server acknowledged must have succeeded, under one identifier and with one image stored, and the
-database must be sound. Prints one table.
+random moment, while it accepts jobs, draws or stores; then starts it on the same folder again. A
+client that got no response sends its job again with the same `Idempotency-Key`. At the end, every
+job that a server acknowledged must have succeeded under one identifier and with one stored image,
+and the database must be intact. Prints one table.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 PATH: Final = "/v1/predictions"
 OPTIONS: Final = ("--row-budget", "8")
 LONGEST_LIFE_S: Final = 2.0
-"""From the moment a server is ready to the signal, at most; half of that on average."""
+"""Maximum seconds from the readiness of a server to the signal; half of that on average."""
 
 END_S: Final = 600.0
 ENDED: Final = frozenset({"succeeded", "failed", "canceled"})
@@ -43,11 +43,11 @@ ENDED: Final = frozenset({"succeeded", "failed", "canceled"})
 
 @dataclass(slots=True)
 class Sent:
-    """A job as its client knows it.
+    """A job as known to its client.
 
     Attributes:
-        seed: of its image, by which its key and its body differ from those of others.
-        answers: identifiers that servers acknowledged it under.
+        seed: seed of its image, which makes its key and its body unique.
+        answers: identifiers under which servers acknowledged it.
     """
 
     seed: int
@@ -60,14 +60,14 @@ class Sent:
         try:
             status, _, content = server.ask("POST", PATH, json.dumps(body).encode(), headers)
         except HTTPException:
-            # The server ended amid its answer.
+            # The server ended during its response.
             return
         if status in (201, 202):
             self.answers.append(json.loads(content)["id"])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run it; the status is 1 if a job was lost, doubled or failed."""
+    """Run the benchmark; the exit status is 1 if a job was lost, duplicated or failed."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--jobs", type=int, default=200)
@@ -79,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         environment = {
             "WEFT_JOBS__FOLDER": folder,
             "WEFT_JOBS__RUNNING": "8",
-            # By default a job fails after three attempts that its process did not survive.
+            # By default a job fails after three attempts during which its process ended.
             "WEFT_JOBS__ATTEMPTS": "100",
         }
         for kill in range(given.kills):
@@ -93,7 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def live_and_die(environment: dict[str, str], due: Sequence[Sent], random: Random) -> None:
-    """One life of the server: it takes the jobs that are due, and is killed at some moment."""
+    """Start a server, send it the jobs that are due, and kill it at a random moment."""
     with served([*SERVE, *OPTIONS], **environment) as server:
         client = Thread(target=lambda: [one.send(server) for one in due])
         client.start()
@@ -105,12 +105,12 @@ def live_and_die(environment: dict[str, str], due: Sequence[Sent], random: Rando
 def survey(
     environment: dict[str, str], folder: Path, sent: Sequence[Sent]
 ) -> list[tuple[str, Any, Any]]:
-    """Let a last server end everything, and count: name, found, expected."""
+    """Let a last server finish all jobs, and count the results: name, found, expected."""
     with served([*SERVE, *OPTIONS], **environment) as server:
         for one in sent:
             if not one.answers:
                 one.send(server)
-            # Once more: a job that was acknowledged is the same job for ever.
+            # Sent once more: the key of an acknowledged job always stands for the same job.
             one.send(server)
         until = monotonic() + END_S
         while any(job["status"] not in ENDED for job in listed(server)) and monotonic() < until:

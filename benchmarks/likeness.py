@@ -1,4 +1,4 @@
-"""How much a picture that was computed otherwise is like the picture itself."""
+"""Similarity of a picture to a reference."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ __all__ = ["psnr"]
 
 
 def psnr(pixels: NDArray[np.uint8], wanted: NDArray[np.uint8]) -> float:
-    """Peak signal to noise, in decibels; of equal pictures that of one level of a single value.
+    """Peak signal-to-noise ratio in decibels.
+
+    For equal pictures it is that of a difference of one level in a single value.
 
     Args:
-        pixels: of one picture, of any shape.
-        wanted: of the picture itself, of the same shape.
+        pixels: pixels of a picture, of any shape.
+        wanted: pixels of the reference, of the same shape.
     """
     squares = np.square(pixels.astype(np.float64) - wanted).sum()
     return float(10 * np.log10(255**2 * pixels.size / max(1.0, squares)))

@@ -3,8 +3,8 @@
     python -m benchmarks.liveness
 
 Starts the real server on a free port, keeps more requests running than a tick has rows, and calls
-``/livez`` at a steady pace. Prints the percentiles beside those of the idle server; the limit is
-50 ms at the 99th.
+``/livez`` at a steady rate. Prints the percentiles together with those of the idle server; the
+limit is 50 ms at the 99th percentile.
 """
 
 from __future__ import annotations
@@ -55,13 +55,13 @@ def main() -> None:
 
 
 def percentiles(times: Sequence[float]) -> str:
-    """The 50th and the 99th percentile and the maximum, as cells of the table."""
+    """The 50th and 99th percentiles and the maximum, as cells of the table."""
     cuts = quantiles(times, n=100, method="inclusive")
     return f"{cuts[49]:.1f} | {cuts[98]:.1f} | {max(times):.1f}"
 
 
 def _poll(server: Served, seconds: float) -> list[float]:
-    """Milliseconds of each response, each over its own connection."""
+    """Milliseconds of each response, with a new connection for each request."""
     times: list[float] = []
     end = perf_counter() + seconds
     while perf_counter() < end:

@@ -1,11 +1,11 @@
-"""What is saved where pictures of several sizes share forwards.
+"""Measure what is saved where pictures of several sizes share forward passes.
 
     python -m benchmarks.mixed_sizes                          # CPU, tiny Z-Image
     python -m benchmarks.mixed_sizes --architecture z_image   # GPU, Z-Image's sizes
 
-Prints a Markdown table beside an engine that keeps sizes apart. Each client asks for one image
-after another, of a size of its own. Both engines have the same model and take turns by rounds. On
-a CPU, seconds are those that the process had of it, which other programs do not lengthen.
+Prints a Markdown table that compares with an engine that keeps sizes apart. Each client requests
+one image after another, in a size of its own. Both engines have the same model and alternate by
+rounds. On a CPU, processor time of the process is measured, which other programs do not affect.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ SIZES: dict[str, tuple[tuple[float, float], ...]] = {
     "1 to 1/2": ((1, 1), (3 / 4, 1), (1, 3 / 4), (1, 1 / 2)),
     "1 to 1/4": ((1, 1), (3 / 4, 3 / 4), (1 / 2, 3 / 4), (1 / 2, 1 / 2)),
 }
-"""Width and height of pictures, in sides of the model's own."""
+"""Width and height of pictures, relative to the model's default."""
 
 COUNTS = (2, 4, 8)
 
 
 class Round(NamedTuple):
-    """What an engine did for some clients.
+    """The result of an engine in one round.
 
     Attributes:
-        rate: images a second.
-        forwards: that it took.
+        rate: images per second.
+        forwards: number of forward passes that it took.
     """
 
     rate: float
@@ -52,7 +52,7 @@ class Round(NamedTuple):
 
 
 class _Apart:
-    """A model that says that it takes one size at once."""
+    """A model that declares that a forward pass has only one size."""
 
     mixes_sizes = False
 
@@ -72,7 +72,7 @@ def main() -> None:
     apart: Any = _Apart(architecture.hosted)
     shared = Weft(architecture, None)
     settle(shared.engine, shared.model, options.settle, allowance)
-    # Two engines of one GPU would spoil each other's recordings.
+    # Two engines on one GPU would disturb each other's recordings.
     with shared.undisturbed():
         engines = shared, Weft(replace(architecture, hosted=apart), None)
         settle(engines[1].engine, architecture.hosted, options.settle, allowance)
@@ -97,7 +97,7 @@ def main() -> None:
 
 
 def _pixels(size: tuple[float, float], model: HostedModel) -> tuple[int, int]:
-    """Width and height, as multiples of what the model takes."""
+    """Width and height, rounded to the multiples that the model requires."""
     facts = model.facts
     own = facts.default_width, facts.default_height
     width, height = (

@@ -1,4 +1,4 @@
-"""How much a device is asked for, which is the same on every machine."""
+"""A count of device operations, which is the same on every machine."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ Result = TypeVar("Result")
 
 
 class OperationCount(TorchDispatchMode):
-    """Counts the operations of a thread that compute or copy something; views do neither.
+    """Counts the operations of a thread that compute or copy something, and so not views.
 
-    A GPU has a kernel or a copy for each, which the host asks it for one by one. On a CPU, what is
-    sent to a GPU from there is not counted, as it is there already.
+    On a GPU each of them is a kernel launch or a copy. On a CPU, transfers to the device are not
+    counted, as the data is there already.
 
     Attributes:
-        total: operations so far.
+        total: number of operations so far.
     """
 
     def __init__(self) -> None:
@@ -36,7 +36,7 @@ class OperationCount(TorchDispatchMode):
         self._apart = False
 
     def leaving_out(self, work: Callable[Given, Result]) -> Callable[Given, Result]:
-        """The same work, whose operations are not counted."""
+        """Wrap a function so that its operations are not counted."""
 
         @wraps(work)
         def apart(*args: Given.args, **kwargs: Given.kwargs) -> Result:
@@ -58,12 +58,12 @@ class OperationCount(TorchDispatchMode):
     ) -> Any:
         made = func(*args, **(kwargs or {}))
         if not self._apart:
-            # A new tensor of numbers is detached in place, which writes nothing.
+            # A new tensor made from numbers is detached in place, which writes nothing.
             written = func._schema.is_mutable and func is not torch.ops.aten.detach_.default
             self.total += written or not _memory(made) <= _memory((args, kwargs))
         return made
 
 
 def _memory(given: Any) -> set[int]:
-    """Of the tensors in it; those without elements have none."""
+    """Addresses of the storages of all tensors in a structure; empty tensors have none."""
     return {one.untyped_storage().data_ptr() for one in tensors_in(given) if one.numel()}

@@ -1,4 +1,4 @@
-"""The systems that are compared: Weft's engine, and diffusers' pipeline used in two ways."""
+"""The compared systems: Weft's engine, and diffusers' pipeline used in two ways."""
 
 from __future__ import annotations
 
@@ -38,21 +38,21 @@ if TYPE_CHECKING:
 POLL_S = 0.05
 
 SETTLING_SHARE = 0.3
-"""Of the time that is left, which settling may take."""
+"""Fraction of the remaining time that settling may take."""
 
 SCALES = {"none": 1.0, "cfg": 4.0, "apg": 7.5}
 
 
 @dataclass(slots=True)
 class Outcome:
-    """What one system did with one run of requests.
+    """The result of one system for one run of requests.
 
     Attributes:
         latencies: seconds from arrival to picture.
-        total_s: from the start to the last picture.
-        seconds: where the time went: ``denoiser``, ``decoder``, and ``rest``.
-        batches: images in each forward of a static batch, or rows in each tick.
-        share: of all evaluations that were asked for, what was done in the time.
+        total_s: seconds from the start to the last picture.
+        seconds: seconds by kind of work: ``denoiser``, ``decoder`` and ``rest``.
+        batches: images in each static batch, or rows in each tick.
+        share: fraction of the requested evaluations that was done in the time.
     """
 
     latencies: list[float]
@@ -69,24 +69,24 @@ class _FilledTicks(Selection):
 
 
 class Filled(Engine):
-    """An engine whose every tick is as full as its budget allows."""
+    """An engine in which every tick is as full as its budget allows."""
 
     selecting = _FilledTicks
 
 
 class Weft:
-    """The engine itself: no HTTP, as the pipelines have none.
+    """Weft's engine without HTTP, as the pipelines have none.
 
     Args:
         architecture: the model.
-        row_budget: most rows of a tick.
-        kind: of engine; :class:`Filled` fills every tick up to the budget, instead of choosing its
-            rows by their cost.
+        row_budget: maximum number of rows of a tick; None lets the engine choose.
+        kind: class of the engine; :class:`Filled` fills every tick up to the budget, instead of
+            choosing its rows by their cost.
         deterministic: give images whose bits do not depend on what else is in the batch.
 
     Attributes:
-        engine: that runs.
-        model: that it serves.
+        engine: the running engine.
+        model: the model that it serves.
     """
 
     def __init__(
@@ -113,7 +113,7 @@ class Weft:
 
     @property
     def row_budget(self) -> int:
-        """Most rows of a tick."""
+        """Maximum number of rows of a tick."""
         return self.engine.measurements.row_budget
 
     @property
@@ -122,7 +122,7 @@ class Weft:
         return self.engine.measurements.ticks
 
     def run(self, requests: list[Request]) -> Outcome:
-        """All requests at their times of arrival."""
+        """Run all requests, each submitted at its time of arrival."""
         tasks = [self._task(request) for request in requests]
         watched = self._watch()
         began = perf_counter()
@@ -136,10 +136,10 @@ class Weft:
         return watched([listener.latency() for listener in listeners])
 
     def follow(self, clients: Sequence[Sequence[Request]]) -> Outcome:
-        """Clients that ask for the next image when they have the one before.
+        """Run clients that each request the next image once they have the previous one.
 
         Args:
-            clients: what each asks for.
+            clients: requests of each client.
         """
         tasks = [[self._task(request) for request in client] for client in clients]
         watched = self._watch()
@@ -151,7 +151,8 @@ class Weft:
     def undisturbed(self) -> AbstractContextManager[None]:
         """Let the engine do nothing but ticks inside the ``with`` block.
 
-        What is timed there shares the device with no recording, and may wait for all of it.
+        Code timed in the block does not share the device with graph recording, and may synchronize
+        with the whole device.
         """
         return self.engine.undisturbed()
 
@@ -178,7 +179,7 @@ class Weft:
         )
 
     def _watch(self) -> Callable[[list[float]], Outcome]:
-        """Begin a run; what it gives makes the outcome of it."""
+        """Start measuring a run; the returned function creates its outcome from the latencies."""
         measured = self.engine.measurements
         began, spent, sizes = perf_counter(), self._spent(), measured.rows_per_tick.copy()
 
@@ -231,7 +232,7 @@ class _Arrival:
 
 
 class _Follower:
-    """One client, which is told of its images in the engine's thread."""
+    """One client, whose callbacks run in the engine's thread."""
 
     def __init__(self, engine: Engine, tasks: Sequence[ImageTask]) -> None:
         self._engine = engine
@@ -242,7 +243,7 @@ class _Follower:
         self._ended = Event()
 
     def ask(self) -> None:
-        """Ask for the next image; without one the client is done."""
+        """Request the next image; if there is none, the client is done."""
         if not self._tasks:
             self._ended.set()
             return
@@ -250,7 +251,7 @@ class _Follower:
         self._engine.submit([self._tasks.popleft()], self)
 
     def latencies(self) -> list[float]:
-        """Of all its images, once it is done."""
+        """Wait until the client is done, and return the latencies of its images."""
         self._ended.wait()
         if self._failure is not None:
             raise self._failure
@@ -276,12 +277,12 @@ class Diffusers:
 
     Args:
         architecture: the model.
-        largest: images in a batch. 1 runs one request after another. Else it takes, each time it
-            is free, the oldest waiting request and all waiting ones of the same sampler, guidance
-            and steps, up to so many.
+        largest: maximum number of images in a batch. With 1, requests run one after another.
+            Otherwise, whenever it is free, it takes the oldest waiting request and all waiting
+            requests with the same sampler, guidance and steps, up to this number.
 
-    The pipeline has no APG; such a request runs there as plain guidance, at the same number of
-    evaluations and a little less arithmetic.
+    The pipeline has no APG; such requests run there with plain guidance, which takes the same
+    number of evaluations and slightly less arithmetic.
     """
 
     def __init__(self, architecture: Architecture, *, largest: int) -> None:
@@ -293,11 +294,12 @@ class Diffusers:
         self._schedulers = _schedulers(self._pipeline.scheduler.config)
 
     def run(self, requests: list[Request], until: float = inf) -> Outcome:
-        """All requests at their times of arrival.
+        """Run all requests, none before its time of arrival.
 
         Args:
-            requests: in order of arrival.
-            until: when no further batch is begun, by ``perf_counter``; but one always is.
+            requests: requests in order of arrival.
+            until: time by ``perf_counter`` after which no further batch is started; at least one
+                batch always runs.
         """
         self._busy_s = 0.0
         unet, vae = Clock(self._denoiser), Clock(self._pipeline.vae.decoder)
@@ -347,10 +349,10 @@ class Diffusers:
 
 
 class Clock:
-    """Time inside a module, by hooks that wait for what their own thread has asked a GPU for.
+    """Measures the time inside a module, by hooks that synchronize with their thread's GPU stream.
 
-    They wait for its stream alone: to wait for the device, or for a stream that is being recorded,
-    is an error while a graph is.
+    They synchronize only with that stream: while a graph is being captured, it is an error to
+    synchronize with the device or with a stream that is being captured.
     """
 
     def __init__(self, module: torch.nn.Module) -> None:
@@ -362,7 +364,7 @@ class Clock:
         )
 
     def stop(self) -> float:
-        """Seconds in all; it counts no more."""
+        """Stop measuring, and return the total seconds."""
         for hook in self._hooks:
             hook.remove()
         return self._total
@@ -377,13 +379,13 @@ class Clock:
 
 
 def settle(engine: Engine, model: HostedModel, most_s: float, allowance: Allowance) -> None:
-    """Let an engine prepare and record what it can while nothing waits, and say how far it came.
+    """Let an idle engine prepare and record forward passes, and report how far it got.
 
     Args:
-        engine: which has run what is to be measured.
-        model: that it serves.
-        most_s: seconds to wait at most, of those that are left.
-        allowance: of the benchmark.
+        engine: engine that has already run what will be measured.
+        model: model that it serves.
+        most_s: maximum seconds to wait, within the remaining time.
+        allowance: time limit of the benchmark.
     """
     until = perf_counter() + min(most_s, SETTLING_SHARE * allowance.left_s)
     while not engine.settled and perf_counter() < until:
@@ -394,7 +396,7 @@ def settle(engine: Engine, model: HostedModel, most_s: float, allowance: Allowan
 
 
 def wait_for_stream() -> None:
-    """Wait for what this thread has asked a GPU for, unless that is being recorded."""
+    """Synchronize with this thread's GPU stream, unless it is being captured."""
     if torch.cuda.is_available() and not torch.cuda.is_current_stream_capturing():
         torch.cuda.current_stream().synchronize()
 

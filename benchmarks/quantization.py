@@ -1,10 +1,10 @@
-"""What weights in fewer bits cost in bytes, in right pictures and in difference to float32.
+"""Measure quantized weights: bytes, correct pictures, and difference from float32.
 
     python -m benchmarks.quantization [--pictures 96] [--kinds int8,fp8,nf4]
 
-The embedded model draws captions that it was not trained on, each from the same noise with each
-kind of weights, and the checker reads the pictures. The first table counts the weights of
-architectures of full size, which are made without memory.
+The embedded model draws captions that it was not trained on, each from the same noise with every
+kind of weights, and the checker reads the pictures. The first table counts the weights of full-size
+architectures, which are created without memory for their weights.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ SINGLE_FILE: Final = Path(str(files("server.models") / "single_file"))
 
 
 def pipeline_of(kind: Quantization) -> tuple[StableDiffusionPipeline, int]:
-    """Diffusers' own pipeline with the networks of a model that is loaded so, and their bytes."""
+    """Diffusers' own pipeline with networks quantized by Weft, and their size in bytes."""
     placement = Placement(kind)
     model = load_model(
         MODEL_FOLDER, name="embedded", device="cpu", dtype="float32", placement=placement
@@ -56,7 +56,7 @@ def pipeline_of(kind: Quantization) -> tuple[StableDiffusionPipeline, int]:
 
 
 def measured(kinds: list[Quantization], scenes: list[Scene], sampling: Sampling) -> str:
-    """The table of the embedded model."""
+    """The table for the embedded model."""
     lines = [
         "| weights | MB | right | PSNR to float32 |",
         "|---|---|---|---|",
@@ -75,7 +75,7 @@ def measured(kinds: list[Quantization], scenes: list[Scene], sampling: Sampling)
 
 
 def denoisers() -> dict[str, Any]:
-    """Full-size denoisers by what they are called, without memory for their weights."""
+    """Full-size denoisers by name, without memory for their weights."""
 
     def unet(family: str) -> Any:
         config = json.loads((SINGLE_FILE / family / "unet" / "config.json").read_text("utf-8"))
@@ -92,7 +92,7 @@ def denoisers() -> dict[str, Any]:
 
 
 def counted() -> str:
-    """The table of full-size denoisers, whose other weights are in half precision."""
+    """The table for full-size denoisers, with all other weights in half precision."""
     lines = [
         "| denoiser | weights | in quantised layers | half precision | int8, fp8 | nf4 |",
         "|---|---|---|---|---|---|",

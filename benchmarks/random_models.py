@@ -1,6 +1,6 @@
-"""Pipelines of the sizes of published models with random weights: speed does not depend on them.
+"""Pipelines with the sizes of published models and random weights, on which speed does not depend.
 
-Each comes in a tiny size, too, on which a benchmark can be tried without a GPU.
+There are tiny sizes as well, with which a benchmark can be tried without a GPU.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ QWEN_MARKS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think
 
 
 def sd15(device: torch.device, dtype: torch.dtype, *, taesd: bool = False) -> Any:
-    """A ``StableDiffusionPipeline`` of Stable Diffusion 1.5's sizes, 512 pixels.
+    """A ``StableDiffusionPipeline`` with Stable Diffusion 1.5's sizes, 512 pixels.
 
     Args:
-        device: that it is made on.
-        dtype: of its weights.
+        device: device on which it is created.
+        dtype: dtype of its weights.
         taesd: with the small autoencoder of TAESD's sizes in place of its own.
     """
     from diffusers import (
@@ -68,9 +68,9 @@ def sdxl(device: torch.device, dtype: torch.dtype, *, tiny: bool = False) -> Any
     """A ``StableDiffusionXLPipeline``, 1024 pixels.
 
     Args:
-        device: that it is made on.
-        dtype: of its weights.
-        tiny: 64 pixels, and networks of two levels.
+        device: device on which it is created.
+        dtype: dtype of its weights.
+        tiny: whether it is for 64 pixels, with networks of two levels.
     """
     from diffusers import (
         AutoencoderKL,
@@ -119,14 +119,14 @@ def sdxl(device: torch.device, dtype: torch.dtype, *, tiny: bool = False) -> Any
 
 
 def z_image(device: torch.device, dtype: torch.dtype, *, tiny: bool = False) -> Any:
-    """A ``ZImagePipeline`` as the Turbo model's, 1024 pixels.
+    """A ``ZImagePipeline`` with the Turbo model's sizes, 1024 pixels.
 
-    Its text encoder has two layers of 36: texts are encoded once and kept.
+    Its text encoder has two layers instead of 36, as texts are encoded once and cached.
 
     Args:
-        device: that it is made on.
-        dtype: of its weights.
-        tiny: 64 pixels, and a transformer of two layers.
+        device: device on which it is created.
+        dtype: dtype of its weights.
+        tiny: whether it is for 64 pixels, with a transformer of two layers.
     """
     from diffusers import (
         AutoencoderKL,
@@ -210,7 +210,7 @@ def _clip_config(tokenizer: Any, width: int, heads: int, layers: int) -> Any:
 
 
 def _qwen_tokenizer() -> Any:
-    """One token a byte."""
+    """A tokenizer with one token per byte."""
     from tokenizers import pre_tokenizers
     from transformers import Qwen2Tokenizer
 

@@ -1,4 +1,4 @@
-"""The real server in a process of its own, and what can be asked of it and of its process."""
+"""The real server in a process of its own, with a client for it and measurements of its process."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ __all__ = ["AUTHORIZATION", "KEY", "MIB", "SERVE", "Served", "served"]
 KEY: Final = "servers-are-measured-with-this-key"
 AUTHORIZATION: Final = {"authorization": f"Bearer {KEY}"}
 SERVE: Final = ("-c", "from server.cli import main; main()", "serve")
-"""Arguments of Python for `weft serve`."""
+"""Arguments to Python that run `weft serve`."""
 
 START_S: Final = 180
 END_S: Final = 40
 SETTLES_S: Final = 3.0
-"""In which a server that has something left to prepare has prepared more."""
+"""Seconds within which a server that is still preparing makes visible progress."""
 
 MIB: Final = 2**20
 
@@ -40,9 +40,9 @@ class Served:
     """A running server.
 
     Attributes:
-        port: that it listens on, at 127.0.0.1.
-        process: its own.
-        log: what it wrote.
+        port: port that it listens on, at 127.0.0.1.
+        process: its process ID.
+        log: file with its output.
     """
 
     port: int
@@ -50,7 +50,7 @@ class Served:
     log: Path
 
     def connect(self, timeout_s: float = 60) -> socket.socket:
-        """A connection of one's own."""
+        """Open a plain TCP connection."""
         return socket.create_connection(("127.0.0.1", self.port), timeout_s)
 
     def ask(
@@ -62,7 +62,7 @@ class Served:
         *,
         timeout_s: float = 30,
     ) -> tuple[int, Mapping[str, str], bytes]:
-        """Status, headers (names in lower case) and content; status 0 if there is no answer."""
+        """Status, headers (names in lower case) and content; status 0 if there is no response."""
         try:
             with self._answer(method, path, body, headers, timeout_s) as answer:
                 told = {name.lower(): value for name, value in answer.getheaders()}
@@ -77,7 +77,7 @@ class Served:
         body: bytes | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> int:
-        """Status of an answer whose content may have no end and is not read; 0 if there is none."""
+        """Status of a response whose body may be endless and is not read; 0 if there is none."""
         try:
             with self._answer(method, path, body, headers, 30) as answer:
                 return answer.status
@@ -102,7 +102,7 @@ class Served:
             connection.close()
 
     def generate(self, **fields: Any) -> tuple[int, Mapping[str, str], bytes]:
-        """A request for images."""
+        """Send a request for images."""
         body = {"prompt": "a red circle", "steps": 2, "seed": 1} | fields
         return self.ask("POST", "/v1/generate", json.dumps(body).encode())
 
@@ -110,7 +110,7 @@ class Served:
         """Wait until the default model's forward passes are prepared and recorded, on a GPU.
 
         Args:
-            most_s: seconds to wait at most.
+            most_s: maximum seconds to wait.
         """
         until, before = monotonic() + most_s, None
         while monotonic() < until:
@@ -122,7 +122,7 @@ class Served:
             sleep(SETTLES_S)
 
     def head(self, method: str, path: str, length: int) -> bytes:
-        """The first bytes of a request, for a connection of one's own."""
+        """The head of a request, to send over a plain connection."""
         lines = (
             f"{method} {path} HTTP/1.1",
             "host: 127.0.0.1",
@@ -133,20 +133,20 @@ class Served:
         return "\r\n".join((*lines, "", "")).encode()
 
     def resident(self) -> int:
-        """Bytes of memory of the server's process and of those that it started."""
+        """Resident memory in bytes of the server's process and its children."""
         return sum(_resident(process) for process in (self.process, *_children(self.process)))
 
     def processor_s(self) -> float:
-        """Seconds of a core that the server's process and those that it started have used."""
+        """Processor seconds that the server's process and its children have used."""
         return sum(_processor_s(process) for process in (self.process, *_children(self.process)))
 
     def waiting_images(self) -> float | None:
-        """Images queued or running; None if the server does not say so soon."""
+        """Number of images queued or running; None if the server does not respond in time."""
         status, _, content = self.ask("GET", "/metrics", timeout_s=5)
         return _value(content, "weft_queue_images") if status == 200 else None
 
     def kill(self) -> None:
-        """End the server at once, whatever it does."""
+        """Kill the server."""
         os.kill(self.process, signal.SIGKILL)
 
     def metric(self, name: str) -> float:
@@ -154,7 +154,7 @@ class Served:
         return _value(self.ask("GET", "/metrics")[2], name)
 
     def livez_s(self) -> float:
-        """Seconds that `/livez` takes, over a connection of its own."""
+        """Seconds that `/livez` takes, over a new connection."""
         began = perf_counter()
         self.ask("GET", "/livez", timeout_s=60)
         return perf_counter() - began
@@ -165,12 +165,12 @@ def served(arguments: Sequence[str], **environment: str) -> Generator[Served]:
     """Start a server, wait until it is ready, and stop it at the end.
 
     Args:
-        arguments: of Python, without the port, which is added; see `SERVE`.
-        environment: settings.
+        arguments: arguments to Python, without the port, which is added; see `SERVE`.
+        environment: settings as environment variables.
 
     Raises:
-        RuntimeError: it ended before it was ready; the message is what it wrote.
-        TimeoutError: it was not ready in time; the message is what it wrote.
+        RuntimeError: the server ended before it was ready; the message is its output.
+        TimeoutError: the server was not ready in time; the message is its output.
     """
     with TemporaryDirectory() as folder:
         log = Path(folder) / "log"
@@ -195,7 +195,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     try:
         process.wait(END_S)
     except subprocess.TimeoutExpired:
-        # A weakened server may still decode what nobody waits for.
+        # A deliberately weakened server may still decode pictures that nobody waits for.
         process.kill()
         process.wait()
 
@@ -238,7 +238,7 @@ def _resident(process: int) -> int:
 
 
 def _children(process: int) -> list[int]:
-    """What a process started, whichever of its threads did so."""
+    """Child processes of a process, started by any of its threads."""
     children: list[int] = []
     for thread in Path(f"/proc/{process}/task").glob("*"):
         with suppress(FileNotFoundError, ProcessLookupError):

@@ -1,13 +1,13 @@
-"""What a step cache saves, and what it does to the images of the embedded model.
+"""Measure what a step cache saves, and how it changes the images of the embedded model.
 
     python -m benchmarks.step_cache
     python -m benchmarks.step_cache --threads 1 --processor-time     # beside other work
 
-Draws the same captions with the same seeds by requests of the same settings, with and without a
-cache, all of a setting at once. Prints one Markdown table for each sampler, guidance and number of
-steps: images a second and their ratio to those without a cache, evaluations an image, PSNR to the
-images without a cache, and how many images the data set's own checker finds to show what their
-captions claim. The last rows are runs without a cache of about as few evaluations.
+Draws the same captions with the same seeds and settings, with and without a cache, all images of a
+setting at once. Prints one Markdown table for each sampler, guidance and number of steps: images
+per second and their ratio to those without a cache, evaluations per image, PSNR to the images
+without a cache, and the number of images that show what their captions claim according to the data
+set's own checker. The last rows are runs without a cache that take about as few evaluations.
 """
 
 from __future__ import annotations
@@ -49,19 +49,19 @@ REUSE: Mapping[str, Any] = {**APG, "policy": {"name": "reuse", "every": 2}}
 THRESHOLDS = (0.05, 0.1, 0.2)
 MOST_PENDING = 1024
 KNOWN_PICTURES = 12_000
-"""Training pictures whose captions are left out."""
+"""Number of training pictures whose captions are excluded."""
 
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """What the requests of one table have in common.
+    """The common settings of the requests of one table.
 
     Attributes:
         sampler: name of the sampler.
-        guidance: of the requests.
-        steps: of the sampler.
-        fewer: numbers of steps without a cache that the cache is compared with.
-        thresholds: of the caches.
+        guidance: guidance of the requests.
+        steps: number of steps.
+        fewer: numbers of steps without a cache to compare with.
+        thresholds: thresholds of the caches.
     """
 
     sampler: str
@@ -89,12 +89,12 @@ class Drawn:
 
     @property
     def pixels(self) -> list[NDArray[np.uint8]]:
-        """Of each image."""
+        """Pixels of each image."""
         return [result.pixels for result in self.results]
 
 
 class Artist:
-    """An engine of the embedded model, and the captions that it draws."""
+    """An engine with the embedded model, and the captions that it draws."""
 
     def __init__(
         self, model: HostedModel, scenes: Sequence[Scene], clock: Callable[[], float]
@@ -105,7 +105,7 @@ class Artist:
         self._engine: Engine = started(model, None, MOST_PENDING)
 
     def draw(self, fields: Mapping[str, Any]) -> Drawn:
-        """All captions at once, each with its number as the seed."""
+        """Draw all captions at once, each with its index as the seed."""
         tasks = [
             task
             for seed, scene in enumerate(self._scenes)
@@ -121,7 +121,7 @@ class Artist:
         self._engine.stop(0)
 
     def _tasks(self, fields: Mapping[str, Any]) -> Any:
-        """As the service makes them of a request."""
+        """Tasks of a request, created as the service does."""
         resolved = resolve(GenerateRequest.model_validate(fields), self._model, Limits(), None)
         layout = resolved.sampler, resolved.spacing, resolved.steps, resolved.strength
         plan = make_plan(self._model.default_schedule, *layout)

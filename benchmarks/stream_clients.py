@@ -1,4 +1,4 @@
-"""Weft's live streams, driven in two ways: by the engine's tasks, and by sessions."""
+"""Weft's live streams, driven in two ways: by engine tasks and by sessions."""
 
 from __future__ import annotations
 
@@ -43,10 +43,10 @@ if TYPE_CHECKING:
     from server.service.stream import StreamSession
 
 FRAMES_KEPT = 60
-"""Different frames of a stream; they are shown again and again."""
+"""Number of different frames of a stream, which are repeated."""
 
 TIMINGS = 3
-"""Of a network by itself, of which the median counts."""
+"""Number of timings of a network by itself, whose median is used."""
 
 BACKGROUND = {"prompt": "a blue square", "steps": 20, "sampler": "dpm_solver_pp", "guidance": "cfg"}
 """An ordinary request."""
@@ -58,7 +58,7 @@ class StreamingWeft:
     """A server without HTTP: engine, service and sessions.
 
     Args:
-        folder: of the model.
+        folder: model folder.
         row_budget: most rows of a forward; by default the server's.
     """
 
@@ -109,12 +109,12 @@ class StreamingWeft:
     def run(
         self, streams: Sequence[Mapping[str, Any]], seconds: float, *, background: bool = False
     ) -> Ran:
-        """Streams that always have as many frames under way as there are stages.
+        """Run streams that always have as many frames in progress as there are stages.
 
         Args:
-            streams: settings of each, as a client sends them.
-            seconds: that are counted.
-            background: keep ordinary requests running beside them.
+            streams: settings of each stream, as a client sends them.
+            seconds: measured time.
+            background: whether ordinary requests run at the same time.
         """
         live = [self._tasks(settings, number) for number, settings in enumerate(streams)]
         lives = [_Client(self.engine, tasks, tasks[0].plan.evaluations) for tasks in live]
@@ -148,16 +148,16 @@ class StreamingWeft:
         fps: float = CAMERA_FPS,
         pauses: bool = False,
     ) -> tuple[Ran, float]:
-        """Streams of JPEG files at a camera's pace, through the sessions of the service.
+        """Run streams of JPEG files at a camera's frame rate, through the service's sessions.
 
         Args:
-            streams: settings of each, as a client sends them.
-            seconds: that are counted.
-            fps: of the camera.
+            streams: settings of each stream, as a client sends them.
+            seconds: measured time.
+            fps: frame rate of the camera.
             pauses: see :func:`benchmarks.clip.clip`.
 
         Returns:
-            What came of it, and the seconds in which the engine worked.
+            The result, and the seconds in which the engine worked.
         """
         ran = asyncio.run(self._run_sessions(streams, seconds, fps, pauses=pauses))
         while self.engine.measurements.pending:
@@ -216,7 +216,7 @@ class StreamingWeft:
         return self.engine.measurements.rows_per_tick.copy()
 
     def _networks_s(self, ticks: Counter[int], *, encoded: int, decoded: int) -> float:
-        """Seconds of the networks alone for these ticks, measured now."""
+        """Seconds that the networks alone need for these ticks, measured now."""
         with torch.inference_mode():
             usual = sorted(n for n, count in ticks.items() if count >= 0.05 * ticks.total())
             seconds = [_timed(self.network_calls(n)["denoiser"]) for n in usual]
@@ -251,7 +251,7 @@ class _Client:
         return ended
 
     def stop(self) -> None:
-        """Wait until no frame is under way."""
+        """Wait until no frame is in progress."""
         self._stopping = True
         self._idle.wait()
         if self._failure is not None:
@@ -265,7 +265,7 @@ class _Client:
 
     def started(self, index: int) -> None:
         del index
-        # One after another, so that frames are at different stages.
+        # Submitted one after another, so that frames are at different stages.
         if self._submitted < self._window:
             self._submit()
 
@@ -286,7 +286,7 @@ class _Client:
 
 
 async def _film(session: StreamSession, files: Sequence[bytes], fps: float) -> None:
-    """Offer frames at a camera's pace, whatever comes back."""
+    """Offer frames at a camera's frame rate, regardless of the output."""
     for number in count():
         session.offer(files[number % len(files)])
         await asyncio.sleep(1 / fps)
@@ -301,14 +301,14 @@ async def _watch(session: StreamSession, latencies: list[float]) -> None:
 
 
 def jpeg(frame: NDArray[np.uint8]) -> bytes:
-    """A frame as a file."""
+    """Encode a frame as a JPEG file."""
     file = BytesIO()
     Image.fromarray(frame).save(file, "JPEG", quality=90)
     return file.getvalue()
 
 
 def _timed(call: Callable[[], object]) -> float:
-    """Median seconds of a call, until the device has done what it asks for."""
+    """Median seconds of a call, including the work that it launches on the device."""
     seconds: list[float] = []
     for _ in range(TIMINGS):
         began = perf_counter()

@@ -1,8 +1,8 @@
-"""StreamDiffusion's own package as a peer, from a folder that is none of our dependencies.
+"""StreamDiffusion's own package as a peer, from a folder, as it is not one of our dependencies.
 
     pip install --no-deps --target FOLDER streamdiffusion==0.1.1
 
-It measures itself with CUDA events, which are replaced by nothing where there is no GPU.
+The package times itself with CUDA events, which are replaced by dummies where there is no GPU.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 STEPS = 50
-"""Of the schedule that the stages are picked from."""
+"""Number of steps of the schedule from which the stages are picked."""
 
 STAGES = {1: [25], 4: [10, 20, 30, 40]}
 """Indices into that schedule."""
@@ -44,16 +44,16 @@ class _Event:
 
 
 class StreamDiffusionPeer:
-    """One stream of the package, image to image, as its examples set it up.
+    """One image-to-image stream of the package, set up as in its examples.
 
     Args:
-        package: folder that it was installed to.
-        model: folder of the model.
-        side: of the pictures in pixels.
-        stages: 1 or 4.
+        package: folder into which the package was installed.
+        model: model folder.
+        side: width and height of the pictures in pixels.
+        stages: number of stages, 1 or 4.
         guidance: ``none``, ``self``, ``initialize`` or ``full``.
-        channels_last: give its networks the memory format that ours have, which it does not do
-            itself.
+        channels_last: whether its networks get the memory format of ours, which the package does
+            not do itself.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class StreamDiffusionPeer:
         )
 
     def run(self, frames: Sequence[NDArray[np.uint8]], seconds: float) -> Ran:
-        """Frames one after another for so long; what comes back was sent ``stages - 1`` before."""
+        """Run frames one after another; each output belongs to the input ``stages - 1`` earlier."""
         inputs = [torch.from_numpy(frame).permute(2, 0, 1) / 255 for frame in frames]
         began: list[float] = []
         ended: list[float] = []

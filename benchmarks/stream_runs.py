@@ -1,4 +1,4 @@
-"""What came of running some streams for a while."""
+"""Results of running streams."""
 
 from __future__ import annotations
 
@@ -7,22 +7,23 @@ from dataclasses import dataclass, field
 import numpy as np
 
 CAMERA_FPS = 40
-"""Of clients that send frames whatever comes back: the newest one wins."""
+"""Frame rate of clients that send frames regardless of the output; only the newest is used."""
 
 SETTLING_S = 0.7
-"""Before the frames are counted."""
+"""Seconds before frames are counted."""
 
 
 @dataclass(frozen=True, slots=True)
 class Ran:
-    """Streams that ran for a while.
+    """The result of streams that ran for a while.
 
     Attributes:
-        seconds: from the start to the last frame.
+        seconds: seconds from the start to the last frame.
         latencies: seconds from input to output of every frame, by stream.
-        device_s: that the device would need for the networks alone, for as many rows a tick.
-        ordinary: images that were made beside the streams.
-        rows: of the denoiser by stream, in all.
+        device_s: seconds that the device would need for the networks alone, at the same numbers of
+            rows per tick.
+        ordinary: number of images of ordinary requests made at the same time.
+        rows: total number of denoiser rows by stream.
     """
 
     seconds: float
@@ -33,17 +34,17 @@ class Ran:
 
     @property
     def frames(self) -> int:
-        """Of all streams."""
+        """Number of frames of all streams."""
         return sum(map(len, self.latencies))
 
     @property
     def rate(self) -> float:
-        """Frames a second of all streams together."""
+        """Frames per second of all streams together."""
         return self.frames / self.seconds
 
     @property
     def of_limit(self) -> float:
-        """Share of the time in which the networks worked."""
+        """Fraction of the time that the networks alone would need."""
         return self.device_s / self.seconds
 
     @property
@@ -58,13 +59,13 @@ class Ran:
 
     @property
     def frames_evenness(self) -> float:
-        """Worst over best frames a second."""
+        """Ratio of the worst to the best frame rate among the streams."""
         counts = [len(one) for one in self.latencies]
         return min(counts) / max(counts)
 
     @property
     def device_evenness(self) -> float:
-        """Worst over best rows of the denoiser."""
+        """Ratio of the least to the most denoiser rows among the streams."""
         return min(self.rows) / max(self.rows)
 
     @property

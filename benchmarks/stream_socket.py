@@ -1,4 +1,4 @@
-"""One client of a live stream, over the socket of a real server."""
+"""One client of a live stream, over a WebSocket of a real server."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ if TYPE_CHECKING:
 def run_socket(
     server: Served, settings: Mapping[str, Any], files: Sequence[bytes], seconds: float
 ) -> Ran:
-    """Send frames at a camera's pace, and time what comes back.
+    """Send frames at a camera's frame rate, and time the output.
 
     Args:
-        server: that is running.
-        settings: of the stream.
-        files: frames, which are sent again and again.
-        seconds: that are counted.
+        server: a running server.
+        settings: settings of the stream.
+        files: frames, which are sent repeatedly.
+        seconds: measured time.
     """
     return asyncio.run(_run(f"ws://127.0.0.1:{server.port}/v1/stream", settings, files, seconds))
 
@@ -63,7 +63,7 @@ async def _film(socket: ClientConnection, files: Sequence[bytes], sent: list[flo
 
 
 async def _frame(socket: ClientConnection) -> int:
-    """Read the next frame; the number of the input that it was made from."""
+    """Read the next frame, and return the index of the input that it was made from."""
     while True:
         message = await socket.recv()
         header = json.loads(message)

@@ -1,15 +1,15 @@
-"""Measure live streams, beside StreamDiffusion's own package if it is given.
+"""Measure live streams, compared with StreamDiffusion's own package if it is given.
 
     pip install --no-deps --target FOLDER streamdiffusion==0.1.1
     python -m benchmarks.streams --peer FOLDER
 
-Prints Markdown tables: where the time of one stream's frame goes, one stream beside the peer,
-several streams of different settings beside what the networks alone would allow, streams beside
-ordinary requests, and what residual guidance and the similarity filter save. The systems take
-turns, each row is printed as soon as it is measured, and of several rounds there is a table of
-medians. Everything runs on the GPU if there is one; `--architecture sd15` is a model of Stable
-Diffusion 1.5's sizes with random weights. What there is no time for within the seconds of
-``--within`` is left out.
+Prints Markdown tables: where the time of one stream's frame goes; one stream compared with the
+peer; several streams with different settings compared with what the networks alone would allow;
+streams together with ordinary requests; and what residual guidance and the similarity filter save.
+The systems take turns, each row is printed as soon as it is measured, and if there are several
+rounds there is a table of medians. Everything runs on the GPU if there is one; `--architecture
+sd15` is a model with Stable Diffusion 1.5's sizes and random weights. Measurements for which there
+is no time within the seconds of ``--within`` are left out.
 """
 
 from __future__ import annotations
@@ -63,30 +63,30 @@ KINDS: dict[str, tuple[dict[str, Any], str]] = {
         "initialize",
     ),
 }
-"""Guidance of ours, and what StreamDiffusion calls it."""
+"""Our guidance settings, and StreamDiffusion's names for them."""
 
 COUNTS = (1, 2, 4, 8)
 
 WARM_UP_S = 1.0
-"""Of a system before its times count."""
+"""Seconds of warm-up of a system before it is timed."""
 
 LEAST_BESIDE_S = 2.0
-"""That a run takes beside the seconds that are counted."""
+"""Minimum seconds that a run takes in addition to the measured time."""
 
 COUNTED_S = 1.0
 """Of the run in which operations are counted, which takes long and shows few numbers."""
 
 SERVER_S = 40.0
-"""In which a server has started and settled."""
+"""Seconds in which a server starts and settles."""
 
 FILTERED_FPS = 6
-"""Pace of the camera that the filter is tried on, which the engine keeps up with."""
+"""Frame rate of the camera for the filter's measurement, with which the engine keeps up."""
 
 
 def settings(stages: int = STAGES, **fields: Any) -> dict[str, Any]:
-    """Settings of a stream that makes an image from an image in so many stages.
+    """Settings of an image-to-image stream with a number of stages.
 
-    They are all but the first of a run, so that it starts part way.
+    The stages are all but the first of a run, so the run starts part way.
     """
     given = {"prompt": "a red circle", "seed": 1, "sampler": "lcm", "guidance": {"name": "none"}}
     steps = stages + 1
@@ -94,7 +94,7 @@ def settings(stages: int = STAGES, **fields: Any) -> dict[str, Any]:
 
 
 def several(count: int) -> list[Settings]:
-    """Streams that differ in prompt, sampler and guidance, and need a row for each stage."""
+    """Settings of streams that differ in prompt, sampler and guidance, with one row per stage."""
     residual = {"policy": {"name": "residual"}}
     kinds: list[dict[str, Any]] = [
         {"sampler": "lcm", "guidance": {"name": "none"}},
@@ -138,13 +138,13 @@ def main() -> int:
 
 
 class Turns:
-    """Systems that take turns, while Weft's engine records nothing.
+    """Runs systems in turns, while Weft's engine records no graphs.
 
     Args:
-        weft: the engine and what is above it.
-        options: of the command.
-        allowance: of the benchmark.
-        stack: ends what is begun.
+        weft: the engine with service and sessions.
+        options: options of the command.
+        allowance: time limit of the benchmark.
+        stack: stack that closes what is started.
     """
 
     def __init__(
@@ -161,7 +161,7 @@ class Turns:
 
     @property
     def seconds(self) -> float:
-        """Of each run."""
+        """Measured time of each run."""
         return self.options.seconds
 
     def table(
@@ -171,13 +171,14 @@ class Turns:
         systems: Mapping[Name, Callable[[], Result | None]],
         row: Callable[[Name, Mapping[Name, Sequence[Result]]], str | None],
     ) -> None:
-        """Run all systems in turns, and print what comes of it.
+        """Run all systems in turns and print a table.
 
         Args:
-            title: of the table.
-            head: names of its columns, apart from each other by bars.
-            systems: by their names, in the order of their worth; None where there was no time.
-            row: what the table says of a system, by the runs of all; None where it says nothing.
+            title: title of the table.
+            head: names of its columns, separated by vertical bars.
+            systems: functions that run each system, by name and in decreasing order of importance;
+                they return None if there was no time.
+            row: makes the table's row of a system from the runs of all systems; None for no row.
         """
         runs: dict[Name, list[Result]] = {}
         rounds: int = self.options.rounds
@@ -248,7 +249,7 @@ def _one_stream(turns: Turns) -> None:
 
 
 def _outside(ran: Sequence[Ran]) -> str:
-    """Share of the time in which no network worked, where that is known."""
+    """Fraction of the time in which no network worked, where that is known."""
     return f"{1 - _of(ran, 'of_limit'):.1%}" if ran[0].rows else ""
 
 
@@ -407,7 +408,7 @@ def _guidance(turns: Turns) -> None:
 
 
 def _filter(turns: Turns) -> None:
-    """Seconds of work on a film whose second half stands still, but for the camera's noise."""
+    """Measure the work on a film that stands still half of the time, except for camera noise."""
     plain = settings(guidance=KINDS["residual, self"][0])
     streams = {"none": plain, "similarity": {**plain, "similarity_filter": {}}}
 
@@ -431,7 +432,7 @@ def _filter(turns: Turns) -> None:
 def _peers(
     turns: Turns, stages: int, kinds: Sequence[str], share: float = 1.0
 ) -> dict[str, Callable[[], Ran]]:
-    """StreamDiffusion at each kind of guidance; none of it where no folder is given."""
+    """StreamDiffusion with each kind of guidance; empty if no folder is given."""
     options, weft = turns.options, turns.weft
     if options.peer is None:
         return {}

@@ -5,11 +5,11 @@
     python -m benchmarks.throughput --mix homogeneous                   # all requests agree
     python -m benchmarks.throughput --cold-starts 10 --busy 1           # ten starts under load
 
-Prints Markdown tables: images a second, mean and 95th percentile latency, their ratios to Weft's,
-and the share of the working time outside the denoiser. The systems take turns, each row is printed
-as soon as it is measured, and of several rounds there is a table of their medians. What there is no
-time for within the seconds of ``--within`` is left out: a pipeline that is cut off has the rate of
-the evaluations that it did.
+Prints Markdown tables: images per second, mean and 95th percentile latency, their ratios to Weft's,
+and the fraction of the working time outside the denoiser. The systems take turns, each row is
+printed as soon as it is measured, and if there are several rounds there is a table of their
+medians. Measurements for which there is no time within the seconds of ``--within`` are left out;
+the rate of a pipeline that was cut off is computed from the evaluations that it did.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ if TYPE_CHECKING:
     from benchmarks.traffic import Request
 
 LARGEST_BATCH = 16
-"""Images in a static batch of mixed traffic; a guided one is two rows of the forward each."""
+"""Images in a static batch of mixed traffic; a guided image is two rows of the forward pass."""
 
 U_NETS = ("embedded", "sd15", "sdxl", "tiny_sdxl")
-"""Architectures that diffusers has all the samplers for."""
+"""Architectures for which diffusers has all the samplers."""
 
 BATCHES = (8, 16, 32)
-"""Images in a static batch of homogeneous traffic, each a system of its own."""
+"""Numbers of images in a static batch of homogeneous traffic; each is measured as one system."""
 
 
 def main() -> int:

@@ -1,11 +1,13 @@
-"""What a tick costs beside the denoiser, by its rows: plans, guidance, choice of images, accounts.
+"""Measure the cost of a tick outside the denoiser by its number of rows.
+
+This includes plans, guidance, the selection of images and accounting.
 
     python -m benchmarks.tick_costs                         # CPU, embedded model
     python -m benchmarks.tick_costs --architecture sd15     # GPU, SD 1.5's sizes
 
-Prints a Markdown table: milliseconds of a tick in the denoiser and outside it, from its beginning
-to that of the next one, and how many operations the device is asked for outside the denoiser. The
-figures are medians of the ticks that are full; those in which images come and go are not.
+Prints a Markdown table: milliseconds of a tick in the denoiser and outside it, from its start to
+that of the next one, and the number of device operations outside the denoiser. The figures are
+medians over full ticks; those in which images come and go are not full.
 """
 
 from __future__ import annotations
@@ -34,15 +36,15 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 ROWS = (1, 4, 8, 32)
-"""Of ticks; on a GPU forwards of up to 12 rows are replayed, and leave the host least time."""
+"""Rows of ticks; on a GPU passes of up to 12 rows are replayed and leave the host least time."""
 
 BRANCHES = {"none": 1, "cfg": 2, "apg": 2}
 
 COUNTED_STEPS = 8
-"""Of the images in whose ticks operations are counted, which takes long and shows few numbers."""
+"""Steps of the images for which operations are counted, which is slow and hardly varies."""
 
 LEAST_TICKS = 3
-"""Full ones: images come one by one, so that the first ticks are not."""
+"""Minimum number of full ticks; the first ticks are not full, as images arrive one by one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,10 +52,10 @@ class Tick:
     """A tick that has run.
 
     Attributes:
-        rows: of its forward.
+        rows: rows of its forward pass.
         inside_s: seconds in the denoiser.
-        outside_s: seconds of the tick beside these.
-        operations: that were asked for outside the denoiser; None where they were not counted.
+        outside_s: seconds outside the denoiser.
+        operations: number of device operations outside the denoiser; None if not counted.
     """
 
     rows: int
@@ -63,11 +65,11 @@ class Tick:
 
 
 class WatchedTicks(Filled):
-    """An engine that keeps account of its ticks.
+    """An engine that records its ticks.
 
     Attributes:
-        seen: the ticks so far.
-        count: counts the operations of ticks; None while nobody does.
+        seen: ticks so far.
+        count: counter of the operations of ticks; None while they are not counted.
     """
 
     def __init__(self, *given: Any, **options: Any) -> None:
@@ -121,7 +123,7 @@ def main() -> int:
 def _measure(
     weft: Weft, guidance: str, rows: int, options: argparse.Namespace, allowance: Allowance
 ) -> None:
-    """Print a row of the report."""
+    """Measure, and print a row of the report."""
     images = rows // BRANCHES[guidance]
     weft.run(_requests(images, guidance, 2))
     settle(weft.engine, weft.model, options.settle, allowance)
@@ -151,7 +153,7 @@ def _ticks(weft: Weft, rows: int, requests: list[Request]) -> list[Tick]:
 
 
 def _counted(weft: Weft, rows: int, requests: list[Request]) -> list[Tick]:
-    """The same, with their operations counted but for those of the denoiser."""
+    """The full ticks of a run, with their operations counted except those of the denoiser."""
     engine: Any = weft.engine
     model: Any = weft.model
     evaluate, engine.count = model.evaluate, OperationCount()

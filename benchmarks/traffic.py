@@ -22,8 +22,8 @@ class Request:
         sampler: name of the sampler.
         guidance: name of the rule.
         steps: sampler steps.
-        seed: of the image.
-        size: width and height of the image in pixels; None for the model's own.
+        seed: seed of the image.
+        size: width and height of the image in pixels; None for the model's default.
     """
 
     arrival_s: float
@@ -36,23 +36,23 @@ class Request:
 
     @property
     def evaluations(self) -> int:
-        """Evaluations that the request takes if no policy saves any."""
+        """Number of evaluations of the request if no policy saves any."""
         return self.steps * (1 if self.guidance == "none" else 2)
 
     @property
     def settings(self) -> tuple[str, str, int]:
-        """What must be equal for a static batch."""
+        """The settings that must be equal in a static batch."""
         return self.sampler, self.guidance, self.steps
 
 
 def mixed(count: int, seed: int, most_steps: int, rate: float | None) -> list[Request]:
-    """``count`` requests, uniform over samplers, kinds of guidance and step counts.
+    """``count`` requests, uniformly distributed over samplers, kinds of guidance and step counts.
 
     Args:
         count: number of requests.
-        seed: of the draw.
-        most_steps: step counts above this are left out.
-        rate: mean arrivals per second of a Poisson process; all at once if None.
+        seed: seed of the random choices.
+        most_steps: maximum step count; higher ones are left out.
+        rate: mean arrivals per second of a Poisson process; None for all at once.
     """
     random = Random(seed)
     steps = [n for n in STEPS if n <= most_steps] or [most_steps]
@@ -67,9 +67,9 @@ def mixed(count: int, seed: int, most_steps: int, rate: float | None) -> list[Re
 
 
 def homogeneous(count: int) -> list[Request]:
-    """``count`` requests at once that agree in everything but seed and prompt.
+    """``count`` simultaneous requests that differ only in seed and prompt.
 
-    The best case of static batches, which then leave nothing to be woven.
+    This is the best case for static batches, in which Weft has nothing to gain.
     """
     return [
         Request(0.0, f"a {SUBJECTS[i % len(SUBJECTS)]} {PLACES[0]}", "dpm_solver_pp", "cfg", 20, i)

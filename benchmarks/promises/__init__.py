@@ -1,1 +1,1 @@
-"""What the server promises under attack, each measured on a real server and on a weakened one."""
+"""The server's promises under attack, each measured on a real server and on a weakened one."""

@@ -45,13 +45,13 @@ PROMISES: Final = (
 )
 STRONG: Final = [*SERVE, "--deterministic", "--row-budget", "8"]
 REST_S: Final = 5.0
-"""What a server has to end what the last measurement left behind; else another one is started."""
+"""Seconds that a server has to finish leftovers of a measurement; else a new one is started."""
 
 WEAKENED: Final = [*WEAK, "--row-budget", "8", "--max-pending", "65536"]
 
 
 def main() -> int:
-    """Measure; returns the status of the process."""
+    """Measure the promises and write the page; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.promises")
     parser.add_argument("--only", nargs="*", help="words of the claims to measure")
     parser.add_argument(
@@ -85,9 +85,10 @@ def _measured(
     arguments: list[str],
     environment: dict[str, str],
 ) -> list[Outcome]:
-    """What each measurement finds on a server that has nothing else to do.
+    """The outcome of each measurement, on an otherwise idle server.
 
-    It is that of the measurement before if that came to an end, and the server to rest.
+    The server of the previous measurement is reused if that measurement ended and the server came
+    to rest.
     """
     outcomes: list[Outcome] = []
     while len(outcomes) < len(measurements):

@@ -1,4 +1,4 @@
-"""Who may use the server, over every route of its table."""
+"""Who may use the server, measured on every route of its table."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ FOREIGN_ORIGINS: Final = ("null", "http://evil.example", "http://127.0.0.1:9", "
 
 
 def _routes() -> list[tuple[str, str]]:
-    """Every method and path that the application serves; sockets have the method WS."""
+    """Every method and path that the application serves; WebSockets have the method WS."""
     app = create_app(Settings())
     schema = app.openapi()["paths"]
     served = [(method.upper(), path) for path, item in schema.items() for method in item]
@@ -76,7 +76,7 @@ def _let_through(
         for value in values:
             status = _asked(server, method, path, header, value)
             tried += 1
-            # A header that is not valid HTTP is refused before anybody reads it.
+            # A header that is not valid HTTP is refused before it is read.
             through += status not in {*refusals, 400, 0}
     return Outcome(f"{through} of {tried} let through", through == 0)
 
@@ -98,7 +98,7 @@ def _is_no_probe(path: str) -> bool:
 
 
 def _listeners(server: Served) -> Outcome:
-    """Listening sockets of the server's process, from the kernel's tables."""
+    """Count listening sockets of the server's process in the kernel's tables."""
     own = {str(link.readlink()) for link in Path(f"/proc/{server.process}/fd").iterdir()}
     found: list[str] = []
     for table in ("tcp", "tcp6"):

@@ -1,4 +1,4 @@
-"""What the server answers, whatever it is asked, and what it does not tell."""
+"""The server's responses to any kind of request, and what it does not disclose."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ WRONG: Final[tuple[Any, ...]] = (
 
 
 def _malformed(server: Served) -> Outcome:
-    """Every field of a request, and of every choice, with every kind of wrong value."""
+    """Send every field of a request, and of every choice, with every kind of wrong value."""
     bodies = [{field: value} for field in GenerateRequest.model_fields for value in WRONG]
     for field, members in CHOICES.items():
         if field in GenerateRequest.model_fields:
@@ -47,7 +47,7 @@ def _malformed(server: Served) -> Outcome:
                 ]
 
     def status_of(body: dict[str, Any]) -> int:
-        # What is right after all must not cost time.
+        # A body that happens to be valid must not cost time.
         asked = {"prompt": "x", "steps": 1, "width": 32, "height": 32} | body
         return server.ask("POST", "/v1/generate", json.dumps(asked).encode())[0]
 

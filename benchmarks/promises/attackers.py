@@ -1,4 +1,4 @@
-"""Clients that mean harm, in a process of their own so that they do not slow their observer."""
+"""Malicious clients, in a process of their own so that they do not slow the measurement."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ MIB: Final = 2**20
 TURN_S: Final = 1.0
 START_S: Final = 60
 FIELDS: Final = 300_000
-"""More make the weakened server stand still for longer than anybody wants to wait."""
+"""Number of unknown fields; more would block the weakened server for too long."""
 
 
 def request_with(picture: bytes) -> bytes:
-    """A request that is in order and starts from a picture."""
+    """A valid request that starts from a picture."""
     fields = b'{"prompt": "x", "steps": 1, "strength": 1, "width": 64, "height": 64, "image": "'
     return fields + base64.b64encode(picture) + b'"}'
 
@@ -51,7 +51,7 @@ FORM: Final = {"content-type": "multipart/form-data; boundary=edge"}
 
 
 def form_with(name: str, text: str) -> bytes:
-    """A form with a prompt, and a picture in order whose file has this name."""
+    """A form with a prompt, and a valid picture whose file has this name."""
     quoted = name.replace("\x00", "%00").replace("\\", "\\\\")
     lines = (
         b"--edge",
@@ -85,7 +85,7 @@ _MORE: Final = {SLOW_PICTURE: lambda: request_with(_repeated_scans(4096, 2048, 2
 
 
 def picture() -> bytes:
-    """A picture that is in order."""
+    """A valid picture."""
     return _png(64, 64, 8)
 
 
@@ -97,17 +97,17 @@ BOMBS: Final[Mapping[str, Callable[[], bytes]]] = {
     "a WebP of 16383 x 16383": lambda: _webp_header(16383),
     "a PNG that ends early": lambda: _png(2048, 2048, 8)[:200],
 }
-"""Small files that are large or slow to decode, and take a second to make."""
+"""Small files that are large or slow to decode, and take a second to create."""
 
 
 @contextmanager
 def attack(server: Served, names: Sequence[str], clients: int) -> Generator[None]:
-    """Post these bodies in turn, `TURN_S` seconds of each, without pause, from the beginning on.
+    """Post these bodies in turn without pause, each for `TURN_S` seconds, in a cycle.
 
     Args:
         server: the target.
-        names: of `BODIES`, or `SLOW_PICTURE`.
-        clients: that post at once, in a process of their own.
+        names: names in `BODIES`, or `SLOW_PICTURE`.
+        clients: number of clients that post at the same time, in a process of their own.
     """
     context = get_context("spawn")
     begun = context.Event()

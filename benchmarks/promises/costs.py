@@ -1,4 +1,4 @@
-"""What one client can cost the others: the event loop, memory, connections and the queue."""
+"""The cost of one client to others: event loop, memory, connections and queue."""
 
 from __future__ import annotations
 
@@ -35,12 +35,13 @@ HEADERS_S: Final = 2.0
 WRITE_S: Final = 2.0
 LARGE_FILE: Final = "/docs/swagger-ui-bundle.js"
 UNREAD: Final = 16
-"""More responses of a megabyte and more than the system keeps for a client that does not read."""
+"""Number of responses of over a megabyte, more than the system buffers for a client that does not
+read."""
 
 FULL_QUEUES: Final = 1.5
 MARGIN_S: Final = 1.0
 IDLE: Final = 100
-"""More connections than the measured server accepts, see `SETTINGS`."""
+"""Number of idle connections, more than the measured server accepts; see `SETTINGS`."""
 
 SETTINGS: Final = {
     "WEFT_HEADERS_S": str(HEADERS_S),
@@ -49,7 +50,7 @@ SETTINGS: Final = {
     "WEFT_BODIES_BYTES": str(128 * MIB),
     "WEFT_MAX_PENDING": "16",
 }
-"""Smaller than the defaults, so that measuring takes seconds."""
+"""Limits below the defaults, so that a measurement takes seconds."""
 
 
 def _event_loop(server: Served) -> Outcome:
@@ -63,11 +64,11 @@ def _event_loop(server: Served) -> Outcome:
 
 
 def delays(times: Sequence[float], idle: Sequence[float]) -> Outcome:
-    """Whether the event loop answered in time.
+    """Whether the event loop responded in time.
 
     Args:
         times: seconds of `/livez` during the attack.
-        idle: before it.
+        idle: seconds of `/livez` before it.
     """
     at_99, before = (quantiles(one, n=100, method="inclusive")[98] for one in (times, idle))
     figure = (
@@ -83,7 +84,7 @@ def _paused(server: Served) -> float:
 
 
 def _bombs(server: Served) -> Outcome:
-    # A picture that is in order is accepted; it also starts the process that decodes.
+    # A valid picture is accepted; it also starts the decoding process.
     wrong = int(server.ask("POST", "/v1/generate", request_with(picture()))[0] != 200)
     before = server.resident()
     longest, most = 0.0, 0
@@ -99,7 +100,7 @@ def _bombs(server: Served) -> Outcome:
 
 
 def _beside_uploads(server: Served) -> Outcome:
-    """How long a request without a picture takes beside pictures that are slow to decode."""
+    """Time a request without a picture while others upload pictures that are slow to decode."""
     alone = sorted(_seconds_of_a_request(server) for _ in range(3))[1]
     with attack(server, [SLOW_PICTURE], 8):
         sleep(3)
@@ -138,12 +139,12 @@ def _unfinished_bodies(server: Served) -> Outcome:
 
 
 def grown(memory: int) -> str:
-    """A change of memory in bytes, in words."""
+    """Format a change of memory given in bytes."""
     return f"{memory / MIB:+.0f} MB"
 
 
 def _slow_clients(server: Served) -> Outcome:
-    """Clients that send nothing, headers that trickle, headers without end, no reading."""
+    """Clients that send nothing, trickle headers, send endless headers, or do not read."""
     with ExitStack() as stack:
         clients = [stack.enter_context(server.connect()) for _ in range(4)]
         _silent, trickling, large, unread = clients
@@ -173,7 +174,7 @@ def _is_ended(client: socket.socket, within_s: float) -> bool:
 
 
 def _idle_connections(server: Served) -> Outcome:
-    """Whether the server still has its connections after more than it accepts."""
+    """Count connections that the server keeps after more than it accepts, and send a request."""
     with ExitStack() as stack:
         clients = [stack.enter_context(server.connect()) for _ in range(IDLE)]
         status = server.ask("GET", "/livez", timeout_s=5)[0]
@@ -183,7 +184,7 @@ def _idle_connections(server: Served) -> Outcome:
 
 
 def _overload(server: Served) -> Outcome:
-    """Six times as many requests as the queue takes, at once."""
+    """Send six times as many requests at once as the queue accepts."""
 
     def ask(_: int) -> tuple[int, bool, float]:
         began = perf_counter()

@@ -1,4 +1,4 @@
-"""What requests cost each other on the device: two keys, and large pictures beside small ones."""
+"""Fairness of device time between two keys, and between large and small pictures."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ __all__ = ["OTHER", "PROMISES"]
 
 OTHER: Final = "another-key-with-an-equal-share"
 FLOOD: Final = 10
-"""Requests that one key keeps under way while the other sends one at a time."""
+"""Number of requests that one key keeps in flight while the other sends one at a time."""
 
 STEPS: Final = 8
 ONE: Final[dict[str, Any]] = {"steps": STEPS, "width": 64, "height": 64, "guidance": "cfg"}
@@ -42,7 +42,7 @@ IN_ORDER: Final = (
     "main()",
     "serve",
 )
-"""Arguments of Python for a server without fairness, and without it alone."""
+"""Arguments to Python for a server that lacks only fairness."""
 
 TURNS: Final = 4
 TURN_S: Final = 1.5
@@ -50,7 +50,7 @@ OF_IN_ORDER: Final = 0.92
 
 
 def _one_at_a_time(server: Served) -> Outcome:
-    """How long requests of one key take beside a flood of another."""
+    """Latency of the requests of one key during a flood by another."""
     alone = _p95(server)
     with _flood(server, KEY, FLOOD, **ONE):
         beside = _p95(server)
@@ -68,7 +68,7 @@ def _p95(server: Served) -> float:
 
 
 def _equal_shares(server: Served) -> Outcome:
-    """Seconds of the device of two keys that always have work, of very different sizes."""
+    """Device seconds of two keys that always have work, of very different sizes."""
     before = _device_seconds(server)
     with (
         _flood(server, KEY, 8, steps=2, width=64, height=64),
@@ -89,7 +89,7 @@ def _device_seconds(server: Served) -> dict[str, float]:
 
 
 def _large_beside_small(server: Served) -> Outcome:
-    """Ticks that others have while a small picture is made beside large ones of the same key."""
+    """Ticks given to others while a small picture is made together with large ones of its key."""
     others = [_ticks_beside(server) for _ in range(TRIES)]
     figure = f"{median(others):g} ticks of others, at most {max(others)}"
     return Outcome(figure, median(others) <= TICKS)
@@ -109,7 +109,7 @@ def _ticks_beside(server: Served) -> int:
 
 
 def _throughput(_: Served, budget: str = "16") -> Outcome:
-    """Evaluations of two floods on a fair server, and on one that serves in order, by turns."""
+    """Evaluations of two floods, alternating between a fair server and one that serves in order."""
     keys = {"WEFT_API_KEYS": f"{KEY},{OTHER}"}
     with (
         served([*SERVE, "--row-budget", budget], **keys) as fair,
@@ -117,7 +117,7 @@ def _throughput(_: Served, budget: str = "16") -> Outcome:
     ):
         rates: dict[int, list[float]] = {fair.port: [], in_order.port: []}
         for turn in range(2 * TURNS):
-            # The first of a pair changes, so that a machine that slows down favours neither.
+            # The order within pairs alternates, so that a slowdown of the machine favours neither.
             server = (fair, in_order)[(turn + turn // 2) % 2]
             with _flood(server, KEY, FLOOD, **ONE), _flood(server, OTHER, FLOOD, **ONE):
                 began, before = perf_counter(), server.metric("weft_tick_rows_sum")
@@ -134,7 +134,7 @@ def _throughput(_: Served, budget: str = "16") -> Outcome:
 
 @contextmanager
 def _flood(server: Served, key: str, at_once: int, **fields: Any) -> Generator[None]:
-    """Keep so many requests of a key under way."""
+    """Keep ``at_once`` requests of a key in flight."""
     ended = Event()
 
     def post_again() -> None:

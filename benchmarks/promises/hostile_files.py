@@ -1,8 +1,9 @@
-"""Model folders and adapters that would run code, in a loader that has to refuse them.
+"""Model folders and adapters that would run code, given to a loader that must refuse them.
 
     python -m benchmarks.promises.hostile_files [--trusting]
 
-Prints how many were tried, how many ran their code, and how many were not refused in one sentence.
+Prints how many were tried, how many ran their code, and how many were not refused with a one-line
+message.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ FILES: Final = (*PICKLED, ".safetensors")
 
 
 def _pickle(canary: Path) -> bytes:
-    """A pickle of protocol 0 that makes a file when it is loaded."""
+    """A pickle of protocol 0 that creates a file when it is loaded."""
     return f"cbuiltins\nopen\n(S'{canary}'\nS'w'\ntR.".encode()
 
 
@@ -85,7 +86,7 @@ HOSTILE: Final = {
 
 
 def cases(place: Path) -> Iterator[tuple[str, Path, Load]]:
-    """Each kind of hostile folder as each family of the loader, and adapters of each file kind."""
+    """Each kind of hostile folder for each model family, and adapters of each kind of file."""
     plain = embedded_folders()["embedded"]
     for family in FAMILIES:
         for kind, spoil in HOSTILE.items():
@@ -113,7 +114,7 @@ def _load_folder(folder: Path) -> Any:
 
 
 def _trusting(folder: Path) -> None:
-    """What a loader does that believes in its files."""
+    """Load files as a loader that trusts them would."""
     for file in [*folder.rglob("*")]:
         with suppress(Exception):
             if file.suffix == ".py":
@@ -127,13 +128,13 @@ def _refused(load: Load, folder: Path) -> bool:
         load(folder)
     except WeftError as error:
         return bool(str(error)) and "\n" not in str(error)
-    except Exception:  # noqa: BLE001 - whatever it is, it is no answer
+    except Exception:  # noqa: BLE001 - any other error is not a proper refusal
         return False
     return False
 
 
 def main() -> None:
-    """Load all, and print what came of it."""
+    """Load all cases and print the result."""
     trusting = "--trusting" in sys.argv
     tried, ran, unexplained = 0, 0, 0
     with TemporaryDirectory() as made:

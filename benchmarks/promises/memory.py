@@ -1,4 +1,4 @@
-"""Forward passes that run out of memory, and what becomes of everybody else's images."""
+"""Forward passes that run out of memory, and their effect on all other images."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ __all__ = ["PROMISES"]
 SHORT: Final = ("-m", "benchmarks.promises.short_of_memory")
 AT_ONCE: Final = 8
 SIZES: Final = sorted(product(range(32, 256, 32), repeat=2), key=prod)[:24]
-"""Pixels. Each size has its own largest forward, which shrinks when memory runs out."""
+"""Sizes in pixels. Each has its own largest forward pass, which shrinks when memory runs out."""
 
 ROUNDING: Final = 1
-"""Of 255: forwards of other numbers of rows round otherwise."""
+"""Tolerance in levels of 255, as forward passes with other numbers of rows round differently."""
 
 LEFT_BYTES: Final = 32 * MIB
 
 
 def _survives(_: Served, options: tuple[str, ...] = ()) -> Outcome:
-    """The same images before, during and after a hundred faults."""
+    """Compare the same images before and during a hundred faults."""
     with served([*SHORT, *options, "--row-budget", str(AT_ONCE)]) as server:
         before = {size: _images(server, *size) for size in SIZES}
         memory = server.resident()
@@ -80,7 +80,7 @@ def _faults(server: Served) -> int:
 
 
 def _private(_: Served, options: tuple[str, ...] = ()) -> Outcome:
-    """A canary in requests that fail for want of memory."""
+    """Search for a canary after requests that fail for lack of memory."""
     fields: dict[str, Any] = {"width": NEVER, "height": NEVER}
     with served([*SHORT, *options]) as server:
         answers = [

@@ -1,4 +1,4 @@
-"""Names that are paths: in every text that a request may hold, and in the files of a model."""
+"""Names that are paths, in every text of a request and in the files of a model."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ OUTSIDE: Final = "outside"
 STEM: Final = "canary"
 CHEAP: Final = {"prompt": "x", "steps": 1, "width": 64, "height": 64, "seed": 1}
 DEPTH: Final = 6
-"""Of nested schemas; deeper ones repeat."""
+"""Depth of nested schemas; deeper ones repeat."""
 
 LEAST_CASES: Final = 200
 
 
 @contextmanager
 def _place() -> Generator[Path]:
-    """Folders of a server, and beside them one that is none of its business."""
+    """Create the folders of a server, and next to them one that it must not touch."""
     with TemporaryDirectory() as made:
         place = Path(made)
         for folder in ("adapters", "models", "jobs", f"{OUTSIDE}/{STEM}"):
@@ -57,7 +57,7 @@ def _place() -> Generator[Path]:
 
 
 def _paths(place: Path) -> tuple[str, ...]:
-    """Names of files and folders outside, as a client would write them."""
+    """Names of files and folders outside the server's, as a client would write them."""
     inside = f"{place}/{OUTSIDE}/{STEM}"
     return (
         f"../{OUTSIDE}/{STEM}",
@@ -74,7 +74,7 @@ def _paths(place: Path) -> tuple[str, ...]:
 
 
 def _requests(_: Served, arguments: tuple[str, ...] = SERVE) -> Outcome:
-    """Every text of every route of the application's own schema, with every path."""
+    """Send every path in every text of every route of the application's own schema."""
     with _place() as place:
         settings = {
             "WEFT_ADAPTERS": str(place / "adapters"),
@@ -135,7 +135,7 @@ def _with_file(route: str, path: str, server: Served) -> int:
 def texts(
     schema: Mapping[str, Any], parts: Mapping[str, Any], text: str, depth: int
 ) -> Iterator[Any]:
-    """Values of a schema of which one text, each in turn, is this one."""
+    """Values of a schema, in each of which another one of its texts is the given text."""
     if depth == 0:
         return
     if "$ref" in schema:
@@ -154,7 +154,7 @@ def texts(
 
 
 def _files(_: Served, *, trusting: bool = False) -> Outcome:
-    """Model folders whose own files name others outside, as each family that is loaded."""
+    """Load model folders whose files name others outside, for each model family."""
     tried = unexplained = 0
     with _place() as place, watched(place / OUTSIDE) as opened:
         for family in FAMILIES:
@@ -175,7 +175,7 @@ def _files(_: Served, *, trusting: bool = False) -> Outcome:
 
 
 def _part_elsewhere(folder: Path) -> None:
-    """A part of the pipeline whose folder is outside."""
+    """Name a part of the pipeline whose folder is outside."""
     index = json.loads((folder / "model_index.json").read_text())
     for part in ("unet", "transformer"):
         index.pop(part, None)
@@ -185,7 +185,7 @@ def _part_elsewhere(folder: Path) -> None:
 
 
 def _shards_elsewhere(folder: Path) -> None:
-    """Weights in several files, all of them outside."""
+    """Index weights in several files, all of them outside."""
     for weights in [*folder.rglob("*.safetensors")]:
         if weights.parent == folder or weights.parent.name == "weft":
             continue
@@ -196,7 +196,7 @@ def _shards_elsewhere(folder: Path) -> None:
 
 
 def _configuration_elsewhere(folder: Path) -> None:
-    """Configurations that say that they are outside."""
+    """Let configurations claim that they are outside."""
     for file in [*folder.rglob("config.json")]:
         _rewrite(
             file, _name_or_path=f"../../{OUTSIDE}/{STEM}", _class_name=f"../../{OUTSIDE}/{STEM}"
@@ -212,7 +212,7 @@ def _load(folder: Path) -> None:
 
 
 def _follow(folder: Path) -> None:
-    """What a loader does that believes in the names in files."""
+    """Open files as a loader that trusts the names in files would."""
     for file in folder.rglob("*.json"):
         for word in file.read_text().split('"'):
             if OUTSIDE in word:
@@ -221,12 +221,12 @@ def _follow(folder: Path) -> None:
 
 
 def _settled(load: Callable[[Path], None], folder: Path) -> bool:
-    """Whether it is loaded, as where a name means nothing, or refused in a sentence."""
+    """Whether a folder is loaded, because the name has no effect, or refused in one sentence."""
     try:
         load(folder)
     except ModelMismatch as error:
         return bool(error.message) and "\n" not in error.message
-    except Exception:  # noqa: BLE001 - whatever it is, it is no answer
+    except Exception:  # noqa: BLE001 - any other error is not a proper refusal
         return False
     return True
 

@@ -1,4 +1,4 @@
-"""Notices whatever opens a file or a folder below a place, by the kernel's own notifications."""
+"""Detection of opened files and folders below a path, by the kernel's notifications."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["watched"]
 IN_ACCESS: Final = 0x1
 IN_OPEN: Final = 0x20
 EVENT: Final = 16
-"""Bytes of an event before its name; bytes 12 to 16 are the name's length."""
+"""Number of bytes of an event before its name; bytes 12 to 16 hold the name's length."""
 
 
 @contextmanager
@@ -24,8 +24,8 @@ def watched(place: Path) -> Generator[Callable[[], set[str]]]:
     """Watch a folder and all folders in it.
 
     Yields:
-        Asks for the names of what was opened or read there since the last call, in any process; a
-        folder itself has none.
+        A function that returns the names of what was opened or read there since the last call, by
+        any process; for a watched folder itself, the name is empty.
 
     Raises:
         OSError: the kernel allows no more watches.
@@ -36,7 +36,7 @@ def watched(place: Path) -> Generator[Callable[[], set[str]]]:
         for folder, _, _ in os.walk(place):
             if kernel.inotify_add_watch(watch, os.fsencode(folder), IN_OPEN | IN_ACCESS) < 0:
                 raise OSError(ctypes.get_errno(), f"{folder} cannot be watched")
-        # To walk a folder is to open it.
+        # Walking a folder has opened it.
         _events(watch)
         yield lambda: _events(watch)
     finally:

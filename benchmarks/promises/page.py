@@ -1,4 +1,4 @@
-"""docs/promises.md: a table with a line for each promise, each as it was last measured."""
+"""The page docs/promises.md: a table with a line for each promise, as last measured."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ work: where it exceeds the cores, times are longer than on an idle machine and s
 
 
 def line(promise: Promise, outcome: Outcome, control: Outcome, load: float) -> str:
-    """The line of a promise.
+    """The table's line for a promise.
 
     Args:
-        promise: that was measured.
-        outcome: on the server.
-        control: on the weakened one.
-        load: load average before.
+        promise: promise that was measured.
+        outcome: outcome on the server.
+        control: outcome on the weakened server.
+        load: load average before the measurement.
     """
     return _row(
         promise.claim,
@@ -59,12 +59,12 @@ def line(promise: Promise, outcome: Outcome, control: Outcome, load: float) -> s
 
 
 def page(promises: Sequence[Promise], lines: Sequence[str], before: str) -> str:
-    """The page with new lines, and those of the page before for promises without one.
+    """The page with new lines; promises without a new line keep that of the previous page.
 
     Args:
-        promises: all there are, in their order.
-        lines: that were measured.
-        before: the page so far.
+        promises: all promises, in order.
+        lines: newly measured lines.
+        before: the previous page.
     """
     known = {_claim(one): one for one in before.splitlines(keepends=True) if _is_row(one)}
     known |= {_claim(one): one for one in lines}

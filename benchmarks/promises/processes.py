@@ -1,4 +1,4 @@
-"""What the loaders and the engine promise by themselves, measured in processes without a server."""
+"""Promises of the loaders and the engine, measured in processes without a server."""
 
 from __future__ import annotations
 

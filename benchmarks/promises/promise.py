@@ -1,4 +1,4 @@
-"""A promise, and how it is shown to be kept."""
+"""A promise and its measurement."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from benchmarks.real_server import Served
 __all__ = ["WEAK", "Measure", "Outcome", "Promise"]
 
 WEAK: Final = ("-m", "benchmarks.promises.weak")
-"""Arguments of Python for the server without its defences."""
+"""Arguments to Python for the server without its defences."""
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a measurement showed.
+    """The outcome of a measurement.
 
     Attributes:
-        figure: in words, with its unit.
-        kept: whether it is within the target.
-        endless: whether the measurement came to no end in its time.
+        figure: the figure in words, with its unit.
+        kept: whether the figure is within the target.
+        endless: whether the measurement did not end in time.
     """
 
     figure: str
@@ -40,9 +40,10 @@ class Promise:
         claim: what is promised.
         method: how it is measured.
         target: the figure that keeps the promise.
-        weakness: what is taken away from the server for the negative control.
-        measure: the measurement; on the weakened server it has to find the promise broken.
-        control: the measurement for the negative control, where what is weakened is no server's.
+        weakness: what is removed from the server for the negative control.
+        measure: the measurement; on the weakened server it must find the promise broken.
+        control: the measurement for the negative control, where that does not use the weakened
+            server.
     """
 
     claim: str

@@ -1,4 +1,4 @@
-"""Waits until a server has nothing left to do, so that no measurement pays for the one before."""
+"""Waiting until a server is idle, so that no measurement is affected by the previous one."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ __all__ = ["comes_to_rest"]
 
 WATCHED_S: Final = 0.5
 IDLE: Final = 0.05
-"""Share of a core that a server uses at most while it has nothing to do."""
+"""Maximum fraction of a core that an idle server uses."""
 
 
 def comes_to_rest(server: Served, within_s: float) -> bool:
-    """Whether nothing waits at the server in time, and its processes do hardly anything.
+    """Whether the server's queue becomes empty in time and its processes become idle.
 
-    What others do on the machine does not count. A server without its defences may decode for
-    minutes what nobody waits for.
+    Other load on the machine does not matter. A server without its defences may decode pictures
+    for minutes that nobody waits for.
     """
     until = monotonic() + within_s
     while True:

@@ -1,8 +1,8 @@
-"""Rows of one batch beside a row that goes wrong, in an engine on the embedded model.
+"""The effect of a failing row on the other rows of its batch, in an engine on the embedded model.
 
     python -m benchmarks.promises.rows [--weak]
 
-Prints what came of it as JSON.
+Prints the result as JSON.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ CHOSEN: Final = (DDIM, DPMSolverPP, EulerAncestral)
 
 
 class Faulty:
-    """The model, one row of whose next forward comes out as NaN."""
+    """The model, with NaN in one row of the next forward pass."""
 
     def __init__(self, model: HostedModel, *, weak: bool) -> None:
         self._model = model
@@ -54,7 +54,7 @@ class Faulty:
         return getattr(self._model, name)
 
     def evaluate(self, x: torch.Tensor, t: torch.Tensor, inputs: Any) -> torch.Tensor:
-        """What the model makes of the rows, but for the bad one."""
+        """Evaluate the rows, with NaN in the bad one."""
         raw = self._model.evaluate(x, t, inputs)
         if self.bad_row is not None:
             row, self.bad_row = self.bad_row, None
@@ -66,7 +66,7 @@ class Faulty:
 
 @dataclass(slots=True)
 class Heard:
-    """What an engine says of the images of one submission."""
+    """A listener that collects the results of the images of one submission."""
 
     images: int
     results: dict[int, NDArray[np.uint8]] = field(default_factory=dict)
@@ -95,7 +95,7 @@ class Heard:
 
 
 class Batches:
-    """Submissions of eight images of one row each, to an engine that runs eight rows at a time."""
+    """Submits eight images of one row each to an engine that runs eight rows at a time."""
 
     def __init__(self, *, weak: bool) -> None:
         folder = embedded_folders()["embedded"]
@@ -111,7 +111,7 @@ class Batches:
             sleep(0.02)
 
     def run(self, sampler: Callable[[], Sampler]) -> Heard:
-        """What becomes of eight images by one sampler."""
+        """The results of eight images with one sampler."""
         solver = sampler()
         plan = solver.plan(self._model.default_schedule.grid(solver.default_spacing, STEPS))
         tasks = [
@@ -141,7 +141,7 @@ class Batches:
 
 
 def spoilt_by_nan(*, weak: bool) -> dict[str, int]:
-    """One NaN in each row in turn: how many runs spare the seven others to the bit."""
+    """Put a NaN in each row in turn, and count runs that leave the other seven bit-identical."""
     batches = Batches(weak=weak)
     runs = spared = 0
     for sampler in CHOSEN:
@@ -160,7 +160,7 @@ def spoilt_by_nan(*, weak: bool) -> dict[str, int]:
 
 
 def main() -> None:
-    """Measure, and print what came of it."""
+    """Measure, and print the result."""
     print(json.dumps(spoilt_by_nan(weak="--weak" in sys.argv)))
 
 

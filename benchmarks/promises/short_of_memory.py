@@ -2,7 +2,7 @@
 
     python -m benchmarks.promises.short_of_memory [--weak] --port PORT
 
-From SIGUSR1 on, `FAULTS` forwards of several rows run out of memory, each reported in the log;
+After SIGUSR1, `FAULTS` forward passes of several rows run out of memory, each reported in the log;
 those of the size `NEVER` always do.
 """
 
@@ -28,23 +28,23 @@ __all__ = ["FAULTS", "NEVER", "REPORT"]
 
 FAULTS: Final = 100
 NEVER: Final = 256
-"""Pixels of the width for which there is never enough memory."""
+"""Width in pixels for which there is never enough memory."""
 
 REPORT: Final = "an injected fault"
 
 
 @dataclass
 class Faults:
-    """How many forwards are still to run out of memory."""
+    """The number of forward passes that will still run out of memory."""
 
     left: int = 0
 
     def begin(self, *_: object) -> None:
-        """Let them come, at the signal."""
+        """Start the faults; the signal's handler."""
         self.left = FAULTS
 
     def before(self, evaluate: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        """The forward pass that runs out of memory first."""
+        """Wrap the forward pass so that it first runs out of memory where a fault is due."""
 
         def evaluated(model: UNetModel, x: Tensor, *given: Any) -> Tensor:
             if x.shape[-1] == model.latent_shape(NEVER, NEVER)[-1]:

@@ -1,4 +1,4 @@
-"""A server that is told to stop while it works: what becomes of those it works for."""
+"""Stopping a busy server: the effect on its clients."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ if TYPE_CHECKING:
 __all__ = ["PROMISES"]
 
 GRACE_S: Final = 6.0
-"""Less than the default, so that measuring takes seconds."""
+"""Grace time below the default, so that a measurement takes seconds."""
 
 EXIT_S: Final = 2.0
-"""For the interpreter to be taken down, on a machine that has other work."""
+"""Seconds for the interpreter to shut down on a machine with other load."""
 
 PATIENCE_S: Final = 20.0
 
 LONG: Final[dict[str, Any]] = {"steps": 200, "width": 128, "height": 128, "n": 1}
-"""More than the server has time for."""
+"""A request that takes longer than the grace time."""
 
 PLAIN: Final = 4
 STREAMS: Final = 3
@@ -68,7 +68,7 @@ def _drain(_: Served, arguments: tuple[str, ...] = SERVE) -> Outcome:
 
 
 def _refused_by_a_lame_duck(server: Served) -> bool:
-    """Whether a request that comes while others are ending is told to come back."""
+    """Whether a request that arrives during shutdown is refused with Retry-After."""
     until = monotonic() + 1
     while server.ask("GET", "/readyz")[0] == 200 and monotonic() < until:
         sleep(0.02)
@@ -77,7 +77,7 @@ def _refused_by_a_lame_duck(server: Served) -> bool:
 
 
 def _is_refusal(answer: Answer) -> bool:
-    """Whether it is a 503 in the form of all errors."""
+    """Whether a response is a 503 in the usual error format."""
     status, _, content = answer
     with suppress(ValueError, KeyError, TypeError):
         return status == 503 and bool(json.loads(content)["error"]["message"])
@@ -89,7 +89,7 @@ def _ends_with_an_error(answer: Answer) -> bool:
 
 
 def _ends(server: Served, within_s: float) -> bool:
-    """Whether the process has ended; it is a zombie until its parent asks for its status."""
+    """Whether the process ends in time; it is a zombie until its parent reads its status."""
     until = monotonic() + within_s
     while monotonic() < until:
         if Path(f"/proc/{server.process}/stat").read_text().rpartition(")")[2].split()[0] == "Z":

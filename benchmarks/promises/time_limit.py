@@ -1,4 +1,4 @@
-"""Runs a measurement in a process of its own, which can be ended whatever it waits for."""
+"""Running a measurement in a process of its own, which can be killed whatever it waits for."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ __all__ = ["within"]
 
 
 def within(limit_s: float, measure: Measure, server: Served) -> Outcome:
-    """What a measurement finds, or that it found nothing in so many seconds.
+    """The outcome of a measurement, or that it did not end within the time limit.
 
-    A server whose defences are gone may never answer again, and threads that wait for it cannot be
-    ended. The measurement runs in a fork, which is killed with all processes that it started.
+    A server without its defences may never respond again, and threads that wait for it cannot be
+    ended. The measurement therefore runs in a fork, which is killed with all its child processes.
 
     Raises:
-        RuntimeError: the measurement failed; the terminal has its traceback.
+        RuntimeError: the measurement failed; its traceback is on the terminal.
     """
     context = get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
@@ -46,7 +46,7 @@ def within(limit_s: float, measure: Measure, server: Served) -> Outcome:
 
 
 def _end(process: ForkProcess) -> None:
-    """Kill it and what it started, also what outlives a measurement that is done."""
+    """Kill a process and its children, even those that outlive a completed measurement."""
     if process.pid is not None:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""The server without its defences, on which every measurement has to fail.
+"""The server without its defences, on which every measurement must fail.
 
     python -m benchmarks.promises.weak --port PORT
 
@@ -42,7 +42,7 @@ MANY: Final = 10**9
 
 
 def weaken() -> None:
-    """Do without each defence as other servers do."""
+    """Remove each defence, as servers without it behave."""
     _replace(gate.Gate, "_admit", _let_everybody_in)
     _replace(body.JsonRoute, "get_route_handler", APIRoute.get_route_handler)
     _replace(connection, "connections", _plain_connections)
@@ -63,7 +63,7 @@ def weaken() -> None:
 
 
 def serve_in_order() -> None:
-    """Give nobody a share of the device: first come, first served."""
+    """Replace fair shares of the device by first come, first served."""
     _replace(selection, "fair_tick", _oldest_first)
     _replace(fair_queue.Turns, "flow_due", lambda *_: True)
     _replace(fair_queue.Turns, "standing", lambda *_: (0.0, 0.0))
@@ -76,7 +76,7 @@ def _replace(owner: Any, name: str, value: Any) -> None:
 
 
 def _let_everybody_in(own: Any, scope: Any, headers: Any) -> None:
-    """Know a key, so that its work can be counted, and ask nobody for one."""
+    """Recognize a key, so that its work can be counted, but require none."""
     offered = headers.get("authorization", "").removeprefix("Bearer ")
     for key in own._keys:
         if key.opens_for(offered):
@@ -112,7 +112,7 @@ def _oldest_first(
     lanes: Mapping[int, LaneCosts],
     *__: Any,
 ) -> list[int]:
-    """First come, first served, in ticks as large as they may be."""
+    """First come, first served, in ticks as large as allowed."""
     if not candidates:
         return []
     lane = candidates[0].lane
@@ -121,7 +121,7 @@ def _oldest_first(
 
 
 def _end_all(_: Any, chosen: list[Any], __: int | None, error: Exception) -> Iterator[Failure]:
-    """Take what happens to a tick for an error of all its images."""
+    """Treat an error of a tick as an error of all its images."""
     yield Failure(chosen, error)
 
 
@@ -130,7 +130,7 @@ async def _say_nothing(own: Any, *connection: Any) -> None:
 
 
 def _wherever_it_is(shelf: Any, name: str) -> AdapterFile:
-    """Join the name of an adapter to the folder, whatever it is."""
+    """Join the name of an adapter to the folder without checks."""
     path = shelf._folders[0] / f"{name.removesuffix('.safetensors')}.safetensors"
     return AdapterFile.read(name, path, shelf._target)
 
@@ -144,7 +144,7 @@ def _tell_the_log(admit: Any) -> Any:
 
 
 def main() -> None:
-    """Serve, weakened, on a second port of every address as well."""
+    """Serve without defences, and also listen on a second port on all addresses."""
     weaken()
     door = socket.create_server(("0.0.0.0", 0))  # noqa: S104 - the weakness itself
     with door:

@@ -1,1 +1,1 @@
-"""Whether the server is after a long time of unpleasant clients what it was before."""
+"""Soak test: whether a long time of unpleasant clients leaves anything behind in the server."""

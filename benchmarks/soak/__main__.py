@@ -1,12 +1,12 @@
-"""Let clients of all kinds come and go for minutes, and look at what they leave behind.
+"""Let clients of all kinds come and go for minutes, and measure what they leave behind.
 
     python -m benchmarks.soak                      # 10 minutes
     python -m benchmarks.soak --minutes 1
     python -m benchmarks.soak --minutes 1 --leak   # a server that leaks, which must be found out
 
-Starts the real server. Clients come, stall, vanish, flood it, cancel, upload and send nonsense, as
-requests and as live streams. Memory, file descriptors and threads may not grow from half-time on,
-and when the clients are gone no image and no stream may be left. Prints one table.
+Starts the real server. Clients stall, vanish, flood it, cancel, upload and send nonsense, with
+requests and live streams. Memory, file descriptors and threads must not grow after half-time beyond
+their limits, and when the clients are gone no image and no stream may be left. Prints one table.
 """
 
 from __future__ import annotations
@@ -46,14 +46,14 @@ THREADS_GROWTH: Final = 2
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """What the server's process has at one moment.
+    """The resources of the server's process at one moment.
 
     Attributes:
-        at: seconds of a clock.
-        resident: bytes of memory, with that of its child processes.
-        files: open file descriptors.
-        threads: of the process.
-        evaluations: of the denoiser so far.
+        at: time in seconds of a monotonic clock.
+        resident: resident memory in bytes, including child processes.
+        files: number of open file descriptors.
+        threads: number of threads of the process.
+        evaluations: number of denoiser evaluations so far.
     """
 
     at: float
@@ -68,11 +68,11 @@ class Figure:
     """One line of the table.
 
     Attributes:
-        name: of what is measured.
-        before: at half-time, or at first.
-        after: at the end.
-        limit: in words.
-        kept: whether it is kept; None for figures that are only reported.
+        name: name of the figure.
+        before: value at half-time or at the start.
+        after: value at the end.
+        limit: limit in words.
+        kept: whether the limit is kept; None for figures that are only reported.
     """
 
     name: str
@@ -83,7 +83,7 @@ class Figure:
 
 
 def main() -> int:
-    """Soak and print; returns the status of the process."""
+    """Run the soak test and print the table; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.soak")
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--seed", type=int, default=0)
@@ -114,7 +114,7 @@ def main() -> int:
 def _soaked(
     server: Served, seconds: float, random: Random
 ) -> tuple[Counter[str], list[str], list[Sample]]:
-    """Visits by kind, what went wrong, and samples from the end of the warm-up on."""
+    """Visits by kind, failures, and samples from the end of the warm-up on."""
     visits: Counter[str] = Counter()
     failures: list[str] = []
     samples: list[Sample] = []
@@ -139,7 +139,7 @@ async def _visit(
             kind = own.choice(list(KINDS))
             try:
                 await asyncio.wait_for(KINDS[kind](server, own), VISIT_S)
-            except Exception as error:  # noqa: BLE001  # Whatever it is, it is told at the end.
+            except Exception as error:  # noqa: BLE001  # Any error is reported at the end.
                 failures.append(f"{kind}: {type(error).__name__}: {error}")
             visits[kind] += 1
 
@@ -170,7 +170,7 @@ def _tenth(samples: Sequence[Sample], number: int) -> Sequence[Sample]:
 
 
 def _growth(samples: Sequence[Sample]) -> list[Figure]:
-    """From the tenth after half-time to the last one."""
+    """Growth of resources from the tenth after half-time to the last tenth."""
     before, after = _tenth(samples, 5), _tenth(samples, 9)
 
     def grew(
@@ -185,8 +185,8 @@ def _growth(samples: Sequence[Sample]) -> list[Figure]:
         bound = first * (1 + most) if isinstance(most, float) else first + most
         return Figure(name, f"{first / unit:.0f}", f"{last / unit:.0f}", limit, last <= bound)
 
-    # The least of memory and files, as what clients need at the moment comes and goes. The most of
-    # threads: the pool for handlers grows to its 40 with a flood, and shrinks after it.
+    # The minimum of memory and files, as the needs of current clients come and go. The maximum of
+    # threads: the pool for handlers grows to its 40 in a flood and shrinks after it.
     return [
         grew("memory, MiB", lambda one: one.resident, MEMORY_GROWTH, MIB),
         grew("file descriptors", lambda one: one.files, FILES_GROWTH),
@@ -195,7 +195,7 @@ def _growth(samples: Sequence[Sample]) -> list[Figure]:
 
 
 def _left(server: Served) -> list[Figure]:
-    """What remains of clients that are gone."""
+    """Images and streams that remain after all clients are gone."""
     until = monotonic() + IDLE_S
     names = {"images left": "weft_queue_images", "streams left": "weft_streams_open"}
     while any(server.metric(metric) for metric in names.values()) and monotonic() < until:
@@ -213,7 +213,7 @@ def _broken(server: Served, failures: Sequence[str]) -> list[Figure]:
 
 
 def _done(server: Served) -> str:
-    """What the server has made of it, in the words of its metrics."""
+    """The server's work by outcome, from its metrics."""
     told = re.findall(
         r'^weft_(images|stream_frames)_total{outcome="(\w+)"} ([\d.]+)',
         server.ask("GET", "/metrics")[2].decode(),
@@ -225,7 +225,7 @@ def _done(server: Served) -> str:
 
 
 def _throughput(samples: Sequence[Sample]) -> Figure:
-    """Evaluations a second, which other work on the machine moves as well."""
+    """Evaluations per second, which other load on the machine also affects."""
     first, last = (
         (part[-1].evaluations - part[0].evaluations) / (part[-1].at - part[0].at)
         for part in (_tenth(samples, 0), _tenth(samples, 9))

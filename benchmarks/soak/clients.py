@@ -1,4 +1,4 @@
-"""Clients of all kinds: those that behave, and those that stall, vanish or send nonsense."""
+"""Clients of all kinds: well-behaved ones, and ones that stall, vanish or send nonsense."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ BOMBS: Final = [bomb() for bomb in attackers.BOMBS.values()]
 
 
 class BrokenServer(Exception):
-    """The server answered what it never should."""
+    """The server gave a response that it never should."""
 
 
 def _fields(random: Random) -> dict[str, Any]:
@@ -60,7 +60,7 @@ def _picture(random: Random) -> bytes:
 async def _asking(
     server: Served, method: str, path: str, body: bytes = b"", identifier: str = ""
 ) -> AsyncGenerator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
-    """A request over a connection of its own, which is cut at the end, answered or not."""
+    """Send a request over a new connection, which is aborted at the end, answered or not."""
     reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
     head = server.head(method, path, len(body)).removesuffix(b"\r\n")
     chosen = f"x-request-id: {identifier}\r\n" if identifier else ""
@@ -81,13 +81,13 @@ async def _answered(server: Served, body: bytes) -> None:
 
 
 async def ordinary(server: Served, random: Random) -> None:
-    """An image of any size."""
+    """Requests an image of random size."""
     size = {"width": random.choice(SIZES), "height": random.choice(SIZES)}
     await _answered(server, json.dumps(_fields(random) | size).encode())
 
 
 async def upload(server: Served, random: Random) -> None:
-    """Image to image, inpainting, or a file that is slow or large to decode."""
+    """Requests image to image or inpainting, or uploads a file that is slow or large to decode."""
     files = [_picture(random) for _ in range(4)] + BOMBS
     body = _fields(random) | {"image": base64.b64encode(random.choice(files)).decode()}
     if random.random() < 0.3:
@@ -107,7 +107,7 @@ async def cancels(server: Served, random: Random) -> None:
 
 
 async def disconnects(server: Served, random: Random) -> None:
-    """Leaves before the answer, or amid the events."""
+    """Disconnects before the response, or in the middle of the events."""
     fields = _fields(random) | {"steps": 30, "stream": random.random() < 0.5}
     body = json.dumps(fields).encode()
     async with _asking(server, "POST", "/v1/generate", body) as (reader, _):
@@ -116,7 +116,7 @@ async def disconnects(server: Served, random: Random) -> None:
 
 
 async def half_a_body(server: Served, random: Random) -> None:
-    """Announces a large body and leaves in the middle."""
+    """Announces a large body and disconnects in the middle of it."""
     async with _asking(server, "POST", "/v1/generate") as (_, writer):
         writer.write(server.head("POST", "/v1/generate", 2**24))
         writer.write(b'{"image": "' + random.randbytes(2**16).hex().encode())
@@ -124,7 +124,7 @@ async def half_a_body(server: Served, random: Random) -> None:
 
 
 async def floods(server: Served, random: Random) -> None:
-    """Many requests at once, most of which are refused."""
+    """Sends many requests at once, most of which are refused."""
     body = json.dumps(_fields(random)).encode()
     await asyncio.gather(*(_answered(server, body) for _ in range(FLOOD)))
 
@@ -142,7 +142,7 @@ async def _stream(server: Served) -> AsyncGenerator[ClientConnection]:
 
 
 async def streams(server: Served, random: Random) -> None:
-    """Sends frames and reads images, with settings that change, and pauses."""
+    """Sends frames and reads images, with changing settings and pauses."""
     async with _stream(server) as socket:
         await socket.send(json.dumps(_fields(random)))
         reading = asyncio.create_task(_read(socket))
@@ -156,7 +156,7 @@ async def streams(server: Served, random: Random) -> None:
 
 
 async def streams_text(server: Served, random: Random) -> None:
-    """Reads images of the prompt alone, and vanishes."""
+    """Reads images generated from the prompt alone, and vanishes."""
     async with _stream(server) as socket:
         await socket.send(json.dumps(_fields(random) | {"source": "text", "seed_step": 1}))
         with suppress(TimeoutError):
@@ -165,21 +165,21 @@ async def streams_text(server: Served, random: Random) -> None:
 
 
 async def never_reads(server: Served, random: Random) -> None:
-    """Sends frames, reads nothing, and vanishes with a frame half sent."""
+    """Sends frames, reads nothing, and vanishes in the middle of a frame."""
     async with _stream(server) as socket:
         socket.transport.pause_reading()
         await socket.send(json.dumps(_fields(random) | {"output_format": "png"}))
         for _ in range(20):
             await socket.send(_picture(random))
             await asyncio.sleep(0.1)
-        # The head of a frame of 4096 bytes, of which none follow.
+        # The header of a frame of 4096 bytes, none of which follow.
         socket.transport.write(b"\x82\xfe\x10\x00")
         await asyncio.sleep(0.1)
         socket.transport.abort()
 
 
 async def sends_garbage(server: Served, random: Random) -> None:
-    """Sends what is neither settings nor an image, between frames that are."""
+    """Sends data that is neither settings nor an image, between valid frames."""
     nonsense = (
         "{",
         "[]",
@@ -200,7 +200,7 @@ async def sends_garbage(server: Served, random: Random) -> None:
 
 
 async def says_nothing(server: Served, random: Random) -> None:
-    """Opens a stream, says nothing, and vanishes."""
+    """Opens a stream, sends nothing, and vanishes."""
     async with _stream(server) as socket:
         await asyncio.sleep(random.random())
         socket.transport.abort()
@@ -212,7 +212,7 @@ async def _read(socket: ClientConnection) -> None:
 
 
 async def _unless_refused(work: Awaitable[None]) -> None:
-    """What comes of clients that vanish or find no room is no failure."""
+    """Ignore errors of clients that vanish or are refused, which are not failures."""
     with suppress(ConnectionClosed, InvalidHandshake, ConnectionError, asyncio.IncompleteReadError):
         await work
 

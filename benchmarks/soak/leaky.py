@@ -1,4 +1,4 @@
-"""The server with a leak of each kind, which the soak has to find.
+"""The server with a leak of each kind, which the soak test must find.
 
 python -m benchmarks.soak.leaky --port PORT
 """
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
 LEAKED_BYTES: Final = 4 * 2**20
 LEFT_OPEN: Final = 3
-"""Sessions that are never closed; more would leave no room for others."""
+"""Number of sessions that are never closed; more would leave no room for others."""
 
 
 def leak() -> None:
-    """Keep memory, a file and a thread of every live stream, and some streams themselves."""
+    """Leak memory, a file and a thread for every live stream, and some of the streams."""
     kept: list[object] = []
     closed = count()
     close = Streams.close
