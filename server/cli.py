@@ -95,7 +95,7 @@ RowBudget = Annotated[
 ]
 Adapters = Annotated[
     Path | None,
-    typer.Option(help="Folder with the LoRA files, NAME.safetensors, that requests may name."),
+    typer.Option(help="Folder with LoRA files, NAME.safetensors, or folders that peft saved."),
 ]
 Controls = Annotated[
     Path | None,

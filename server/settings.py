@@ -368,8 +368,8 @@ class Settings(BaseSettings):
     )
     adapters: Folder | None = Field(
         default=None,
-        description="Folder with LoRA files, `NAME.safetensors`, that requests may name in "
-        "`adapters`.",
+        description="Folder with LoRA files, `NAME.safetensors`, or folders that peft saved, that "
+        "requests may name in `adapters`.",
     )
     adapter_bytes: int = Field(
         default=2 * 2**30,

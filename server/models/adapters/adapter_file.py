@@ -1,4 +1,4 @@
-"""LoRA files, safetensors only: the header is read first, weights on first use."""
+"""LoRA files and folders, safetensors only: the header is read first, weights on first use."""
 
 from __future__ import annotations
 
@@ -17,8 +17,13 @@ from server.models.adapters.adapter import Adapter, LowRank
 from server.models.adapters.lycoris import layers_of_whole_operands
 from server.models.adapters.magnitude import INPUTS, OUTPUTS, joined, measured, weight_of
 from server.models.adapters.naming import DOWN, UP
-from server.models.adapters.placing import (
+from server.models.adapters.peft_config import (
     LARGEST_ALPHA,
+    PeftConfig,
+    adapter_stamp,
+    files_of,
+)
+from server.models.adapters.placing import (
     Header,
     Placed,
     PlacedChanges,
@@ -26,7 +31,7 @@ from server.models.adapters.placing import (
     place,
 )
 from server.models.adapters.stated import stated_defaults
-from server.models.folder import chunks_of, stamp_of, without_folder
+from server.models.folder import chunks_of, without_folder
 from server.models.header import shapes_of
 from server.models.memory import refused_if_full
 
@@ -48,7 +53,7 @@ class AdapterFile:
 
     Attributes:
         name: name that requests use.
-        path: path of the file.
+        path: path of the file, or of the folder that peft saved.
         stamp: value that changes when the file changes.
         changes: changes of layers and norms.
         target: the model.
@@ -69,13 +74,13 @@ class AdapterFile:
 
         Args:
             name: name that requests use.
-            path: path of the file.
+            path: path of the file, or of the folder that peft saved.
             target: the model.
 
         Raises:
             AdapterMismatch: the file cannot be used with the model; the sentence names both.
         """
-        stamp = stamp_of(path)
+        stamp = adapter_stamp(path)
         try:
             header = _header(path)
             defaults = stated_defaults(name, header.metadata)
@@ -126,7 +131,7 @@ class AdapterFile:
             raise AdapterMismatch(
                 f"adapter {self.name!r} could not be read: {without_folder(error, self.path)}."
             ) from None
-        if stamp_of(self.path) != self.stamp:
+        if adapter_stamp(self.path) != self.stamp:
             raise AdapterMismatch(f"adapter {self.name!r} changed while it was read; try again.")
         return Adapter(self.name, revision, parts, norms)
 
@@ -140,7 +145,8 @@ class AdapterFile:
     def _loaded(
         self, device: torch.device, dtype: torch.dtype
     ) -> tuple[dict[str, dict[str, LowRank]], dict[str, dict[str, NormChange]]]:
-        tensors = load_file(self.path, backend="pread")
+        weights, _ = files_of(self.path)
+        tensors = load_file(weights, backend="pread")
         state = self.target.converted(tensors, dtype)
         # Released as early as possible, so that only the file is in memory besides the adapter.
         del tensors
@@ -185,7 +191,10 @@ def _join(changes: dict[str, LowRank], layers: Mapping[str, Placed]) -> None:
 
 
 def _header(path: Path) -> Header:
-    with safe_open(path, framework="pt") as opened:
+    weights, config = files_of(path)
+    if config is None and weights != path:
+        raise AdapterMismatch("has no adapter_config.json beside its weights")
+    with safe_open(weights, framework="pt") as opened:
         names = set(opened.keys())
         alphas: dict[str, float] = {
             name: float(opened.get_tensor(name).item())
@@ -201,7 +210,7 @@ def _header(path: Path) -> Header:
         raise AdapterMismatch(
             f"has the tensor {wrong[0]}, which is no number of at most {LARGEST_ALPHA:g}"
         )
-    return Header(shapes, alphas, metadata)
+    return Header(shapes, alphas, metadata, PeftConfig.of_file(config) if config else None)
 
 
 def _loaded(
@@ -241,6 +250,7 @@ def _padded_rank(rank: int) -> int:
 
 def _revision(path: Path) -> str:
     digest = hashlib.sha256()
-    for chunk in chunks_of(path):
-        digest.update(chunk)
+    for file in filter(None, files_of(path)):
+        for chunk in chunks_of(file):
+            digest.update(chunk)
     return digest.hexdigest()[:16]

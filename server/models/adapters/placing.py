@@ -8,7 +8,6 @@ would generate a different image from the one that the file's author saw.
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass, field
 from math import prod
@@ -31,6 +30,7 @@ from server.models.adapters.naming import (
 )
 from server.models.adapters.norms import PlacedNorm, is_norm, norm_of
 from server.models.adapters.original_layers import ORIGINAL, Original
+from server.models.adapters.peft_config import PeftConfig
 from server.models.adapters.vectors import PlacedBias, PlacedMagnitude, bias_of, magnitude_of
 from server.models.gguf.layers import conv_shape
 from server.models.streamed import at_rest
@@ -43,7 +43,6 @@ if TYPE_CHECKING:
     from server.models.adapters.stack import Layer
 
 __all__ = [
-    "LARGEST_ALPHA",
     "Header",
     "Placed",
     "PlacedChanges",
@@ -64,11 +63,7 @@ UNSUPPORTED = {
 }
 """Kinds of unsupported files, by a part of their tensors' names."""
 
-CONFIG = "lora_adapter_metadata"
-"""Entry of a file's metadata in which diffusers stores peft's configs, as JSON."""
-
 NAMED = re.compile(rf"(?P<layer>.+?)\.(?P<ending>{'|'.join(map(re.escape, ENDINGS))})")
-LARGEST_ALPHA = 1e6
 NOT_BY_ROWS = "resolution_embedder"
 """Part of PixArt-alpha's transformer that takes height and width as two entries per row."""
 
@@ -81,11 +76,24 @@ class Header:
         shapes: shapes of its tensors, by name.
         alphas: values of the tensors that are single numbers, by name.
         metadata: text entries by name.
+        config: config beside the file; None where there is none.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
     alphas: Mapping[str, float]
     metadata: Mapping[str, str]
+    config: PeftConfig | None = None
+
+    def config_of(self, part: str) -> PeftConfig:
+        """The config of the adapter of a network.
+
+        Args:
+            part: name of the network in a model folder.
+
+        Raises:
+            AdapterMismatch: it cannot be read.
+        """
+        return self.config or PeftConfig.of_metadata(self.metadata, part)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -259,12 +267,14 @@ def place(header: Header, target: Target) -> PlacedChanges:
         down, up = own[DOWN], own[UP]
         shapes = tuple(down.shape), tuple(up.shape)
         _check(target, part, layer, shapes)
-        scale = _scale(header, part, layer, down, shapes[0][0])
+        config = header.config_of(part)
+        scale = _scale(header, config, layer, down, shapes[0][0])
         where = f"the layer {layer} of {part}", target.layers[part][layer], target.model
         magnitude, bias = magnitude_of(own, *where), bias_of(own, *where, scale=scale)
-        if magnitude is None and _config(header, part).get("use_dora"):
+        if magnitude is None and config.is_dora:
             raise AdapterMismatch(
-                f"is a DoRA ({CONFIG} says so) without the lora_magnitude_vector of {layer[:120]}"
+                f"is a DoRA ({config.source} says so) without the lora_magnitude_vector of "
+                f"{layer[:120]}"
             )
         change = Placed(shapes, scale, magnitude, bias)
         placed.setdefault(part, {})[layer] = change
@@ -341,7 +351,7 @@ def _check(
         )
 
 
-def _scale(header: Header, part: str, layer: str, down: StandIn, rank: int) -> float:
+def _scale(header: Header, config: PeftConfig, layer: str, down: StandIn, rank: int) -> float:
     """Alpha / rank: from a tensor in kohya's files, from the config in peft's, otherwise 1.
 
     A converter that created new factors has already multiplied it into them.
@@ -349,34 +359,5 @@ def _scale(header: Header, part: str, layer: str, down: StandIn, rank: int) -> f
     [source, *_] = down.sources
     if (alpha := header.alphas.get(alpha_of(source))) is not None:
         return alpha / rank if down.kept else 1.0
-    config = _config(header, part)
-    patterns = config.get("alpha_pattern") or {}
-    if not isinstance(patterns, dict):
-        raise AdapterMismatch(f"has an alpha_pattern in {CONFIG} that is no JSON object")
-    alpha = config.get("lora_alpha", rank)
-    for pattern, own in patterns.items():
-        # peft treats patterns as regular expressions; in files they are names, or ends of names.
-        whole = pattern.removeprefix("^")
-        if layer == whole or (whole == pattern and layer.endswith(f".{pattern}")):
-            alpha = own
-    if (
-        isinstance(alpha, bool)
-        or not isinstance(alpha, int | float)
-        or not abs(alpha) <= LARGEST_ALPHA
-    ):
-        raise AdapterMismatch(
-            f"has the alpha {str(alpha)[:40]!r}; a number of at most {LARGEST_ALPHA:g} is needed"
-        )
-    return alpha / (rank**0.5 if config.get("use_rslora") else rank)
-
-
-def _config(header: Header, part: str) -> dict[str, Any]:
-    """The config that peft saved for a network; empty where the file has none."""
-    try:
-        entries = json.loads(header.metadata.get(CONFIG) or "{}")
-    except (ValueError, RecursionError):
-        entries = None
-    if not isinstance(entries, dict):
-        raise AdapterMismatch(f"has metadata {CONFIG} that is no JSON object")
-    prefix = f"{part}."
-    return {k.removeprefix(prefix): v for k, v in entries.items() if k.startswith(prefix)}
+    written = alpha_of(source).removesuffix(".alpha").removeprefix("base_model.model.")
+    return config.scale({layer, written}, rank)
