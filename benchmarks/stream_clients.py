@@ -111,13 +111,16 @@ class StreamingWeft:
     ) -> Ran:
         """Run streams that always have as many frames in progress as there are stages.
 
+        On a GPU, which decodes beside the ticks, they have one more, which is decoded.
+
         Args:
             streams: settings of each stream, as a client sends them.
             seconds: measured time.
             background: whether ordinary requests run at the same time.
         """
         live = [self._tasks(settings, number) for number, settings in enumerate(streams)]
-        lives = [_Client(self.engine, tasks, tasks[0].plan.evaluations) for tasks in live]
+        beside = self.model.device.type == "cuda"
+        lives = [_Client(self.engine, tasks, tasks[0].plan.evaluations + beside) for tasks in live]
         others = [_Client(self.engine, self._ordinary(), BACKGROUND_AT_ONCE)] * background
         for client in (*others, *lives):
             client.start()

@@ -174,12 +174,14 @@ class Engine:
         self._reports = Reports(self._device)
         self._uncounted: set[Sequence] = set()
         self._arrived = Arrivals()
+        self._left_waiting = 0
         self._active: list[Sequence] = []
         self._decoder = Decoder(
             self._device,
             self._selection.turns,
             self._idle_work.give_back,
             self._idle_work.decoder_of,
+            self._interrupted,
             fixed=deterministic,
         )
         self._wake = Condition()
@@ -402,6 +404,13 @@ class Engine:
                 most_s,
             )
 
+    def _interrupted(self, most_s: float) -> bool:
+        """Wait for newcomers at most so many seconds; return whether there are more than before."""
+        with self._wake:
+            return self._wake.wait_for(
+                lambda: len(self._arrived) > self._left_waiting or bool(self._chores), most_s
+            )
+
     def _tick(self) -> None:
         self._chores.do()
         self._admit()
@@ -430,6 +439,7 @@ class Engine:
                 ordinary,
                 lambda one: pictures.take(one, due=turns.flow_due(one.flow, TURN_S)),
             )
+            self._left_waiting = len(self._arrived)
         self._active.extend(newcomers)
         cancelled = {sequence for sequence in self._active if sequence.submission.cancelled}
         for sequence in cancelled:
@@ -463,6 +473,7 @@ class Engine:
             if not sequence.started_at:
                 sequence.started_at = monotonic()
                 self._reports.started(sequence)
+        self._reports.last_stages([one for one in chosen if one.live and one.in_last_stage])
         for part in self._stages.run(chosen):
             if isinstance(part, Failure):
                 for sequence in part.images:

@@ -11,6 +11,7 @@ from server.engine.tick.preview import previews
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from collections.abc import Sequence as Listed
 
     import numpy as np
     import torch
@@ -65,6 +66,14 @@ class Reports:
         """Report that an image ended without a picture."""
         _tell(sequence, sequence.listener.failed, sequence.index, error)
 
+    def last_stages(self, frames: Listed[Sequence]) -> None:
+        """Note that the last evaluation of some live frames begins.
+
+        Listeners are notified with the next :meth:`tell_steps`, while a GPU runs it: the next frame
+        of the stream has to be there when these leave their places in the denoiser.
+        """
+        self._untold += [(frame, frame.task.plan.steps) for frame in frames]
+
     def steps(self, closed: list[tuple[Sequence, int]], denoised: Tensor) -> None:
         """Note that a stage has closed sampler steps, and start the previews that are wanted.
 
@@ -77,6 +86,9 @@ class Reports:
         wanted: list[StepsDone] = []
         rows: list[int] = []
         for sequence, row in closed:
+            if sequence.live and sequence.done:
+                # Reported when the stage began.
+                continue
             progress = sequence, sequence.task.plan.step[sequence.stage - 1] + 1
             if sequence.task.previews and not sequence.done:
                 wanted.append(progress)

@@ -174,7 +174,7 @@ class StreamSettings(Readable):
         default=None,
         ge=1,
         description="Most frames of this session in the engine at once. Default: one for each "
-        "stage, and one.",
+        "stage, and two.",
     )
     paused: bool = Field(
         default=False, strict=True, description="Whether no further frame is taken in."

@@ -375,7 +375,7 @@ class StreamSession:
     def _most_in_flight(self, settings: StreamSettings, prepared: Prepared) -> int:
         most = self._stream_limits.in_flight
         if settings.in_flight is None:
-            return min(most, prepared.plan.evaluations + 1)
+            return min(most, prepared.plan.evaluations + 2)
         if settings.in_flight > most:
             raise InvalidRequest(
                 "in_flight", f"in_flight is {settings.in_flight}; at most {most} is allowed."
@@ -442,7 +442,9 @@ class StreamSession:
             and not self.full
             and self._in_engine < current.in_flight
             # One is left for the decoder, so that the next frame is encoded while it is decoded.
-            and self._in_denoiser < max(1, current.in_flight - 1)
+            # More than one for each stage would only wait for each other.
+            and self._in_denoiser
+            < max(1, min(current.in_flight - 1, current.prepared.plan.evaluations))
         )
 
     async def _take_in(self, current: Current) -> None:

@@ -93,7 +93,7 @@ class Frame:
         output_format: format of its output.
         submitted: time at which it was submitted to the engine.
         started: whether its first evaluation has begun, or it ended before that.
-        denoised: whether its last evaluation is done, so that only decoding is left.
+        denoised: whether its last evaluation is done or under way, so that only decoding is left.
         skipped: whether the similarity filter skipped it.
         result: result of the engine.
         error: why there is no result.
@@ -140,7 +140,7 @@ class FrameListener:
         self._tell(self._start)
 
     def progress(self, index: int, step: int, steps: int, preview: np.ndarray | None) -> None:
-        """A step is done (called in the engine's thread)."""
+        """A step is done, or the last one is under way (called in the engine's thread)."""
         if step == steps:
             self._tell(self._denoise)
 

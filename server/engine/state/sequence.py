@@ -77,7 +77,10 @@ class Listener(Protocol):
     def progress(
         self, index: int, step: int, steps: int, preview: NDArray[np.uint8] | None
     ) -> None:
-        """``step`` of ``steps`` steps are done; the preview is ``[h, w, 3]`` or None."""
+        """``step`` of ``steps`` steps are done; the preview is ``[h, w, 3]`` or None.
+
+        The last step of a live frame is reported while it runs.
+        """
 
     def finished(self, index: int, result: ImageResult) -> None:
         """The image is done."""
@@ -269,6 +272,11 @@ class Sequence:
     def done(self) -> bool:
         """Whether slot 0 holds the clean latent."""
         return self.stage == self.task.plan.evaluations
+
+    @property
+    def in_last_stage(self) -> bool:
+        """Whether the next evaluation is the last one."""
+        return self.stage + 1 == self.task.plan.evaluations
 
     @property
     def opens_step(self) -> bool:

@@ -48,6 +48,9 @@ Larger calls take less time per picture, and an idle device has nobody to delay.
 IN_FLIGHT = 2
 """Maximum number of decoder calls queued or running on a GPU, which bounds their memory."""
 
+LOOKS_AGAIN_S = 0.0005
+"""Seconds after which an engine without other work looks again whether pictures are decoded."""
+
 TICKS_OF_BACKLOG = 4
 """Number of ticks within which a CPU decodes a backlog, however many images finish at once."""
 
@@ -80,6 +83,8 @@ class Decoder:
         give_back: function that frees memory which is not needed, and returns whether there was
             any.
         decoder_of: function that returns what stands for ``HostedModel.decode`` of a model.
+        interrupted: function that waits for other work for at most so many seconds, and returns
+            whether there is any.
 
     Attributes:
         seconds: device time spent in decoding.
@@ -92,6 +97,7 @@ class Decoder:
         turns: Turns,
         give_back: Callable[[], bool],
         decoder_of: Callable[[HostedModel], Callable[[Tensor], Tensor]],
+        interrupted: Callable[[float], bool],
         *,
         fixed: bool,
     ) -> None:
@@ -100,6 +106,7 @@ class Decoder:
         self._device = device
         self._give_back = give_back
         self._decoder_of = decoder_of
+        self._interrupted = interrupted
         self._fixed = fixed
         self._turns = turns
         self._queue = DecoderQueue(turns)
@@ -171,11 +178,18 @@ class Decoder:
         return max(1, min(pictures, pixels // _pixels(first)))
 
     def _finished(self, *, idle: bool) -> Iterator[tuple[Sequence, ImageResult | Exception]]:
-        while self._in_flight and (idle or self._in_flight[0].pixels_and_finite.ready):
+        while self._in_flight and self._is_there(self._in_flight[0], idle=idle):
             yield from self._results(self._in_flight.popleft())
             idle = False
         failed, self._failed = self._failed, []
         yield from failed
+
+    def _is_there(self, decoding: Decoding, *, idle: bool) -> bool:
+        """Whether a call has finished, or finishes before the engine has other work to do."""
+        while not decoding.pixels_and_finite.ready:
+            if not idle or self._interrupted(LOOKS_AGAIN_S):
+                return False
+        return True
 
     def _most(self, first: Sequence, *, idle: bool) -> int:
         """Number of images that the next decoder call on a GPU may take, given the first one."""

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
-import numpy as np
+from types import SimpleNamespace
+from typing import Any
 
-from server.engine.tick.decode import DECODED_AT_ONCE, TICKS_OF_BACKLOG
+import numpy as np
+import torch
+
+from server.engine.engine import Engine
+from server.engine.fair_queue import Turns
+from server.engine.tick.decode import DECODED_AT_ONCE, TICKS_OF_BACKLOG, Decoder
+from tests.server.by_hand import task as toy_task
+from tests.server.toy_model import Ear, Toy
 
 
 class Diary:
@@ -101,3 +109,37 @@ def test_an_image_that_is_cancelled_before_its_turn_is_not_decoded(start, model,
     # One may be in the decoder when its cancellation comes.
     assert 1 + len(doomed.results) <= decoded <= 2 + len(doomed.results) < 5
     assert engine.measurements.pending == 0
+
+
+def test_an_engine_without_work_waits_for_pictures_only_until_something_else_is_to_be_done() -> (
+    None
+):
+    """A stream's next frame must not wait until the one before it is decoded."""
+    comes = iter([False, False, True])
+    decoder = Decoder(
+        torch.device("cpu"),
+        Turns(),
+        lambda: False,
+        lambda model: model.decode,
+        lambda _: next(comes),
+        fixed=False,
+    )
+    unfinished: Any = SimpleNamespace(pixels_and_finite=SimpleNamespace(ready=False))
+    decoder._in_flight.append(unfinished)
+    assert list(decoder._finished(idle=True)) == []
+    assert not list(comes)
+    assert list(decoder._in_flight) == [unfinished]
+
+
+def test_what_waited_before_is_nothing_else_to_be_done() -> None:
+    engine = Engine({"toy": Toy()}, row_budget=2, guessed_costs={1: 0.01})
+    with torch.inference_mode():
+        engine._warm_up()
+        assert not engine._interrupted(0)
+        engine.submit([toy_task(seed=seed) for seed in range(40)], Ear(40))
+        assert engine._interrupted(0)
+        engine._admit()
+        assert len(engine._arrived)
+        assert not engine._interrupted(0)
+        engine.submit([toy_task()], Ear(1))
+        assert engine._interrupted(0)

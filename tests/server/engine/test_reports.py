@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from server.engine.engine import Engine
+from server.engine.scheduler import Priority
 from server.engine.tick import stage
 from server.engine.tick.host_copy import HostCopy
 from server.errors import DeviceLost
@@ -34,7 +35,13 @@ def order(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return happened
 
 
-def ticks(order: list[str], device: str, previews: bool, fails_at: int = 0) -> None:
+def ticks(
+    order: list[str],
+    device: str,
+    previews: bool,
+    fails_at: int = 0,
+    priority: Priority = Priority.INTERACTIVE,
+) -> None:
     """Runs an image in this thread, tick by tick; its listener fails at a step."""
 
     class Model(Toy):
@@ -59,7 +66,7 @@ def ticks(order: list[str], device: str, previews: bool, fails_at: int = 0) -> N
     engine._warm_up()
     engine._device = Mock(type=device)
     order.clear()
-    engine.submit([task(steps=STEPS, previews=previews)], Listener(1))
+    engine.submit([task(steps=STEPS, previews=previews, priority=priority)], Listener(1))
     with torch.inference_mode():
         while engine.measurements.pending:
             engine._tick()
@@ -77,6 +84,18 @@ def test_steps_are_told_while_a_gpu_works_on_the_next_ones(
         *("forward", "step 2", "wait"),
         *("forward", "step 3", "wait"),
         *("step 4", "finished"),
+    ]
+
+
+def test_the_last_step_of_a_live_frame_is_told_while_a_gpu_works_on_it(order: list[str]) -> None:
+    """Its stream then has the next frame ready when this one leaves its place in the denoiser."""
+    ticks(order, "cuda", previews=False, priority=Priority.LIVE)
+    assert order == [
+        *("forward", "wait"),
+        *("forward", "step 1", "wait"),
+        *("forward", "step 2", "wait"),
+        *("forward", "step 3", "step 4", "wait"),
+        "finished",
     ]
 
 

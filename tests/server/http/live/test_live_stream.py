@@ -232,6 +232,18 @@ def test_one_of_the_frames_in_flight_is_there_to_be_decoded(
     assert max(measured.rows_per_tick - before) == 2
 
 
+def test_by_default_no_more_frames_than_stages_are_in_the_denoiser_at_once(
+    running: Running, client_of_stream: StreamClient
+) -> None:
+    measured = running.app.state.service.engine.measurements
+    before = measured.rows_per_tick.copy()
+    fields = {"source": "text", "seed_step": 1, "steps": 3, "guidance": "none"}
+    assert client_of_stream.settings(**SMALL | fields)["settings"]["in_flight"] == 3 + 2
+    for _ in range(6):
+        client_of_stream.output()
+    assert max(measured.rows_per_tick - before) == 3
+
+
 def test_an_image_that_nothing_changes_is_made_once(
     running: Running, client_of_stream: StreamClient
 ) -> None:
