@@ -1,7 +1,7 @@
 """Train the autoencoder on crops of pictures, then whiten its latents.
 
-Without group normalisation, a network trained on crops treats whole pictures the same way, and
-crops can be chosen so that they contain an edge far more often than pictures do.
+Without group normalisation, a network trained on crops treats whole pictures in the same way, and
+crops can be chosen so that they contain edges far more often than random parts of a picture.
 """
 
 import math
@@ -25,14 +25,16 @@ CROP_SIZE: Final = 64
 _PEAK_RATE: Final = 1e-3
 _FINE_TUNING_RATE: Final = 3e-4
 _LATENT_NOISE: Final = 0.1
-"""Greatest deviation of the noise on a crop's latents: the decoder must forgive a denoiser."""
+"""Maximum standard deviation of the noise added to a crop's latents, so that the decoder tolerates
+the errors of a denoiser."""
 
 
 @dataclass(frozen=True, slots=True)
 class AutoencoderSettings:
-    """How to train. `steps` or `minutes` end the main part; fine-tuning takes a fifth on top.
+    """Training settings. `steps` or `minutes` end the main part; fine-tuning adds a fifth.
 
-    `pictures` are in the pool that crops come from, and as many are measured for whitening.
+    `pictures` is the number of pictures in the pool for crops, and also of those used for
+    whitening.
     """
 
     steps: int | None
@@ -44,7 +46,7 @@ class AutoencoderSettings:
 
 
 class CropPool:
-    """Random crops from a pool of pictures, part of which is redrawn as the training goes on."""
+    """Random crops from a pool of pictures, parts of which are redrawn during the training."""
 
     def __init__(self, seed: int, device: str, pictures: int) -> None:
         self._rng = torch.Generator().manual_seed(seed)
@@ -68,7 +70,7 @@ class CropPool:
         self._pictures[chosen] = render(scenes, self._device)
 
     def crops(self, count: int) -> Tensor:
-        """[count, 3, 64, 64] in [-1, 1]: most hold an edge, some have permuted colour channels."""
+        """[count, 3, 64, 64] in [-1, 1]; most have an edge, some permuted colour channels."""
         limit = PICTURE_SIZE - CROP_SIZE
         numbers = torch.randint(len(self._scenes), (count,), generator=self._rng).tolist()
         chance = torch.rand(count, 4, generator=self._rng).tolist()
@@ -89,7 +91,7 @@ class CropPool:
 
 
 def train_autoencoder(settings: AutoencoderSettings, checkpoint: Path) -> AutoencoderTiny:
-    """Train (or resume from the checkpoint), whiten, fine-tune the decoder."""
+    """Train (or resume from the checkpoint), whiten the latents, and fine-tune the decoder."""
     torch.manual_seed(settings.seed)
     model = make_autoencoder()
     nn.Module.to(model, settings.device)
@@ -112,7 +114,7 @@ def train_autoencoder(settings: AutoencoderSettings, checkpoint: Path) -> Autoen
 
 
 def _fine_tune(model: AutoencoderTiny, pool: CropPool, settings: AutoencoderSettings) -> None:
-    """Adapt the decoder alone to the whitened latents, which its soft clamp bends otherwise."""
+    """Adapt only the decoder to the whitened latents, on which its soft clamp acts differently."""
     model.encoder.requires_grad_(requires_grad=False)
     optimizer = torch.optim.AdamW(model.decoder.parameters(), betas=(0.9, 0.99), weight_decay=0)
     clock = TrainingClock(
@@ -165,7 +167,7 @@ def _step(
 
 
 def _distance_from_white(latents: Tensor) -> Tensor:
-    """How far mean and covariance of the latents' channels are from 0 and 1."""
+    """Squared distance of the channels' mean from 0 and of their covariance from the identity."""
     cells = latents.movedim(1, 0).flatten(1)
     mean = cells.mean(1, keepdim=True)
     covariance = (cells - mean) @ (cells - mean).T / cells.shape[1]
@@ -177,8 +179,9 @@ def _distance_from_white(latents: Tensor) -> Tensor:
 def whiten(model: AutoencoderTiny, device: str, pictures: int) -> None:
     """Fold whitening, which gives latents mean 0 and covariance 1, into the outer convolutions.
 
-    z' = W (z - m) goes into the encoder's last convolution exactly; z = W^-1 z' + m into the
-    decoder's first one but for its soft clamp and the zero padding at the picture's border.
+    z' = W (z - m) is folded exactly into the encoder's last convolution; z = W^-1 z' + m is folded
+    into the decoder's first one, exactly except for its soft clamp and the zero padding at the
+    picture's border.
     """
     latents = torch.cat(
         [
@@ -188,7 +191,7 @@ def whiten(model: AutoencoderTiny, device: str, pictures: int) -> None:
     )
     cells = latents.movedim(1, 0).flatten(1).double()
     mean = cells.mean(1)
-    # Symmetric (ZCA) whitening stays nearest to the latents the decoder knows.
+    # Symmetric (ZCA) whitening stays nearest to the latents that the decoder was trained on.
     values, vectors = torch.linalg.eigh(torch.cov(cells))
     to_white = (vectors * values.rsqrt()) @ vectors.T
     from_white = (vectors * values.sqrt()) @ vectors.T

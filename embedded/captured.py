@@ -1,4 +1,4 @@
-"""A training step as a CUDA graph, since launching the kernels of small networks costs most."""
+"""Training steps as CUDA graphs, since kernel launches dominate the cost of small networks."""
 
 from collections.abc import Callable, Iterable
 from typing import Final
@@ -7,14 +7,14 @@ import torch
 from torch import Tensor, nn
 
 _WARM_UP: Final = 5
-"""Steps before the capture, which must not meet anything that is set up on first use."""
+"""Number of steps before the capture, which must not include anything set up on first use."""
 
 
 def captured(step: Callable[[], Tensor], device: str) -> Callable[[], Tensor]:
-    """The same step, replayed from a graph on CUDA; elsewhere the step itself.
+    """The same step, replayed from a graph on CUDA; on other devices the step itself.
 
-    The step reads and writes the same tensors every time, and never waits for the device. What it
-    returns is overwritten by the next call. On CUDA the first few steps are made here.
+    The step must read and write the same tensors every time, and must not synchronize with the
+    device. Its result is overwritten by the next call. On CUDA the first few steps run here.
     """
     if torch.device(device).type != "cuda":
         return step
@@ -38,7 +38,7 @@ def captured(step: Callable[[], Tensor], device: str) -> Callable[[], Tensor]:
 def adam(
     parameters: Iterable[nn.Parameter], rate: float, betas: tuple[float, float], device: str
 ) -> torch.optim.AdamW:
-    """Adam without weight decay, whose rate is a tensor that a captured step reads."""
+    """Adam without weight decay; its learning rate is a tensor that a captured step reads."""
     return torch.optim.AdamW(
         parameters,
         lr=torch.tensor(rate, device=device),
@@ -50,6 +50,6 @@ def adam(
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Give an optimiser of :func:`adam` another rate."""
+    """Set the learning rate of an optimiser made by :func:`adam`."""
     for group in optimizer.param_groups:
         group["lr"].fill_(rate)

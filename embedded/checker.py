@@ -1,8 +1,8 @@
 """Read a picture of shapes by classical image analysis, and compare it with a caption's claims.
 
 The background is the template nearest to the picture's border; the things are the connected parts
-that differ from it. A part with a hole is a ring; any other is the shape whose outline, scaled to
-the same area, overlaps it most. Colour is the median of the part's inside.
+that differ from it. A part with a hole is a ring; any other part is the shape whose outline, scaled
+to the same area, overlaps it most. Colour is the median of the part's interior.
 """
 
 from dataclasses import dataclass
@@ -27,15 +27,15 @@ from embedded.scenes import (
 
 _BORDER: Final = 2
 _CONTRAST: Final = 60.0
-"""Distance from the background, in sRGB units, at which a pixel belongs to a thing."""
+"""Distance from the background, in sRGB units, above which a pixel belongs to a thing."""
 _LEAST_AREA: Final = 150
 _LEAST_HOLE: Final = 40
 _LEAST_OVERLAP: Final = 0.7
-"""Intersection over union with the best shape below which a part is none of the shapes."""
+"""Intersection over union with the best shape below which a part is not recognised."""
 _MOST_COLOUR_DISTANCE: Final = 90.0
 _TEMPLATE_CELLS: Final = 96
 _TEMPLATE_REACH: Final = 1.5
-"""Half width of a shape's template, in units of the square root of its area."""
+"""Half the width of a shape's template, in units of the square root of the shape's area."""
 
 _OPPOSITES: Final = {"right of": "left of", "below": "above"}
 
@@ -50,7 +50,7 @@ class Patch:
 
 
 def read_picture(pixels: np.ndarray) -> Description:
-    """What the picture (uint8 [128, 128, 3]) shows; things run left to right or top to bottom."""
+    """Describe a picture (uint8 [128, 128, 3]), with things from left to right or top to bottom."""
     image = pixels.astype(np.float32)
     background, template = _nearest_background(image)
     mask = np.sqrt(np.square(image - template).sum(-1)) > _CONTRAST
@@ -65,10 +65,10 @@ def read_picture(pixels: np.ndarray) -> Description:
 
 
 def compare(claim: Description, seen: Description) -> dict[str, bool]:
-    """For each attribute that the claim mentions, whether the picture shows it throughout.
+    """For each attribute that the claim mentions, whether it is right for all things.
 
-    Things are matched so that most of their attributes are right. With another number of things
-    than claimed nothing about them or their relation is right.
+    Things are matched so that as many of their attributes as possible are right. If the number of
+    things differs from the claim, nothing about them or their relation is right.
     """
     verdict = {"count": len(claim.things) == len(seen.things)}
     if claim.background is not None:
@@ -93,7 +93,7 @@ def compare(claim: Description, seen: Description) -> dict[str, bool]:
 
 
 def _in_reading_order(claim: Description) -> tuple[tuple[Thing, ...], str | None]:
-    """Turn "A right of B" into "B left of A", which says the same."""
+    """Turn "A right of B" into the equivalent "B left of A"."""
     if claim.relation in _OPPOSITES:
         return claim.things[::-1], _OPPOSITES[claim.relation]
     return claim.things, claim.relation
@@ -126,7 +126,7 @@ def _nearest_background(image: np.ndarray) -> tuple[str, np.ndarray]:
     border = np.ones(image.shape[:2], dtype=bool)
     border[_BORDER:-_BORDER, _BORDER:-_BORDER] = False
     templates = _background_templates()
-    # The median forgives a thing that touches the border.
+    # The median is robust to a thing that touches the border.
     name = min(
         templates,
         key=lambda n: float(np.median(np.abs(image - templates[n]).sum(-1)[border])),
@@ -135,7 +135,7 @@ def _nearest_background(image: np.ndarray) -> tuple[str, np.ndarray]:
 
 
 def _parts(mask: np.ndarray) -> list[Patch]:
-    """The connected parts of the mask that are large enough, holes separated."""
+    """The connected parts of the mask that are large enough, with their holes separated."""
     labels, areas = _label(mask)
     parts: list[Patch] = []
     for label in np.flatnonzero(areas >= _LEAST_AREA):
@@ -144,7 +144,7 @@ def _parts(mask: np.ndarray) -> list[Patch]:
         edge = np.concatenate([outside[0], outside[-1], outside[:, 0], outside[:, -1]])
         hole = ~solid & ~np.isin(outside, edge[edge >= 0])
         parts.append(Patch(solid | hole, solid, int(hole.sum())))
-    # A spot within a ring's hole is part of no thing of its own.
+    # A spot within a ring's hole is not a thing of its own.
     return [p for p in parts if not any(q is not p and (q.filled & p.solid).any() for q in parts)]
 
 
@@ -228,7 +228,7 @@ def _shape(part: Patch) -> str | None:
     overlaps: dict[str, float] = {}
     for shape, template in _shape_templates().items():
         common = float(template[row, column].mean())
-        # Both have the same area, so the union is twice that less what is common.
+        # Both have the same area, so the union is twice the area minus the intersection.
         overlaps[shape] = common / (2 - common)
     best = max(overlaps, key=overlaps.__getitem__)
     return best if overlaps[best] >= _LEAST_OVERLAP else None

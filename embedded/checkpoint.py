@@ -18,14 +18,14 @@ from samplers.whole_file import write_whole
 
 @dataclass(slots=True)
 class TrainingState:
-    """What a resumed run needs: the modules by name, the optimiser, the clock."""
+    """The state that a resumed run needs: the modules by name, the optimiser and the clock."""
 
     modules: dict[str, nn.Module]
     optimizer: torch.optim.Optimizer
     clock: TrainingClock
 
     def store(self, file: Path) -> None:
-        """Write all of it to a safetensors file."""
+        """Write the state to a safetensors file."""
         state = self.optimizer.state_dict()
         tensors = {
             f"optimizer.{parameter}.{key}": value
@@ -42,7 +42,7 @@ class TrainingState:
         save(tensors, file, metadata)
 
     def restore(self, file: Path, device: str) -> None:
-        """Read it back, on the device."""
+        """Read the state back, onto the device."""
         tensors = load_file(file, device)
         for name, module in self.modules.items():
             module.load_state_dict(_below(tensors, name))
@@ -65,13 +65,13 @@ def save(tensors: dict[str, Tensor], file: Path, metadata: dict[str, str] | None
 
 
 def metadata_of(file: Path) -> dict[str, str]:
-    """The metadata written with the tensors."""
+    """The metadata stored with the tensors."""
     with safe_open(file, "pt") as content:
         return dict(content.metadata() or {})
 
 
 def _without_rate(group: Mapping[str, Any]) -> dict[str, Any]:
-    """The learning rate is the clock's, and may be a tensor that a captured step reads."""
+    """The group without its learning rate, which the clock sets and which may be a tensor."""
     return {key: value for key, value in group.items() if key != "lr"}
 
 
@@ -92,7 +92,7 @@ class RunningAverage:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Take in the parameters after that step; early on the average forgets faster."""
+        """Include the parameters after a step; early in a run the average forgets faster."""
         decay = min(self._decay, (1 + step) / (10 + step))
         for average, parameter in zip(self._average, self._source, strict=True):
             average.lerp_(parameter, 1 - decay)

@@ -1,4 +1,4 @@
-"""Train the classifier of noisy latents that classifier guidance takes its gradients from."""
+"""Train the classifier of noisy latents that classifier guidance uses."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,20 +25,20 @@ HEADS: Final = {
     "place": tuple(PLACES),
     "minority": tuple(f"tenth {number}" for number in range(1, 11)),
 }
-"""Attributes and their classes. Those of a thing are learnt from pictures of one thing alone;
-minority is the tenth of the training pictures, by how badly the model restores them."""
+"""Attributes and their classes. Attributes of a thing are learnt only from pictures of one thing;
+minority is the tenth of the training pictures, ordered by how badly the model restores them."""
 
 FIRST_SEED: Final = 5_000_000_000
-"""Seeds from here on belong to no picture that the model was trained or reported on."""
+"""First seed of pictures that were used neither for the model's training nor for its report."""
 
 _LATENTS: Final = "latents"
 _PAIRS_EVERY: Final = 5
-"""Most pictures are of one thing, as pairs teach nothing of things."""
+"""One in this many pictures shows two things; from pairs, attributes of things are not learnt."""
 _UNKNOWN: Final = -1
 _BATCH: Final = 96
 _PEAK_RATE: Final = 2e-3
 _CLEAN: Final = 0.2
-"""Share of the batch without any noise, for predictions of the clean latent."""
+"""Fraction of the batch without noise, for predictions of the clean latent."""
 _RESTORED_FROM: Final = 899
 """Timestep, nine tenths of the way to noise, that minority scores restore from (arXiv 2301.12334,
 section 3.2)."""
@@ -52,7 +52,7 @@ class Labelled:
     classes: dict[str, Tensor]
 
     def parted(self, first: int) -> tuple["Labelled", "Labelled"]:
-        """The first pictures, and the rest."""
+        """Split into the first pictures and the rest."""
         parts = (slice(first), slice(first, None))
         before, after = (
             Labelled(self.latents[part], {k: v[part] for k, v in self.classes.items()})
@@ -61,7 +61,7 @@ class Labelled:
         return before, after
 
     def save(self, file: Path) -> None:
-        """Write a safetensors file, whole or not at all."""
+        """Write a safetensors file atomically."""
         save({_LATENTS: self.latents, **self.classes}, file)
 
     @classmethod
@@ -73,7 +73,7 @@ class Labelled:
 
 @torch.inference_mode()
 def make_labelled(pipeline: StableDiffusionPipeline, pictures: int) -> Labelled:
-    """Draw, encode and label pictures of fresh seeds."""
+    """Draw, encode and label pictures from new seeds."""
     scenes = [
         make_scene(FIRST_SEED + number, things=2 if number % _PAIRS_EVERY == 0 else 1)
         for number in range(pictures)
@@ -88,7 +88,7 @@ def make_labelled(pipeline: StableDiffusionPipeline, pictures: int) -> Labelled:
     scores = torch.cat([_distance_restored(pipeline, chunk) for chunk in latents.split(64)])
     ranks = scores.argsort().argsort()
     classes["minority"] = ranks * len(HEADS["minority"]) // pictures
-    # Tensors made in inference mode could not be trained on.
+    # Tensors created in inference mode cannot be used in training.
     return Labelled(latents.clone(), classes)
 
 
@@ -104,8 +104,8 @@ def _class_of(scene: Scene, attribute: str) -> int:
 def _distance_restored(pipeline: StableDiffusionPipeline, latents: Tensor) -> Tensor:
     """Mean square distance of latents from the model's own restoration of them, ``[rows]``.
 
-    Without a prompt, from nearly pure noise. The paper measures perceptual distance of pictures;
-    this is that of latents.
+    Latents are restored without a prompt from nearly pure noise. The paper measures the perceptual
+    distance of pictures; this is the distance of latents.
     """
     square = float(make_scheduler().alphas_cumprod[_RESTORED_FROM])
     alpha, sigma = square**0.5, (1 - square) ** 0.5
@@ -120,14 +120,14 @@ def _distance_restored(pipeline: StableDiffusionPipeline, latents: Tensor) -> Te
 def train_classifier(
     data: Labelled, model: str, steps: int, seed: int, tell: Callable[[int, float], None]
 ) -> LatentClassifier:
-    """Train on random levels of noise with cross-entropy over every attribute that is known.
+    """Train at random noise levels, with cross-entropy over all known attributes.
 
     Args:
-        data: what to learn.
-        model: revision of the weights whose latents these are.
-        steps: of Adam, at batches of 96.
-        seed: of everything random.
-        tell: called with step and loss now and then.
+        data: labelled latents.
+        model: revision of the model that the latents belong to.
+        steps: number of steps of Adam, with batches of 96.
+        seed: seed of all random numbers.
+        tell: called with step and loss from time to time.
     """
     torch.manual_seed(seed)
     classifier = LatentClassifier(data.latents.shape[1], HEADS, model)
@@ -150,7 +150,7 @@ def train_classifier(
 def accuracy(
     classifier: LatentClassifier, data: Labelled, timestep: int | None
 ) -> dict[str, float]:
-    """Share of right classes by attribute, at a timestep's noise or on clean latents (None)."""
+    """Accuracy by attribute, at the noise level of a timestep or on clean latents (None)."""
     rows = len(data.latents)
     square = torch.ones(()) if timestep is None else make_scheduler().alphas_cumprod[timestep]
     alpha, sigma = square.sqrt().expand(rows), (1 - square).sqrt().expand(rows)

@@ -1,4 +1,4 @@
-"""The parts of the embedded model, freshly initialised, and the folder they are stored in."""
+"""The parts of the embedded model, untrained or loaded, and the folder that stores them."""
 
 import copy
 import json
@@ -24,11 +24,11 @@ LATENT_SIZE: Final = 16
 WIDTHS: Final = (64, 96, 128)
 """Channels of the U-Net's levels."""
 WEAK_WIDTHS: Final = (32, 48, 64)
-"""The same of the weaker companion, which autoguidance steers away from."""
+"""Channels of the levels of the weaker companion, which autoguidance steers away from."""
 
 _TEXT_WIDTH: Final = 128
 _PROMPTS: Final = 1024
-"""Captions that suit the model, beside it for what is to be fitted to it."""
+"""Number of captions stored with the model, for what is fitted to it."""
 _FIRST_PROMPT: Final = 5_000_000_000
 _START, _END, _UNKNOWN = "<|startoftext|>", "<|endoftext|>", "<|unknown|>"
 
@@ -43,14 +43,14 @@ class Components:
 
 
 def make_tokenizer() -> CLIPTokenizer:
-    """One token per word; an unknown word becomes one unknown token per character."""
+    """A tokenizer with one token per word; unknown words become one unknown token per character."""
     tokenizer = CLIPTokenizer(
         vocab={_START: 0, _END: 1, _UNKNOWN: 2},
         merges=[],
         unk_token=_UNKNOWN,
         model_max_length=MAX_TOKENS,
     )
-    # Byte-pair encoding would need a token for every piece of a word; added tokens need none.
+    # Byte-pair encoding would need a token for every piece of a word; added tokens do not.
     tokenizer.add_tokens(
         [AddedToken(word, single_word=word.isalpha(), normalized=True) for word in VOCABULARY]
     )
@@ -80,9 +80,9 @@ def make_text_encoder() -> CLIPTextModel:
 def make_unet(
     widths: tuple[int, int, int] = WIDTHS, *, scale_features: int | None = None
 ) -> UNet2DConditionModel:
-    """A U-Net, untrained: cross-attention at the two lower of three levels of these widths.
+    """A U-Net, untrained, with cross-attention at the two lower of three levels of these widths.
 
-    With `scale_features` it is told the guidance scale by an embedding of so many features.
+    With `scale_features` it is conditioned on the guidance scale by an embedding of this size.
     """
     return UNet2DConditionModel(
         sample_size=LATENT_SIZE,
@@ -101,10 +101,10 @@ def make_unet(
 
 
 def make_autoencoder(decoder_blocks: tuple[int, ...] = (3, 3, 1, 1)) -> AutoencoderTiny:
-    """The autoencoder, untrained; full resolution costs most, so it has few layers there.
+    """The autoencoder, untrained; it has few layers at full resolution, where they cost most.
 
     Args:
-        decoder_blocks: residual blocks of the decoder at 16, 32, 64 and 128 pixels.
+        decoder_blocks: numbers of residual blocks of the decoder at 16, 32, 64 and 128 pixels.
     """
     autoencoder = AutoencoderTiny(
         encoder_block_out_channels=(32, 32, 32, 32),
@@ -119,9 +119,9 @@ def make_autoencoder(decoder_blocks: tuple[int, ...] = (3, 3, 1, 1)) -> Autoenco
 
 @torch.no_grad()
 def _initialise(autoencoder: AutoencoderTiny) -> None:
-    """Keep the signal's variance through the layers; residual blocks start as the identity.
+    """Initialise so that layers preserve the signal's variance and residual blocks are identities.
 
-    There is no normalisation that would repair the default's shrinking signal.
+    There is no normalisation to compensate for the shrinking signal of the default initialisation.
     """
     for module in autoencoder.modules():
         if isinstance(module, nn.Conv2d):
@@ -134,7 +134,7 @@ def _initialise(autoencoder: AutoencoderTiny) -> None:
 
 
 def make_scheduler() -> DDIMScheduler:
-    """v-prediction on linear betas, whose last alpha squared is 4e-5: black stays black."""
+    """DDIM for v-prediction on linear betas; the last alpha squared is 4e-5: black stays black."""
     return DDIMScheduler(
         num_train_timesteps=1000,
         beta_start=1e-4,
@@ -149,7 +149,7 @@ def make_scheduler() -> DDIMScheduler:
 
 
 def make_few_step_scheduler() -> LCMScheduler:
-    """The scheduler of what is distilled from the embedded model."""
+    """The scheduler of the models distilled from the embedded model."""
     shared = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type")
     config = make_scheduler().config
     return LCMScheduler(
@@ -162,12 +162,12 @@ def make_few_step_scheduler() -> LCMScheduler:
 
 
 def make_components() -> Components:
-    """All trained parts, untrained."""
+    """All trainable parts, untrained."""
     return Components(make_autoencoder(), make_unet(), make_text_encoder())
 
 
 def load_components(folder: Path) -> Components:
-    """All trained parts, from a model folder."""
+    """All trained parts, loaded from a model folder."""
     return Components(
         AutoencoderTiny.from_pretrained(folder / "vae"),
         UNet2DConditionModel.from_pretrained(folder / "unet"),
@@ -176,10 +176,10 @@ def load_components(folder: Path) -> Components:
 
 
 def save_model(components: Components, folder: Path) -> None:
-    """Write a whole diffusers folder; each file is replaced atomically, so readers never see half.
+    """Write a complete diffusers folder; each file is replaced atomically.
 
     The U-Net and the autoencoder are stored in float16, which diffusers loads as float32. The text
-    encoder stays in float32: transformers would load float16 as it is.
+    encoder stays in float32, as transformers would load float16 as float16.
     """
 
     def write(fresh: Path) -> None:
@@ -192,7 +192,7 @@ def save_model(components: Components, folder: Path) -> None:
 
 
 def save_student(components: Components, folder: Path, scale: float) -> None:
-    """Write the folder of a latent consistency model and its default scale, in the same way."""
+    """Write the folder of a latent consistency model with its default scale, in the same way."""
 
     def write(fresh: Path) -> None:
         scheduler = make_few_step_scheduler()
@@ -217,12 +217,12 @@ def _replace(folder: Path, write: Callable[[Path], None]) -> None:
 
 
 def save_weak(unet: UNet2DConditionModel, folder: Path) -> None:
-    """Store the weaker companion in a model folder, where the server looks for one."""
+    """Store the weaker companion in a model folder, where the server looks for it."""
     _write_part(unet, folder / "weft" / "weak")
 
 
 def save_autoencoder(autoencoder: AutoencoderTiny, folder: Path) -> None:
-    """Store the autoencoder alone in a model folder, in the same way."""
+    """Store only the autoencoder in a model folder, in the same way."""
     _replace(folder, lambda fresh: _write_part(autoencoder, fresh / "vae"))
 
 
@@ -254,7 +254,7 @@ def _write_part(part: AutoencoderTiny | UNet2DConditionModel, place: Path) -> No
     copy.deepcopy(part).half().save_pretrained(place)
     _leave_out(place / "config.json", "_name_or_path")
     if isinstance(part, AutoencoderTiny):
-        # diffusers derives this entry anew and warns when it reads it.
+        # diffusers derives this entry itself and warns when it reads it.
         _leave_out(place / "config.json", "block_out_channels")
 
 

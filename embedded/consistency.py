@@ -14,19 +14,19 @@ from torch import Tensor
 from samplers.lcm import SIGMA_DATA, TIMESTEP_SCALING
 
 Model = Callable[[Tensor, Tensor], Tensor]
-"""From x and timesteps to v."""
+"""Maps x and timesteps to v."""
 
 
 @dataclass(frozen=True, slots=True)
 class AlphaSigma:
-    """Alpha and sigma of every time from -1 on, each ``[timesteps + 1]`` float32."""
+    """Alpha and sigma at every time from -1 on, each ``[timesteps + 1]`` float32."""
 
     alpha: Tensor
     sigma: Tensor
 
     @classmethod
     def of(cls, alphas_cumprod: Tensor, device: str) -> "AlphaSigma":
-        """Of the squares of alpha at timesteps 0, 1, ..."""
+        """Create from the squares of alpha at timesteps 0, 1, ..."""
         squares = torch.cat([torch.ones(1), alphas_cumprod]).double()
         return cls(
             squares.sqrt().float().to(device), (1 - squares).clamp(min=0).sqrt().float().to(device)
@@ -39,7 +39,7 @@ class AlphaSigma:
 
 
 def consistency(v: Tensor, x: Tensor, times: Tensor, levels: AlphaSigma) -> Tensor:
-    """The consistency function: what v says of the clean picture, and x itself where t is 0.
+    """The consistency function: the clean picture implied by v, and x itself where t is 0.
 
     c_skip(t) x + c_out(t) (alpha x - sigma v), with sigma_data .5 and timesteps scaled by 10
     (equation 9, and the boundary of Song et al., arXiv 2303.01469).
@@ -51,20 +51,20 @@ def consistency(v: Tensor, x: Tensor, times: Tensor, levels: AlphaSigma) -> Tens
 
 
 def ddim(v: Tensor, x: Tensor, times: Tensor, following: Tensor, levels: AlphaSigma) -> Tensor:
-    """One DDIM step from these times to the following ones; x stays where both are the same."""
+    """One DDIM step from ``times`` to ``following``; x does not change where both are equal."""
     alpha, sigma = levels.at(times)
     next_alpha, next_sigma = levels.at(following)
     return next_alpha * (alpha * x - sigma * v) + next_sigma * (sigma * x + alpha * v)
 
 
 def guided(unet: UNet2DConditionModel, empty: Tensor, text: Tensor, scales: Tensor) -> Model:
-    """The U-Net with classifier-free guidance, both predictions in one call.
+    """The U-Net with classifier-free guidance, with both predictions in one call.
 
     Args:
-        unet: predicts v.
-        empty: what it reads of the empty caption, ``[1, tokens, features]``.
-        text: of each row's caption, ``[rows, tokens, features]``.
-        scales: of guidance, ``[rows]``; 1 is the caption alone.
+        unet: U-Net that predicts v.
+        empty: text states of the empty caption, ``[1, tokens, features]``.
+        text: text states of each row's caption, ``[rows, tokens, features]``.
+        scales: guidance scales, ``[rows]``; 1 is the caption alone.
     """
     both = torch.cat([empty.expand_as(text), text])
     weights = scales[:, None, None, None]
@@ -80,18 +80,18 @@ def guided(unet: UNet2DConditionModel, empty: Tensor, text: Tensor, scales: Tens
 def solved(
     teacher: Model, x: Tensor, times: Tensor, span: int, steps: int, levels: AlphaSigma
 ) -> tuple[Tensor, Tensor]:
-    """Follow the teacher's probability flow from these times for ``span`` timesteps.
+    """Follow the teacher's probability-flow ODE from these times for ``span`` timesteps.
 
     Args:
-        teacher: guided already.
-        x: ``[rows, C, h, w]``.
-        times: ``[rows]``.
-        span: timesteps to go down, in all; rows that reach the clean picture stay there.
-        steps: DDIM steps that the way is divided into, equal ones.
-        levels: of the model.
+        teacher: guided teacher.
+        x: state at the start, ``[rows, C, h, w]``.
+        times: times at the start, ``[rows]``.
+        span: total number of timesteps to go down; rows that reach the clean picture stay there.
+        steps: number of equal DDIM steps into which the span is divided.
+        levels: levels of the model.
 
     Returns:
-        x there, and the times that were reached.
+        x at the end, and the times that were reached.
     """
     for _ in range(steps):
         following = (times - span // steps).clamp(min=-1)
@@ -101,11 +101,11 @@ def solved(
 
 
 def distance(one: Tensor, other: Tensor, kind: Literal["cauchy", "huber"], width: float) -> Tensor:
-    """How far predictions ``[rows, C, h, w]`` are apart; robust, so that a few cells do not rule.
+    """A robust distance of predictions ``[rows, C, h, w]``, so that a few cells do not dominate.
 
-    Cauchy's log(1 + d^2 / (2 width^2)) forgives what is far off even more than the pseudo-Huber
-    sqrt(d^2 + width^2) - width does (Dao et al., arXiv 2502.01441); d^2 is a latent cell's mean
-    square over its channels, and the result the mean over cells and rows.
+    The Cauchy loss log(1 + d^2 / (2 width^2)) is even more tolerant of outliers than the
+    pseudo-Huber loss sqrt(d^2 + width^2) - width (Dao et al., arXiv 2502.01441). d^2 is the mean
+    square over the channels of a latent cell, and the result is the mean over cells and rows.
     """
     square = (one - other).square().mean(1)
     if kind == "cauchy":

@@ -1,4 +1,4 @@
-"""Teach a U-Net to jump along the guided teacher's probability flow (arXiv 2310.04378)."""
+"""Train a U-Net to jump along the guided teacher's probability flow (arXiv 2310.04378)."""
 
 import copy
 from collections.abc import Callable
@@ -21,7 +21,7 @@ from embedded.unet_training import Corpus
 from server.models.unet_model import embedding_of_scales
 
 TIMES: Final = 50
-"""Times that the student is taught at, equal steps down from the last timestep; LCM's number."""
+"""Number of times at which the student is trained, equally spaced, as in LCM."""
 SCALE_FEATURES: Final = 64
 """Size of the embedding of the guidance scale."""
 
@@ -33,16 +33,16 @@ _SAID_EVERY: Final = 500
 
 @dataclass(frozen=True, slots=True)
 class Distillation:
-    """How to distil; `steps` or `minutes` end the run, `publish_minutes` separates previews.
+    """Settings; `steps` or `minutes` end the run, and `publish_minutes` separates previews.
 
     Attributes:
         scales: least and greatest guidance scale of the teacher.
-        intervals: of the 50 times, how many the target is nearer to the picture.
-        solver_steps: of the teacher over that way.
-        loss: which distance from the target.
-        width: of that distance, in units of a latent's deviation.
-        target_decay: of the running average that targets come from.
-        average_decay: of the running average that is kept.
+        intervals: number of the 50 times by which the target is nearer to the clean picture.
+        solver_steps: number of the teacher's DDIM steps over these intervals.
+        loss: kind of distance from the target.
+        width: width of that distance, in units of a latent's standard deviation.
+        target_decay: decay of the running average that targets come from.
+        average_decay: decay of the running average that is kept.
     """
 
     steps: int | None
@@ -62,7 +62,7 @@ class Distillation:
 
 
 def student_of(teacher: UNet2DConditionModel) -> UNet2DConditionModel:
-    """The teacher with an embedding of the guidance scale that changes nothing at first."""
+    """The teacher with an embedding of the guidance scale that has no effect at first."""
     student = make_unet(scale_features=SCALE_FEATURES)
     missing, unexpected = student.load_state_dict(teacher.state_dict(), strict=False)
     if missing != ["time_embedding.cond_proj.weight"] or unexpected:
@@ -72,7 +72,7 @@ def student_of(teacher: UNet2DConditionModel) -> UNet2DConditionModel:
 
 
 class _Batch:
-    """What a step draws by chance: always the same tensors, with new content."""
+    """The random inputs of a step: always the same tensors, refilled for each step."""
 
     def __init__(self, corpus: Corpus, settings: Distillation, last_time: int) -> None:
         rows, device = settings.batch, settings.device
@@ -91,7 +91,7 @@ class _Batch:
         self._rng.manual_seed(seed)
 
     def draw(self) -> None:
-        """Fill all of it anew; times are stratified."""
+        """Refill all tensors; times are stratified."""
         rng, rows, device = self._rng, len(self.chosen), self.chosen.device
         chance, within = torch.rand(2, rows, generator=rng, device=device)
         self.chosen.random_(self._pictures, generator=rng)
@@ -113,8 +113,9 @@ def distil(
 ) -> UNet2DConditionModel:
     """Train the student, or resume from the checkpoint; returns its running average.
 
-    A parameter that needs no gradient stays as it is. A student with a `time_cond_proj_dim` is told
-    the guidance scale. `publish` gets the average and the step now and then, and at the end.
+    Parameters that need no gradient are not trained. A student with a `time_cond_proj_dim` is
+    conditioned on the guidance scale. `publish` gets the average and the step from time to time and
+    at the end.
     """
     device = settings.device
     torch.manual_seed(settings.seed)
@@ -170,7 +171,7 @@ def _step(
     optimizer: torch.optim.Optimizer,
     trained: list[nn.Parameter],
 ) -> tuple[_Batch, Callable[[], Tensor]]:
-    """What a step draws, and the step, which returns its loss."""
+    """The random inputs of a step, and the step itself, which returns its loss."""
     device = settings.device
     alphas = make_scheduler().alphas_cumprod
     levels = AlphaSigma.of(alphas, device)
@@ -212,7 +213,7 @@ def _told(student: UNet2DConditionModel, scales: Tensor) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def _states(text_encoder: CLIPTextModel, tokens: Tensor, device: str) -> Tensor:
-    """What the U-Net reads of captions: ``[captions, tokens, features]`` bfloat16."""
+    """Text states of captions for the U-Net: ``[captions, tokens, features]`` bfloat16."""
     nn.Module.to(text_encoder, device)
     return torch.cat(
         [

@@ -1,8 +1,8 @@
-"""Train the decoder alone, so that the latents and all that rests on them stay as they are.
+"""Train only the decoder, so that the latents and everything that depends on them do not change.
 
 Half of the latents are the encoder's with a little noise. The others were noised and restored by
-the U-Net, from timesteps low enough that the scene has not moved: what a denoiser leaves is not
-what an encoder makes, and the decoder learns to draw straight lines of it all the same.
+the U-Net, from timesteps low enough that the scene does not move. Restored latents differ from
+encoded ones, and the decoder learns to draw straight lines from them all the same.
 """
 
 import copy
@@ -25,15 +25,15 @@ from embedded.schedule import TrainingClock
 from embedded.unet_training import tokens_of
 
 BLOCKS: Final = (8, 7, 1, 1)
-"""Residual blocks at 16, 32, 64 and 128 pixels: where they are cheap they are many."""
+"""Numbers of residual blocks at 16, 32, 64 and 128 pixels; there are more where they are cheap."""
 
 _LATEST: Final = 400
-"""Highest timestep that latents are restored from; above it things move."""
+"""Upper bound of timesteps that latents are restored from; above it things move."""
 _SOLVER_STEPS: Final = 8
 _SCALES: Final = (1.0, 6.0)
-"""Guidance scales of the restoring."""
+"""Range of guidance scales for restoring latents."""
 _DROPPED: Final = 0.15
-"""Share of the restored latents that moved most, which are not used."""
+"""Fraction of the restored latents that is discarded: those that moved most."""
 _LATENT_NOISE: Final = 0.1
 _WARM_UP_STEPS: Final = 200
 _LEAST_RATE: Final = 0.01
@@ -65,9 +65,9 @@ class _Pairs:
 
 
 def deepened(autoencoder: AutoencoderTiny, blocks: tuple[int, ...] = BLOCKS) -> AutoencoderTiny:
-    """The same autoencoder with so many residual blocks a level of the decoder.
+    """The same autoencoder with these numbers of residual blocks per level of the decoder.
 
-    What is added is the identity at first, so that training starts from today's pictures.
+    Added blocks are the identity at first, so that training starts from the current pictures.
     """
     result = make_autoencoder(blocks)
     result.encoder.load_state_dict(autoencoder.encoder.state_dict())
@@ -148,7 +148,7 @@ def train_decoder(
 def _loss(decoded: Tensor, pictures: Tensor) -> Tensor:
     """Mean absolute and square error, and the absolute error of differences between neighbours.
 
-    The last makes edges sharp and straight, where the first alone would settle for a soft one.
+    The last term makes edges sharp and straight; the first alone would accept soft ones.
     """
     error = decoded - pictures
     edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
@@ -157,7 +157,7 @@ def _loss(decoded: Tensor, pictures: Tensor) -> Tensor:
 
 @torch.no_grad()
 def make_pairs(components: Components, settings: DecoderSettings) -> _Pairs:
-    """Draw pictures, and give each its own latents and some that the U-Net restored."""
+    """Draw pictures, and give each its encoded latents and latents restored by the U-Net."""
     device = settings.device
     for part in (components.autoencoder, components.unet, components.text_encoder):
         nn.Module.to(part, device)

@@ -1,11 +1,11 @@
-"""Recompute what derives from the embedded model's weights: `python -m embedded.derive`.
+"""Recompute the files derived from the embedded model's weights: `python -m embedded.derive`.
 
     statistics  model statistics at some guidance scales, for DPM-Solver-v3
     linear_ag   coefficients of linear adaptive guidance, for some samplers and step counts
     classifier  a classifier of the model's latents, for classifier guidance
 
-An interrupted run resumes when the same command is given again; that of the classifier resumes
-after labelling. `--check` computes nothing and reports whether the files belong to the weights.
+An interrupted run resumes when the same command is given again; for the classifier it resumes after
+labelling. `--check` computes nothing and reports whether the files belong to the weights.
 """
 
 import argparse
@@ -38,7 +38,7 @@ from server.requests.schema import GenerateRequest, ResolvedRequest
 from server.settings import Limits
 
 SCALES: Final = (1.0, 2.0, 4.0, 7.5)
-"""Guidance scales that statistics are shipped for; 1 is the prompt alone."""
+"""Guidance scales for which statistics are shipped; 1 is the prompt alone."""
 
 FITTED: Final = (
     {"steps": 25, "guidance": {"name": "apg", "scale": 4.0, "policy": "linear_adaptive"}},
@@ -50,13 +50,13 @@ FITTED: Final = (
         "guidance": {"name": "cfg", "scale": 4.0, "policy": "linear_adaptive"},
     },
 )
-"""Runs that linear adaptive guidance is shipped for, as requests name them."""
+"""Runs for which coefficients of linear adaptive guidance are shipped, as in requests."""
 
 JUDGED_AT: Final = (None, 100, 300, 500, 700, 900)
-"""Timesteps whose noise the classifier's accuracy is told at; None is none."""
+"""Timesteps at whose noise level the classifier's accuracy is reported; None is no noise."""
 
 _TESTED: Final = 15
-"""One in so many labelled pictures is kept for the accuracy."""
+"""One in this many labelled pictures is reserved for measuring the accuracy."""
 _CLASSIFIER_SEED: Final = 0
 _FIRST_SEED: Final = 6_000_000_000
 _REPORT_EVERY_S: Final = 20.0
@@ -64,11 +64,11 @@ _REPORT_EVERY_S: Final = 20.0
 
 @dataclass(frozen=True, slots=True)
 class DerivedPart:
-    """Something that derives from the weights.
+    """Something derived from the weights.
 
     Attributes:
         make: computes and stores it.
-        stale: what of it is missing or belongs to other weights, a sentence each.
+        stale: returns one sentence for each file that is missing or belongs to other weights.
     """
 
     make: Callable[[HostedModel, argparse.Namespace], None]
@@ -76,7 +76,7 @@ class DerivedPart:
 
 
 def make_all_statistics(model: HostedModel, options: argparse.Namespace) -> None:
-    """Compute the statistics of all scales on fresh pictures, and store them."""
+    """Compute the statistics for all scales on new pictures, and store them."""
     size = Size(points=options.points, samples=options.samples)
     made = make_statistics(
         model,
@@ -94,7 +94,7 @@ def make_all_statistics(model: HostedModel, options: argparse.Namespace) -> None
 
 @torch.no_grad()
 def pictures(model: HostedModel, count: int) -> Samples:
-    """Pictures that the model never saw, encoded, with their captions."""
+    """Encoded pictures that were not used in training, with their captions."""
     scenes = [make_scene(_FIRST_SEED + k) for k in range(count)]
     parts = (scenes[k : k + 32] for k in range(0, count, 32))
     chunks = [model.encode_image(render(part, model.device)) for part in parts]
@@ -118,7 +118,7 @@ def stale_statistics(model: HostedModel, folder: Path) -> list[str]:
 
 
 def make_linear_ag(model: HostedModel, options: argparse.Namespace) -> None:
-    """Fit linear adaptive guidance to the runs that it is shipped for, and store it."""
+    """Fit linear adaptive guidance to the runs in ``FITTED``, and store the coefficients."""
     prompts = prompts_for(MODEL_FOLDER, None)
     for fields in FITTED:
         report = _Reporter(f"linear_ag {fields}")
@@ -135,7 +135,7 @@ def make_linear_ag(model: HostedModel, options: argparse.Namespace) -> None:
 
 
 def stale_linear_ag(model: HostedModel, _folder: Path) -> list[str]:
-    """Which runs have no coefficients of these weights."""
+    """The runs without coefficients for these weights."""
     found: list[str] = []
     for fields in FITTED:
         request = _resolved(model, fields)
@@ -149,7 +149,7 @@ def stale_linear_ag(model: HostedModel, _folder: Path) -> list[str]:
 
 
 def make_classifier(model: HostedModel, options: argparse.Namespace) -> None:
-    """Label fresh pictures, train on most of them, tell the accuracy on the rest, and store it."""
+    """Label new pictures, train on most of them, report the accuracy on the rest, and store it."""
     revision = model.facts.denoiser
     data = _labelled(options, options.out / f"labelled-{revision}-{options.labelled}.safetensors")
     tested = max(1, options.labelled // _TESTED)
@@ -203,7 +203,7 @@ PARTS: Final[dict[str, DerivedPart]] = {
 
 
 class _Reporter:
-    """Prints how far a part is, now and then."""
+    """Prints the progress of a part from time to time."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -257,7 +257,7 @@ def _arguments() -> argparse.Namespace:
 
 
 def main() -> int:
-    """Make or check the parts that were asked for; exit status 1 if a check finds anything."""
+    """Make or check the requested parts; the exit status is 1 if a check finds anything."""
     options = _arguments()
     if options.threads:
         torch.set_num_threads(options.threads)

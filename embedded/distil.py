@@ -1,11 +1,11 @@
 """Distil the embedded model for few steps: `python -m embedded.distil student`, or `adapter`.
 
-    student  a U-Net that is told the guidance scale, in a latent consistency model's folder
-    adapter  a LCM-LoRA of the embedded model, for one guidance scale
+    student  a U-Net conditioned on the guidance scale, in a latent consistency model's folder
+    adapter  an LCM-LoRA of the embedded model, for one guidance scale
     report   measures both on captions that were not trained on, and writes DISTILLED.md
 
-A training run ends after `--steps` or `--minutes`, whichever comes first, and goes on where it was
-stopped with `--resume`.
+A training run ends after `--steps` or `--minutes`, whichever comes first; with `--resume` it
+continues where it was stopped.
 """
 
 import argparse
@@ -38,13 +38,13 @@ from embedded.report import Sampling, Score, score_model, unseen_scenes
 from embedded.unet_training import corpus_of, training_captions
 
 STEPS: Final = (1, 2, 4)
-"""Numbers of steps that a run is judged by."""
+"""Numbers of sampling steps at which results are measured."""
 TOLD_SCALES: Final = (2.0, 7.0)
 """Guidance scales that the student learns."""
 DEFAULT_SCALE: Final = 2.0
-"""The scale that the student's folder names: at higher ones large objects grow together."""
+"""Default scale in the student's folder; at higher ones large objects merge."""
 ADAPTER_SCALE: Final = 4.0
-"""Guidance scale that the adapter was distilled at."""
+"""Guidance scale at which the adapter is distilled."""
 RANK: Final = 32
 
 _REPORT: Final = Path(__file__).parent / "DISTILLED.md"
@@ -88,7 +88,7 @@ def _arguments() -> argparse.Namespace:
 
 
 def main() -> int:
-    """Distil and print how previews score, or report."""
+    """Distil and print the scores of previews, or write the report."""
     options = _arguments()
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -145,7 +145,7 @@ def _glance(
     options: argparse.Namespace,
     known: frozenset[str],
 ) -> str:
-    """How the student draws captions that it never saw, at few steps."""
+    """Scores of the student on unseen captions at few steps, as a table."""
     plain = copy.deepcopy(average)
     for module in plain.modules():
         if parametrize.is_parametrized(module, "weight"):
@@ -157,7 +157,7 @@ def _glance(
 
 
 def _report(options: argparse.Namespace) -> None:
-    """Measure what is shipped; diffusers' own pipelines draw."""
+    """Measure the shipped models, with pictures drawn by diffusers' own pipelines."""
     known = frozenset(text for texts in training_captions(options.pictures) for text in texts)
     student: Any = LatentConsistencyModelPipeline.from_pretrained(options.student)
     adapted = load_components(options.teacher)
@@ -172,7 +172,7 @@ def _report(options: argparse.Namespace) -> None:
         for name, (pipeline, scale) in systems.items()
         for steps in sorted(STEPS, reverse=True)
     }
-    # What follows the table was written by hand.
+    # The text after the table is written by hand and kept.
     _, heading, training = _REPORT.read_text().partition("\n## Training\n")
     _REPORT.write_text(
         f"""# Few steps
@@ -193,7 +193,7 @@ Written by `python -m embedded.distil {" ".join(sys.argv[1:])}`.
 
 
 def _pipeline(unet: UNet2DConditionModel, teacher: Components) -> Any:
-    """Of diffusers' pipelines the one that draws with and without an embedding of the scale."""
+    """The pipeline of diffusers that works with and without an embedding of the scale."""
     parts: dict[str, Any] = {
         "vae": teacher.autoencoder,
         "text_encoder": teacher.text_encoder,
@@ -209,7 +209,7 @@ def _pipeline(unet: UNet2DConditionModel, teacher: Components) -> Any:
 def _scores(
     pipeline: Any, steps: int, scale: float, captions: int, known: frozenset[str]
 ) -> tuple[Score, Score]:
-    """Over captions of one and of two objects."""
+    """Scores over captions of one and of two objects."""
     sampling = Sampling(steps=steps, scale=scale)
     one, two = (
         score_model(pipeline, unseen_scenes(things, captions, known), sampling)[0]
@@ -219,7 +219,7 @@ def _scores(
 
 
 def _table(scores: Mapping[Any, tuple[Score, Score]], first: str) -> str:
-    """Shares of pictures that are all right, as a Markdown table."""
+    """Fractions of pictures in which everything is right, as a Markdown table."""
     columns = first.count("|") + 3
     lines = [f"| {first} | one object | two objects |", "|---" * columns + "|"]
     for name, (one, two) in scores.items():

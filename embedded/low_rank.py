@@ -28,11 +28,11 @@ TARGETS: Final = (
     "upsamplers.0.conv",
     "time_emb_proj",
 )
-"""Ends of the names of the layers that a LCM-LoRA changes (arXiv 2311.05556)."""
+"""Suffixes of the names of the layers that an LCM-LoRA changes (arXiv 2311.05556)."""
 
 
 class TrainedLowRank(nn.Module):
-    """Adds ``up @ down`` to a weight ``[out, in]`` or ``[out, in, k, k]``; nothing at first."""
+    """Adds ``up @ down`` to a weight ``[out, in]`` or ``[out, in, k, k]``; zero at first."""
 
     def __init__(self, weight: Tensor, rank: int) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ class TrainedLowRank(nn.Module):
 
 
 def add_low_rank(unet: UNet2DConditionModel, rank: int) -> list[nn.Parameter]:
-    """Freeze the U-Net and add a low-rank change to each target; returns what is to be trained."""
+    """Freeze the U-Net and add a low-rank change to each target; returns trainable parameters."""
     unet.requires_grad_(requires_grad=False)
     for name, module in list(unet.named_modules()):
         if name.endswith(TARGETS):
@@ -59,8 +59,8 @@ def add_low_rank(unet: UNet2DConditionModel, rank: int) -> list[nn.Parameter]:
 def save_low_rank(unet: UNet2DConditionModel, file: Path) -> None:
     """Store the changes as diffusers' ``load_lora_weights`` reads them, in float16.
 
-    Their alpha is their rank, which is what readers assume of a file that says nothing of it. The
-    metadata tells Weft how a model with them is sampled.
+    Their alpha equals their rank, which readers assume for files that do not specify it. The
+    metadata tells Weft how a model with these changes must be sampled.
     """
     tensors: dict[str, Tensor] = {}
     for name, module in unet.named_modules():
@@ -76,7 +76,7 @@ def save_low_rank(unet: UNet2DConditionModel, file: Path) -> None:
 
 @torch.no_grad()
 def fuse(tensors: Mapping[str, Tensor], unet: UNet2DConditionModel) -> None:
-    """Add what :func:`save_low_rank` stored to the weights of a U-Net."""
+    """Add the changes stored by :func:`save_low_rank` to the weights of a U-Net."""
     for key, down in tensors.items():
         name, found, _ = key.removeprefix("unet.").partition(".lora_A.weight")
         if found:

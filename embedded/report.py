@@ -1,4 +1,4 @@
-"""Measure the embedded model on captions it never saw, with images read by the checker."""
+"""Measure the embedded model on unseen captions, with images read by the checker."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ _FIRST_SEED: Final = 3_000_000_000
 
 @dataclass(slots=True)
 class Score:
-    """How often all attributes were right, and how often each of them was."""
+    """Counts of pictures in which all attributes were right, and in which each of them was."""
 
     pictures: int = 0
     right: int = 0
@@ -28,14 +28,14 @@ class Score:
     met: Counter[str] = field(default_factory=Counter)
 
     def add(self, verdict: dict[str, bool]) -> None:
-        """Count one picture, by what the checker found right."""
+        """Count one picture, given the checker's verdict for each attribute."""
         self.pictures += 1
         self.right += all(verdict.values())
         self.claimed.update(verdict.keys())
         self.met.update(name for name, right in verdict.items() if right)
 
     def share(self, attribute: str | None = None) -> float:
-        """Share of right pictures, by all attributes or by one; NaN if none claims it."""
+        """Fraction of pictures right in all attributes, or in one; NaN if none claims it."""
         right, of = self.right, self.pictures
         if attribute is not None:
             right, of = self.met[attribute], self.claimed[attribute]
@@ -44,7 +44,7 @@ class Score:
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How the report draws: DDIM steps, guidance scale, seed of the first picture's noise."""
+    """Sampling settings: DDIM steps, guidance scale, and seed of the first picture's noise."""
 
     steps: int = 25
     scale: float = 4.0
@@ -53,7 +53,7 @@ class Sampling:
 
 
 def unseen_scenes(things: int, count: int, known: frozenset[str]) -> list[Scene]:
-    """The first scenes from the report's own seeds whose captions are not among the known."""
+    """The first scenes from the report's own seeds whose captions are not known ones."""
     found: list[Scene] = []
     seed = _FIRST_SEED + things * 100_000_000
     while len(found) < count:
@@ -90,7 +90,7 @@ def score_model(
     scenes: list[Scene],
     sampling: Sampling,
 ) -> tuple[Score, np.ndarray]:
-    """The score over these scenes' captions, and the pictures, uint8 [scenes, 128, 128, 3]."""
+    """The score over the scenes' captions, and the pictures, uint8 [scenes, 128, 128, 3]."""
     score = Score()
     pictures = list(drawn(pipeline, [scene.caption for scene in scenes], sampling))
     for scene, picture in zip(scenes, pictures, strict=True):
@@ -100,7 +100,7 @@ def score_model(
 
 @torch.no_grad()
 def score_autoencoder(autoencoder: AutoencoderTiny, scenes: list[Scene], device: str) -> Score:
-    """Whether the checker reads the reconstruction of each scene as the truth."""
+    """The score of reconstructions, as read by the checker and compared with the truth."""
     score = Score()
     for start in range(0, len(scenes), 50):
         chunk = scenes[start : start + 50]
@@ -118,7 +118,7 @@ def contact_sheet(pictures: np.ndarray, columns: int) -> np.ndarray:
 
 
 def table(scores: dict[str, Score]) -> str:
-    """The scores as a Markdown table, one row each."""
+    """The scores as a Markdown table with one row each."""
     lines = [
         f"| captions | pictures | all right | {' | '.join(ATTRIBUTES)} |",
         "|---" * (3 + len(ATTRIBUTES)) + "|",

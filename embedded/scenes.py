@@ -1,8 +1,8 @@
 """Captioned pictures of simple shapes, drawn from signed distances on any device.
 
-A `Scene` is a pure function of its seed: a description (what is there), a caption with the part
-of the description that it mentions, and the geometry. `render` draws a batch of them with one
-pixel of anti-aliasing.
+A `Scene` is a pure function of its seed: a description of the picture, a caption with the part of
+the description that it mentions, and the geometry. `render` draws a batch of scenes with one pixel
+of anti-aliasing.
 """
 
 from collections.abc import Iterable, Sequence
@@ -49,7 +49,7 @@ BACKGROUNDS: Final[dict[str, tuple[tuple[int, int, int], tuple[int, int, int]]]]
     "sunset": ((70, 40, 95), (225, 155, 110)),
     "sky": ((85, 135, 195), (215, 230, 245)),
 }
-"""sRGB at the upper and the lower edge; between them the colour runs linearly."""
+"""sRGB at the upper and the lower edge, with linear interpolation between them."""
 
 RELATIONS: Final[dict[str, tuple[tuple[float, float], tuple[float, float]]]] = {
     "left of": ((32.5, 64.0), (95.5, 64.0)),
@@ -93,12 +93,12 @@ VOCABULARY: Final = tuple(
         | {",", "."}
     )
 )
-"""Every word and mark that the embedded model's tokenizer knows."""
+"""All words and punctuation marks that the embedded model's tokenizer knows."""
 
 
 @dataclass(frozen=True, slots=True)
 class Thing:
-    """One object. `None` means: not said (in a caption's claim) or not recognised (by a reader)."""
+    """One object. `None` means not mentioned (in a caption's claim) or not recognised (if read)."""
 
     shape: str | None
     colour: str | None
@@ -110,7 +110,8 @@ class Thing:
 class Description:
     """What a picture shows, or what a caption claims that it shows.
 
-    `relation` is how the first thing lies to the second; `None` with one thing or if not said.
+    `relation` is the position of the first thing relative to the second; `None` if there is only
+    one thing or if it is not mentioned.
     """
 
     things: tuple[Thing, ...]
@@ -120,7 +121,7 @@ class Description:
 
 @dataclass(frozen=True, slots=True)
 class Outline:
-    """Where one object lies: centre and half width, in pixels."""
+    """Position of one object: centre and half width, in pixels."""
 
     x: float
     y: float
@@ -129,7 +130,7 @@ class Outline:
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """One picture: the whole truth, the caption, what the caption says of it, the geometry."""
+    """One picture: the complete description, the caption, the caption's claim and the geometry."""
 
     seed: int
     truth: Description
@@ -144,7 +145,7 @@ def place_of(x: float, y: float) -> str:
 
 
 def make_scene(seed: int, *, things: int | None = None) -> Scene:
-    """Draw the scene with this seed, of one or two things (by chance, half and half, if None)."""
+    """The scene with this seed, of one or two things (chosen with equal probability if None)."""
     rng = np.random.default_rng(seed)
     count = int(rng.integers(1, 3)) if things is None else things
     background = _choose(rng, BACKGROUNDS)
@@ -155,7 +156,7 @@ def make_scene(seed: int, *, things: int | None = None) -> Scene:
     else:
         relation = _choose(rng, RELATIONS)
         across = relation in ("left of", "right of")
-        # Along the axis of the relation two large objects leave 7 pixels between them.
+        # Along the axis of the relation, two large objects are at least 7 pixels apart.
         jitter = (1.0, 8.0) if across else (8.0, 1.0)
         outlines = [_outline(rng, centre, jitter) for centre in RELATIONS[relation]]
     shown: list[Thing] = []
@@ -171,7 +172,7 @@ def make_scene(seed: int, *, things: int | None = None) -> Scene:
 
 
 def recaption(scene: Scene, variant: int) -> tuple[str, Description]:
-    """One of the captions of a picture, and what it claims; variant 0 is the scene's own."""
+    """One of the captions of a picture and its claim; variant 0 is the scene's own caption."""
     if variant == 0:
         return scene.caption, scene.claim
     rng = np.random.default_rng([scene.seed, variant])
@@ -187,7 +188,7 @@ def _choose(rng: np.random.Generator, options: Iterable[str]) -> str:
 def _outline(
     rng: np.random.Generator, centre: tuple[float, float], jitter: tuple[float, float]
 ) -> Outline:
-    """An outline with radius as a factor of the size to come."""
+    """An outline whose radius is still a factor on the size."""
     return Outline(
         x=centre[0] + float(rng.uniform(-jitter[0], jitter[0])),
         y=centre[1] + float(rng.uniform(-jitter[1], jitter[1])),
@@ -293,7 +294,7 @@ def render(scenes: Sequence[Scene], device: torch.device | str = "cpu") -> Tenso
 
 
 def _paint(canvas: Tensor, scenes: Sequence[Scene], chosen: list[int], index: int) -> None:
-    """Draw the thing number `index`, of one shape, of the chosen scenes in place."""
+    """Draw in place the thing number `index`, of one shape, of each chosen scene."""
     device = canvas.device
     centre = torch.arange(PICTURE_SIZE, device=device) + 0.5
     places = [scenes[number].outlines[index] for number in chosen]

@@ -1,4 +1,4 @@
-"""Progress of a training run, by steps or by time, and its learning rate."""
+"""Progress of a training run, in steps or time, and its learning rate."""
 
 import math
 import time
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 @dataclass(slots=True)
 class TrainingClock:
-    """Progress from 0 to 1, by whichever limit is reached first; survives a resumed run.
+    """Progress from 0 to 1, by whichever limit is reached first; also across resumed runs.
 
     `steps` and `minutes` are limits (None: no limit); `step` counts the finished steps and
     `spent_s` the seconds of earlier runs.
@@ -26,12 +26,12 @@ class TrainingClock:
 
     @property
     def progress(self) -> float:
-        """Share of the training done, by steps or by time, whichever is further."""
+        """Fraction of the training done, by steps or by time, whichever is larger."""
         by_steps = self.step / self.steps if self.steps else 0.0
         by_time = self.elapsed_s / (60 * self.minutes) if self.minutes else 0.0
         return min(1.0, max(by_steps, by_time))
 
     def rate(self, peak: float, *, warm_up: int, floor: float) -> float:
-        """Linear warm-up over that many steps, then a cosine to `floor` times the peak."""
+        """Linear warm-up over `warm_up` steps, then a cosine down to `floor` times the peak."""
         cosine = floor + (1 - floor) * (1 + math.cos(math.pi * self.progress)) / 2
         return peak * cosine * min(1.0, (self.step + 1) / warm_up)

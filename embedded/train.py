@@ -2,8 +2,8 @@
 
 Each stage can be run by itself: the autoencoder, the U-Net with the text encoder, and the report. A
 training stage ends after `--steps` or `--minutes`, whichever comes first. The stage `weak` trains
-the small companion that autoguidance steers away from, and the stage `decoder` the decoder alone,
-on what the finished U-Net makes.
+the small companion that autoguidance steers away from, and the stage `decoder` trains only the
+decoder, on latents from the finished U-Net.
 """
 
 import argparse
@@ -80,7 +80,7 @@ def _arguments() -> argparse.Namespace:
 
 
 def main() -> int:
-    """Run the stages that were asked for; exit status 1 if the autoencoder fails its gate."""
+    """Run the requested stages; the exit status is 1 if the autoencoder fails its gate."""
     options = _arguments()
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -100,7 +100,7 @@ def main() -> int:
 
 
 def run_autoencoder(options: argparse.Namespace) -> bool:
-    """Train the autoencoder; says whether its reconstructions pass the gate."""
+    """Train the autoencoder; returns whether its reconstructions pass the gate."""
     checkpoint = options.out / "autoencoder.safetensors"
     if not options.resume:
         checkpoint.unlink(missing_ok=True)
@@ -127,7 +127,7 @@ def _passes(autoencoder: AutoencoderTiny, device: str) -> bool:
 
 
 def run_unet(options: argparse.Namespace) -> None:
-    """Train the U-Net and the text encoder, publishing previews to the model's folder."""
+    """Train the U-Net and the text encoder, writing previews to the model folder."""
     if not options.resume:
         (options.out / "unet.safetensors").unlink(missing_ok=True)
         (options.out / "corpus.safetensors").unlink(missing_ok=True)
@@ -160,7 +160,7 @@ def run_weak(options: argparse.Namespace) -> None:
 
 
 def run_decoder(options: argparse.Namespace) -> bool:
-    """Train the decoder on the model's own latents; says whether it passes the gate."""
+    """Train the decoder on the model's own latents; returns whether it passes the gate."""
     checkpoint = options.out / "decoder.safetensors"
     if not options.resume:
         checkpoint.unlink(missing_ok=True)
@@ -257,7 +257,7 @@ def _command() -> str:
 
 
 def _history(options: argparse.Namespace) -> str:
-    """Steps and minutes of each stage, from its checkpoint."""
+    """Steps and minutes of each stage, read from its checkpoint."""
     lines = ["| stage | steps | minutes |", "|---|---|---|"]
     for stage in ("autoencoder", "unet"):
         file = options.out / f"{stage}.safetensors"

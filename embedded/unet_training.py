@@ -32,7 +32,8 @@ _WARM_UP_STEPS: Final = 300
 _AVERAGE_DECAY: Final = 0.999
 _CAPTION_DROPOUT: Final = 0.1
 _STRANGE_WORDS: Final = 0.03
-"""Share of captions with a word unknown to the tokenizer, so that the model ignores those."""
+"""Fraction of captions with a word unknown to the tokenizer, so that the model learns to ignore it.
+"""
 _SNR_BOUND: Final = 6.0
 
 
@@ -68,7 +69,7 @@ def training_captions(pictures: int) -> list[list[str]]:
 
 @torch.no_grad()
 def make_corpus(autoencoder: AutoencoderTiny, pictures: int, device: str) -> Corpus:
-    """Draw, encode and tokenise the training pictures, which are those of seeds from 0 on."""
+    """Draw, encode and tokenise the training pictures, whose seeds start at 0."""
     latents: list[Tensor] = []
     nn.Module.to(autoencoder, device)
     for start in range(0, pictures, 64):
@@ -110,8 +111,8 @@ def train_unet(
 ) -> Components:
     """Train, or resume from the folder's checkpoint; returns the averaged components.
 
-    The autoencoder stays as it is, and so does a text encoder whose parameters need no gradient.
-    `publish` gets the averaged components and the step now and then, and at the end.
+    The autoencoder is not trained, nor is a text encoder whose parameters need no gradient.
+    `publish` gets the averaged components and the step from time to time and at the end.
     """
     torch.manual_seed(settings.seed)
     autoencoder, unet, text_encoder = (
@@ -119,7 +120,7 @@ def train_unet(
         components.unet,
         components.text_encoder,
     )
-    # On CPU the fused attention's backward pass takes twice as long as the plain one.
+    # On a CPU the backward pass of fused attention takes twice as long as that of plain attention.
     unet.set_attn_processor(AttnProcessor())
     text_encoder.set_attn_implementation("eager")
     model = nn.ModuleList([unet, text_encoder]).to(settings.device)
@@ -164,7 +165,7 @@ def train_unet(
 
 
 def corpus_of(autoencoder: AutoencoderTiny, pictures: int, device: str, file: Path) -> Corpus:
-    """The training latents and tokens, from the file if it holds as many, else made and stored."""
+    """Training latents and tokens, from the file if it holds as many, else created and stored."""
     if file.exists():
         content = load_file(file)
         if len(content["latents"]) == pictures:
@@ -183,8 +184,8 @@ def _loss(
 ) -> Tensor:
     """Weighted mean square error of v = alpha noise - sigma x at stratified timesteps.
 
-    The weight min(snr + 1, 6) / (snr + 1) keeps the high noise, where colours and places are
-    decided, and plays down the low noise, where v is nearly the noise.
+    The weight min(snr + 1, 6) / (snr + 1) preserves high noise, where colours and places are
+    determined, and reduces the influence of low noise, where v is nearly the noise.
     """
     batch, device = settings.batch, settings.device
     chosen = torch.randint(len(corpus.latents), (batch,), generator=rng)

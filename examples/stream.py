@@ -1,7 +1,7 @@
 """Stream a folder of images, an animation or a video through a Weft server.
 
-It needs the packages `websockets` and `pillow`, and for videos the program `ffmpeg`. It takes the
-server's key, where there is one, from the environment variable WEFT_API_KEY. Example:
+It needs the packages `websockets` and `pillow`, and the program `ffmpeg` for videos. The server's
+key, if there is one, is read from the environment variable WEFT_API_KEY. Example:
 
     python examples/stream.py clip.mp4 painted/ --prompt "a watercolour of a city" --fps 10
 
@@ -32,14 +32,14 @@ JPEG_END = b"\xff\xd9"
 
 
 class Progress:
-    """What has come of the stream.
+    """The progress of a stream.
 
     Attributes:
-        sent: when each frame was sent, in seconds of a clock.
-        arrived: when each image came back.
-        latencies: seconds from sending a frame to having its image.
-        images: that came back, as files.
-        dropped: frames that newer ones replaced before the server took them in.
+        sent: time at which each frame was sent, in seconds of a clock.
+        arrived: time at which each image came back.
+        latencies: seconds from sending a frame to receiving its image.
+        images: received images, as files.
+        dropped: number of frames that newer ones replaced before the server accepted them.
     """
 
     def __init__(self) -> None:
@@ -52,12 +52,12 @@ class Progress:
         self._news = asyncio.Event()
 
     def settle(self, source: int) -> None:
-        """Note that a frame, and so all before it, is answered, failed or dropped."""
+        """Note that a frame, and thus all before it, was answered, failed or was dropped."""
         self._settled = max(self._settled, source)
         self._news.set()
 
     async def until_settled(self, source: int) -> None:
-        """Wait until nothing more will come of a frame."""
+        """Wait until a frame was answered, failed or was dropped."""
         while self._settled < source:
             self._news.clear()
             await self._news.wait()
@@ -111,7 +111,7 @@ def frames(source: Path) -> Iterator[bytes]:
 
 
 def of_video(source: Path) -> Iterator[bytes]:
-    """The frames of a video, which the program ffmpeg reads."""
+    """The frames of a video, read by the program ffmpeg."""
     ffmpeg = shutil.which("ffmpeg")
     if ffmpeg is None:
         raise RuntimeError(f"{source} is not an image; to stream a video, install ffmpeg.")
@@ -136,12 +136,12 @@ def jpeg(frame: Image.Image) -> bytes:
 async def stream(
     server: str, settings: dict[str, Any], files: Iterator[bytes], fps: float
 ) -> Progress:
-    """Send frames and collect what comes back.
+    """Send frames and collect the images that come back.
 
     Args:
-        server: its address, as `http://HOST:PORT`, or with `https`, `ws` or `wss`.
-        settings: of the stream.
-        files: the frames, as image files.
+        server: address of the server, as `http://HOST:PORT`, or with `https`, `ws` or `wss`.
+        settings: settings of the stream.
+        files: frames as image files.
         fps: frames sent per second; 0 waits for each image.
     """
     key = os.environ.get("WEFT_API_KEY")
@@ -198,7 +198,7 @@ async def receive(socket: ClientConnection, progress: Progress) -> None:
 
 
 def write(progress: Progress, output: Path) -> None:
-    """Write the images to a folder, or as one GIF at the pace at which they came."""
+    """Write the images to a folder, or as one GIF at the rate at which they arrived."""
     if not progress.images:
         raise RuntimeError("no image came back.")
     if output.suffix.lower() == ".gif":
@@ -216,7 +216,7 @@ def write(progress: Progress, output: Path) -> None:
 
 
 def report(progress: Progress) -> None:
-    """Print how fast it went."""
+    """Print the numbers of frames and images, the frame rate and the latency."""
     elapsed = progress.arrived[-1] - progress.arrived[0]
     rate = f"{(len(progress.images) - 1) / elapsed:.1f}" if elapsed else "-"
     print(

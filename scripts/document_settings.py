@@ -20,7 +20,7 @@ BOUNDS: Final = {"ge": "at least {}", "gt": "above {}", "le": "at most {}", "lt"
 
 
 def rows(model: type[BaseModel], prefix: str) -> Iterator[str]:
-    """The lines of the table for a model's fields, nested ones after their prefix."""
+    """The lines of the table for a model's fields, with a prefix for nested ones."""
     for name, field in model.model_fields.items():
         variable = f"{prefix}{name.upper()}"
         if isinstance(field.default, BaseModel):
@@ -53,7 +53,7 @@ def _allowed(field: FieldInfo) -> str:
 
 
 def main() -> int:
-    """Rewrites or checks the page; returns the status of the process."""
+    """Rewrites or checks the page; returns the exit status."""
     page = PAGE.read_text()
     before, _, rest = page.partition(HEAD)
     after = rest[rest.index("\n\n") + 1 :] if "\n\n" in rest else ""

@@ -1,6 +1,6 @@
 """Exits with 0 if the server of this container accepts requests, with 1 and the reason if not.
 
-It asks the server itself, whatever proxy the environment names.
+The server is contacted directly, without any proxy that the environment names.
 """
 
 import http.client
@@ -13,7 +13,7 @@ MOST_TOLD_BYTES = 1000
 
 
 def main() -> str | None:
-    """Asks `/readyz`; returns why the server is not ready, which `docker inspect` shows."""
+    """Requests `/readyz`; returns the reason if the server is not ready, for `docker inspect`."""
     host = os.environ.get("WEFT_HOST", "127.0.0.1")
     port = int(os.environ.get("WEFT_PORT", "8000"))
     connection = http.client.HTTPConnection(EVERY_ADDRESS.get(host, host), port, timeout=TIMEOUT_S)

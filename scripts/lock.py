@@ -29,7 +29,7 @@ CPU_WHEELS = (
     r"torch-{version}%2Bcpu-cp31[1-4]-cp31[1-4]-manylinux[^#\"]*\.whl#sha256=([0-9a-f]{{64}})"
 )
 SERVED = ["jobs", "postgresql"]
-"""Extras that every environment of `make setup` has."""
+"""Extras that every environment created by `make setup` includes."""
 HEADER = "# Written by `make lock` from pyproject.toml. Do not edit.\n"
 
 
@@ -40,7 +40,7 @@ COMPILE = (
 
 
 def resolve(extras: list[str], upgrade: bool) -> list[str]:
-    """Returns the resolved requirements, each a block of one pin and the hashes of its files."""
+    """Returns the resolved requirements, each as a block of one pin and the hashes of its files."""
     build_requirements = tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]
     with tempfile.TemporaryDirectory() as folder:
         kept = Path(folder, "kept.txt")
@@ -57,7 +57,7 @@ def resolve(extras: list[str], upgrade: bool) -> list[str]:
 
 
 def lock_cpu_builds() -> None:
-    """Writes the requirement of the CPU build for Linux, unless it has this version already."""
+    """Writes the lock file of torch's CPU build for Linux, unless it already has this version."""
     (version,) = re.findall(r"^torch==(\S+)", CONSTRAINTS.read_text(), flags=re.MULTILINE)
     if CPU_LOCK.exists() and f"torch=={version}+cpu " in CPU_LOCK.read_text():
         return
@@ -72,7 +72,7 @@ def lock_cpu_builds() -> None:
 
 
 def lock_uv(upgrade: bool) -> None:
-    """Writes the requirement of uv, at the version that is locked already unless upgrading."""
+    """Writes the lock file of uv, keeping the locked version unless upgrading."""
     (locked,) = re.findall(r"^uv==\S+", UV_LOCK.read_text(), flags=re.MULTILINE)
     wanted = "uv" if upgrade else locked
     resolved = subprocess.run(
@@ -95,7 +95,7 @@ def main() -> None:
 
     dev = resolve([*SERVED, "dev"], upgrade)
     write(CONSTRAINTS, [block.split(" \\\n")[0] for block in dev])
-    # The second resolution keeps to the versions that the first has just written.
+    # The second resolution keeps the versions that the first has just written.
     runtime = resolve(SERVED, upgrade=False)
     write(ROOT / "requirements/torch.lock", [b for b in runtime if TORCH_AND_CUDA.match(b)])
     lock_cpu_builds()

@@ -1,4 +1,4 @@
-"""The sampler keeps the promises of a sampler, and does what its paper says."""
+"""The sampler fulfils the contract of a sampler, and does what its paper says."""
 
 import numpy as np
 from weft_extrapolation import ExtrapolatedDDIM

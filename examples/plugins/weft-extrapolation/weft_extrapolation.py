@@ -15,10 +15,10 @@ class ExtrapolatedDDIM(Sampler, frozen=True):
     """Richardson's extrapolation of DDIM (Choi et al., arXiv 2504.01855, RX-Euler).
 
     Order 2, one evaluation a step. With ``lambda = sigma / alpha``, DDIM is Euler's method in
-    ``x / alpha``, whose error over a pair of steps h1, h2 is ``c (h1^2 + h2^2)``, and that of one
-    step over both is ``c (h1 + h2)^2``. The combination in which they cancel is DDIM's second step
-    plus ``(h1^2 + h2^2) / (2 h1)`` times the change of the noise prediction. A last step without a
-    partner, and the first one from pure noise, are DDIM's.
+    ``x / alpha``. Its error over a pair of steps h1, h2 is ``c (h1^2 + h2^2)``, and the error of
+    one step over both is ``c (h1 + h2)^2``. The combination in which the errors cancel is DDIM's
+    second step plus ``(h1^2 + h2^2) / (2 h1)`` times the change of the noise prediction. A last
+    step without a partner, and the first one from pure noise, are DDIM's.
     """
 
     summary: ClassVar[str] = "DDIM that cancels its leading error over pairs of steps."
@@ -35,8 +35,8 @@ class ExtrapolatedDDIM(Sampler, frozen=True):
 
     @override
     def plan(self, grid: Grid) -> Plan:
-        # The noise prediction of the step before is kept as the signal that it implies at the new
-        # point, `x - sigma eps`: where guidance or inpainting moves x, it then moves along.
+        # The previous step's noise prediction is stored as the signal that it implies at the new
+        # point, `x - sigma eps`, so that it moves along where guidance or inpainting moves x.
         columns = Columns("x", "signal")
         x, D = columns["x"], columns.denoised
         with np.errstate(divide="ignore"):

@@ -1,4 +1,4 @@
-"""The rule keeps the promises of a rule, and does what its paper says."""
+"""The rule fulfils the contract of a rule, and does what its paper says."""
 
 from dataclasses import replace
 
@@ -22,7 +22,7 @@ def test_of_power_zero_it_is_cfg() -> None:
 def test_its_mean_over_the_run_is_the_scale() -> None:
     rule, steps = ScheduledCFG(scale=5.0, power=2.0), 2000
     rows = rows_for(rule, steps)
-    # The same predictions at every step, one apart, so that the push is the scale less 1.
+    # The same predictions at every step, which differ by 1, so that the push is the scale minus 1.
     rows = replace(
         rows,
         cond=torch.ones_like(rows.cond),

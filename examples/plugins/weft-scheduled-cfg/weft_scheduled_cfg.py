@@ -41,6 +41,6 @@ class ScheduledCFG(Rule, frozen=True):
     @override
     def combine(cls, rows: Rows, parameters: Mapping[str, Tensor]) -> Guided:
         power = parameters["power"]
-        # Each row has its own parameters and its own progress: [rows, 1, 1, 1], like all of them.
+        # Each row has its own parameters and its own progress; all of them are [rows, 1, 1, 1].
         scale = 1 + (parameters["scale"] - 1) * (power + 1) * rows.progress**power
         return CFG.combine(rows, {"scale": scale})
