@@ -27,6 +27,7 @@ from server.http.automatic1111.jobs import ClientJobs
 from server.http.body import Bodies
 from server.http.drain import Farewell
 from server.http.gate import Gate, RequestId, needs_key
+from server.http.head import HeadAsGet
 from server.http.headers import SafeHeaders
 from server.http.live import events as stream_events
 from server.http.live import stream
@@ -153,6 +154,7 @@ async def _opened(app: FastAPI, settings: Settings) -> bool:
 def _middleware(settings: Settings) -> list[Middleware]:
     gate = Middleware(Gate, settings=settings, answer=errors.answer)
     outer = [
+        Middleware(HeadAsGet),
         Middleware(SafeHeaders),
         Middleware(RequestId),
         Middleware(Farewell, answer=errors.answer),

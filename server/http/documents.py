@@ -48,7 +48,7 @@ router = APIRouter(include_in_schema=False)
 
 
 def _serve(path: str, name: str, policy: str) -> None:
-    @router.api_route(path, methods=["GET", "HEAD"])
+    @router.get(path)
     async def document(request: Request) -> Response:
         base_url = request.app.state.settings.results.base_url
         images = "" if base_url is None else f" {_origin_of(base_url)}"

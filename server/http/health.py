@@ -13,7 +13,6 @@ __all__ = ["router"]
 router = APIRouter(tags=["health"])
 
 
-@router.head("/livez", include_in_schema=False)
 @router.get("/livez")
 async def livez(service: ServiceDep) -> JSONResponse:
     """Liveness of the process: 503 once it can never serve again."""
@@ -22,7 +21,6 @@ async def livez(service: ServiceDep) -> JSONResponse:
     return JSONResponse({"status": "alive"})
 
 
-@router.head("/readyz", include_in_schema=False)
 @router.get("/readyz")
 async def readyz(service: ServiceDep, request: Request) -> JSONResponse:
     """Readiness for requests: 200 if the models are loaded and warmed up.

@@ -54,7 +54,6 @@ async def links_to(
     return [Link(f"{base.rstrip('/')}{RESULTS}{one.name}", one.expires_at) for one in kept]
 
 
-@router.head(RESULTS + "{name}", include_in_schema=False)
 @router.get(
     RESULTS + "{name}",
     response_class=Response,

@@ -124,7 +124,6 @@ async def listed(
     )
 
 
-@router.head(PATH + "/{identifier}", include_in_schema=False)
 @router.get(PATH + "/{identifier}", response_model=Prediction, responses=_ERRORS)
 async def get(identifier: Identifier, jobs: JobsDep, owner: OwnerDep) -> Any:
     """Get a job of this key."""
@@ -151,7 +150,6 @@ async def events(identifier: Identifier, jobs: JobsDep, owner: OwnerDep) -> Resp
     return PredictionStream(jobs, await jobs.get(owner, identifier))
 
 
-@router.head(PATH + "/{identifier}/output/{index}", include_in_schema=False)
 @router.get(
     PATH + "/{identifier}/output/{index}",
     response_class=Response,
