@@ -16,6 +16,8 @@ from guidance.registry import BESIDE_RULES
 from samplers import DDIM, Sampler
 from weft_plugins import VARIABLE, PluginError, origin_of, plugin_files, with_plugins
 
+ROOT = Path(__file__).resolve().parent.parent
+
 OWN = """
 from __future__ import annotations
 
@@ -64,6 +66,21 @@ def test_public_classes_that_a_file_defines_join_ours(
     assert origin_of(DDIM) is None
 
 
+@pytest.mark.parametrize(
+    ("example", "kind", "name"),
+    [
+        ("weft-extrapolation/weft_extrapolation.py", Sampler, "extrapolated_ddim"),
+        ("weft-scheduled-cfg/weft_scheduled_cfg.py", Rule, "scheduled_cfg"),
+    ],
+)
+def test_the_module_of_an_example_package_is_a_plug_in_file(
+    monkeypatch: pytest.MonkeyPatch, example: str, kind: type[Sampler | Rule], name: str
+) -> None:
+    named(monkeypatch, ROOT / "examples/plugins" / example)
+    [found] = with_plugins("weft.no_such_group", kind, ())
+    assert found.model_fields["name"].default == name
+
+
 def test_a_file_of_samplers_adds_no_rules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     named(monkeypatch, written(tmp_path / "mine.py", OWN.format("mine")))
     assert with_plugins("weft.no_such_group", Rule, (CFG,)) == (CFG,)
@@ -75,6 +92,14 @@ def test_files_of_one_name_are_several(tmp_path: Path, monkeypatch: pytest.Monke
     named(monkeypatch, first, second, first)
     names = [kind.model_fields["name"].default for kind in registered()]
     assert names == ["ddim", "first", "second"]
+
+
+def test_two_files_may_not_take_one_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = written(tmp_path / "first.py", OWN.format("mine"))
+    second = written(tmp_path / "second.py", OWN.format("mine"))
+    named(monkeypatch, first, second)
+    with pytest.raises(PluginError, match=r"second\.py cannot be used: .* 'mine' is taken\.$"):
+        registered()
 
 
 def test_a_file_with_the_name_of_a_module_shadows_none(
