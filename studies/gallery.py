@@ -1,9 +1,9 @@
-"""Draw the picture grids of docs/gallery.md: one for each rule, scale, sampler, and the policies.
+"""Draw the picture grids of docs/gallery.md: one per rule, scale and sampler, one for policies.
 
     python -m studies.gallery            # draw what is missing, write docs/images/gallery/
 
-Every picture is a request to the server's engine, kept in ``out/gallery``, so that a run that was
-interrupted goes on. All grids have the same three captions and seeds.
+Every picture is a request to the server's engine and is stored in ``out/gallery``, so that an
+interrupted run can be continued. All grids have the same three captions and seeds.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ CAPTIONS = (
     ("a blue square to the left of a yellow circle", 2),
     ("a green triangle at sunset", 5),
 )
-"""Each with its seed."""
+"""Captions, each with its seed."""
 STEPS = 25
 SCALES = (1.5, 2.0, 4.0, 7.5, 12.0, 20.0)
 COMMON_SCALES = (2.0, 4.0, 7.5, 12.0, 20.0)
 SAMPLER_STEPS = (4, 6, 8, 12, 25)
 DISTILLED_STEPS = (1, 2, 4, 8)
 ROWS = 32
-"""Of a forward pass."""
+"""Rows of a forward pass."""
 AT_ONCE = 48
-"""Requests that are in the engine together."""
+"""Number of requests that are in the engine at the same time."""
 
 OF_ONE_SCALE = (
     "cfg",
@@ -68,7 +68,7 @@ POLICIES = ("always", "interval", "adaptive", "linear_adaptive", "reuse")
 
 EDGE = 4
 LINE = 20
-"""Pixels between cells, and of a line of text."""
+"""Pixels between cells (EDGE), and height of a line of text in pixels (LINE)."""
 TEXT = 13
 PAPER, INK = (255, 255, 255), (40, 40, 40)
 QUALITY = 82
@@ -78,18 +78,18 @@ Request = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Sheet:
-    """One grid: the captions below each other, the settings side by side.
+    """One grid, with a row for each caption and a column for each setting.
 
     Attributes:
-        name: of the file.
-        columns: what is asked for beside caption and seed, by its label.
+        name: name of the file.
+        columns: request fields besides caption and seed, by the column's label.
     """
 
     name: str
     columns: Mapping[str, Request]
 
     def requests(self) -> list[list[Request]]:
-        """Row by row."""
+        """The requests of each row."""
         return [
             [{"prompt": caption, "seed": seed, **asked} for asked in self.columns.values()]
             for caption, seed in CAPTIONS
@@ -97,7 +97,7 @@ class Sheet:
 
 
 def all_sheets() -> list[Sheet]:
-    """Every grid."""
+    """All grids."""
     return [*_rules(), *_scales(), *_samplers(), _policies()]
 
 
@@ -176,10 +176,10 @@ def _policies() -> Sheet:
 
 
 class Pictures:
-    """The picture of each request, drawn once.
+    """The pictures of requests, each drawn once.
 
     Args:
-        folder: where they are kept.
+        folder: folder where they are stored.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -187,11 +187,11 @@ class Pictures:
         folder.mkdir(parents=True, exist_ok=True)
 
     def of(self, request: Request) -> Image.Image:
-        """The picture of a request that was drawn."""
+        """The picture of a request that has been drawn."""
         return Image.open(self.path(request)).convert("RGB")
 
     def draw(self, requests: Sequence[Request]) -> None:
-        """Draw those that are missing."""
+        """Draw the pictures that are missing."""
         folders = {"embedded": MODEL_FOLDER, "embedded-lcm": STUDENT_FOLDER}
         for name, folder in folders.items():
             missing = {
@@ -230,13 +230,13 @@ class Pictures:
             fresh.replace(path)
 
     def path(self, request: Request) -> Path:
-        """Where the picture of a request is kept."""
+        """File that stores the picture of a request."""
         text = json.dumps(request, sort_keys=True)
         return self._folder / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.png"
 
 
 def grid(sheet: Sheet, pictures: Pictures) -> Image.Image:
-    """The pictures of a sheet, with the columns' labels above and each row's caption over it."""
+    """The pictures of a sheet, with the columns' labels at the top and captions above rows."""
     cells = [[pictures.of(request) for request in row] for row in sheet.requests()]
     side = cells[0][0].width + EDGE
     width = EDGE + side * len(sheet.columns)
@@ -254,7 +254,7 @@ def grid(sheet: Sheet, pictures: Pictures) -> Image.Image:
 
 
 def main() -> None:
-    """Draw, and write the grids."""
+    """Draw the pictures and write the grids."""
     parser = argparse.ArgumentParser(prog="python -m studies.gallery")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--kept", type=Path, default=Path("out/gallery"), help="folder of pictures")

@@ -1,4 +1,4 @@
-"""Run tasks on an engine directly, without the service."""
+"""Runs of tasks on an engine, without the service."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ POLL_S = 0.05
 
 
 def started(model: HostedModel, row_budget: int | None, max_pending: int) -> Engine:
-    """An engine of one model, ready for tasks.
+    """Start an engine with one model, and wait until it is ready.
 
     Raises:
-        Exception: it could not start.
+        Exception: the engine could not start.
     """
     engine = Engine({model.facts.name: model}, row_budget=row_budget, max_pending=max_pending)
     engine.start()
@@ -35,7 +35,7 @@ def started(model: HostedModel, row_budget: int | None, max_pending: int) -> Eng
 
 
 def results_of(engine: Engine, tasks: list[ImageTask]) -> dict[int, ImageResult]:
-    """All images of one submission by their place in it, in the order that they finish.
+    """Run tasks, and return the images by index in the order in which they finished.
 
     Raises:
         Exception: an image failed.
@@ -49,7 +49,7 @@ def results_of(engine: Engine, tasks: list[ImageTask]) -> dict[int, ImageResult]
 
 
 class _Ended:
-    """Hears of the images of one submission; ``all`` is set once there are no more to come."""
+    """Listener for the images of one submission; ``all`` is set once all have ended."""
 
     def __init__(self, count: int) -> None:
         self._left = count

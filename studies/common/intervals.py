@@ -1,4 +1,4 @@
-"""Means, shares and ratios with their confidence intervals."""
+"""Means, proportions and ratios with their confidence intervals."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from samplers.levels import F64
 
 DEVIATIONS = 1.96
-"""Of a normal distribution within which 95 % of it lies."""
+"""Number of standard deviations that bound 95 % of a normal distribution."""
 
 
 def mean_and_error(values: Sequence[float] | F64) -> tuple[float, float]:
@@ -25,7 +25,7 @@ def mean_and_error(values: Sequence[float] | F64) -> tuple[float, float]:
 
 
 def wilson(right: int, of: int) -> tuple[float, float]:
-    """The 95 % interval of a share (Wilson, 1927)."""
+    """The 95 % interval of a proportion (Wilson, 1927)."""
     z = DEVIATIONS
     centre = (right + z * z / 2) / (of + z * z)
     half = z / (of + z * z) * sqrt(right * (of - right) / of + z * z / 4)
@@ -35,7 +35,8 @@ def wilson(right: int, of: int) -> tuple[float, float]:
 def ratio(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float, float]:
     """Geometric mean over images of ``ours / theirs``, and its 95 % interval: a paired comparison.
 
-    The logarithms' standard error times :data:`DEVIATIONS`, both sides on the same images.
+    The interval is the standard error of the logarithms times :data:`DEVIATIONS`; both sides must
+    be for the same images.
     """
     logs = np.log(np.asarray(ours, np.float64) / np.asarray(theirs, np.float64))
     middle, error = mean_and_error(logs)

@@ -10,16 +10,16 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 NOTHING = "–"
-"""What a cell of a table says where nothing was measured."""
+"""Content of a table's cell for which nothing was measured."""
 
 
 def fill(template: Path, entries: Mapping[str, str], path: Path) -> None:
     """Write a page.
 
     Args:
-        template: prose with a ``$name`` for each entry.
+        template: file of prose with a ``$name`` for each entry.
         entries: text by name.
-        path: of the page.
+        path: path of the page.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(Template(template.read_text()).substitute(entries))

@@ -1,4 +1,4 @@
-"""Results as JSON lines: what has been measured once is not measured again."""
+"""Results stored as JSON lines, so that nothing is measured twice."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Records:
 
 
 def key_of(of: Mapping[str, Any]) -> str:
-    """One text for equal descriptions, whatever the order of their entries."""
+    """A text that is the same for equal descriptions, whatever the order of their entries."""
     return json.dumps(of, sort_keys=True)
 
 

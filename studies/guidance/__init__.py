@@ -1,1 +1,1 @@
-"""The study of guidance: what it does to images of the embedded model, and what it costs."""
+"""The study of guidance: its effect on images of the embedded model, and its cost."""

@@ -1,4 +1,4 @@
-"""Measure what every guidance rule, policy and perturbation does to captions, and what it costs.
+"""Measure the effect and the cost of every guidance rule, policy and perturbation.
 
     python -m studies.guidance                  # measure what is missing, write the page
     python -m studies.guidance --minutes 30     # draw for half an hour at most

@@ -1,4 +1,7 @@
-"""The cells of the study: a guidance and the captions it is drawn for, in order of importance."""
+"""The cells of the study, in order of importance.
+
+A cell is a guidance setting together with the captions that are drawn with it.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +14,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
 Sitting = Literal["captions", "again", "two", "overlapping", "avoiding", "aimed", "pictures"]
-"""Who is drawn; see :mod:`studies.guidance.sitters`."""
+"""Which set of captions is drawn; see :mod:`studies.guidance.sitters`."""
 
 BLOCKS = 3
-"""Of captions that every cell is drawn for, if there is time."""
+"""Number of blocks of captions for which every cell is drawn, if there is time."""
 STEPS = 20
 FEW_STEPS = (2, 4, 8)
 MORE_STEPS = 50
@@ -24,9 +27,9 @@ PLUS_SCALES = (0.4, 0.6, 0.8, 1.0)
 THRESHOLDS = (0.97, 0.991, 0.997, 0.999)
 STRENGTH = 0.8
 BOTTOMS = (0.8, 0.6)
-"""Of skip-tuning."""
+"""Values of skip-tuning's ``bottom``."""
 GROUP = 4
-"""Images of a request whose images depend on each other."""
+"""Number of images in a request whose images depend on each other."""
 
 DDIM: Mapping[str, Any] = {"name": "ddim"}
 ANCESTRAL: Mapping[str, Any] = {"name": "ddim", "eta": 1.0}
@@ -34,7 +37,7 @@ UNGUIDED: Mapping[str, Any] = {"name": "none"}
 
 
 def cfg(scale: float) -> Mapping[str, Any]:
-    """Classifier-free guidance, which at scale 1 is none."""
+    """Classifier-free guidance; no guidance at scale 1."""
     return UNGUIDED if scale == 1 else {"name": "cfg", "scale": scale}
 
 
@@ -49,17 +52,17 @@ def plus(scale: float) -> Mapping[str, Any]:
 
 
 def magnitude_aware(scale: float) -> Mapping[str, Any]:
-    """CFG that is reduced where it is large."""
+    """CFG that is reduced where the guidance is large."""
     return {"name": "magnitude_aware", "scale": scale}
 
 
 def by(guidance: Mapping[str, Any], policy: str, **settings: Any) -> Mapping[str, Any]:
-    """The same guidance under a policy."""
+    """The same guidance with a policy."""
     return {**guidance, "policy": {"name": policy, **settings}}
 
 
 def beside(guidance: Mapping[str, Any], *names: str, **settings: Any) -> Mapping[str, Any]:
-    """The same guidance with perturbations, all of them with these settings."""
+    """The same guidance with perturbations, all of which have these settings."""
     return {**guidance, "perturbed": [{"name": name, **settings} for name in names]}
 
 
@@ -82,7 +85,7 @@ OTHER_RULES: Mapping[str, Mapping[str, Any]] = {
     "cfg_zero_star": {"name": "cfg_zero_star"},
     "magnitude_aware": {"name": "magnitude_aware"},
 }
-"""Those of one scale, to be measured at the scales of CFG."""
+"""Other rules with a single scale, measured at the scales of CFG."""
 
 FREQUENCIES = tuple(
     {"name": "frequency_decoupled", "scale": low, "scale_high": high}
@@ -110,7 +113,7 @@ SOLVED_BY: Mapping[str, tuple[Mapping[str, Any] | None, int]] = {
     "dpm_solver_pp, 50 steps": (None, MORE_STEPS),
     "ddim, 50 steps": (DDIM, MORE_STEPS),
 }
-"""Samplers and steps that high scales and APG's momentum are measured with."""
+"""Samplers and steps with which high scales and APG's momentum are measured."""
 
 PLUS_AT_50: Mapping[str, Mapping[str, Any]] = {
     "none": UNGUIDED,
@@ -121,7 +124,7 @@ PLUS_AT_50: Mapping[str, Mapping[str, Any]] = {
     "cfg_plus_plus 0.6": plus(0.6),
     "cfg_plus_plus 1": plus(1.0),
 }
-"""With DDIM and 50 steps, as published; 4.8 is the median of what 0.6 amounts to there."""
+"""With DDIM and 50 steps, as published; 0.6 corresponds there to a CFG scale of 4.8 (median)."""
 
 ADAPTIVE = {threshold: by(BASE, "adaptive", threshold=threshold) for threshold in THRESHOLDS}
 ADAPTIVE_NOISE = by(BASE, "adaptive", space="noise")
@@ -130,7 +133,7 @@ LINEAR: Mapping[str, Mapping[str, Any]] = {
     "linear_adaptive, to the end": by(BASE, "linear_adaptive", stop=1.0),
 }
 STOPPED = {stop: by(BASE, "interval", low=0.0, high=1e6, stop=stop) for stop in (0.5, 0.75)}
-"""Guidance that simply ends: what any policy that saves has to beat."""
+"""Guidance that simply ends early: the baseline for any policy that saves evaluations."""
 INTERVALS: Mapping[str, Mapping[str, Any]] = {
     "interval (.28, 5.42]": by(BASE, "interval"),
     "interval (.28, ∞)": by(BASE, "interval", high=1e6),
@@ -211,7 +214,7 @@ BACKGROUND: Mapping[str, Mapping[str, Any]] = {
         for scale in AIMED_SCALES
     },
 }
-"""Towards a background that the prompt does not speak of."""
+"""Guidance towards a background that the prompt does not mention."""
 CONFUSED: Mapping[str, Mapping[str, Any]] = {
     "none": UNGUIDED,
     "cfg 2": cfg(2.0),
@@ -223,7 +226,7 @@ CONFUSED: Mapping[str, Mapping[str, Any]] = {
         for scale in (1.0, 4.0)
     },
 }
-"""Towards the shape and colour that the prompt speaks of."""
+"""Guidance towards the shape and colour that the prompt mentions."""
 
 APART: Mapping[str, Mapping[str, Any]] = {
     "cfg 4": BASE,
@@ -231,13 +234,13 @@ APART: Mapping[str, Mapping[str, Any]] = {
     "cfg 4, negtome to the end": {**BASE, "negtome": {"stop": 1.0}},
     "cfg 4, negtome 3 to the end": {**BASE, "negtome": {"stop": 1.0, "strength": 3.0}},
 }
-"""Images of a request that keep away from the first."""
+"""Images of a request that are pushed away from the first."""
 PARTICLES: Mapping[str, Mapping[str, Any]] = {
     f"cfg {scale:g}{name}": {**cfg(scale), **more}
     for scale in (2.0, 4.0)
     for name, more in (("", {}), (", fkc", {"particles": {"name": "fkc"}}))
 }
-"""Images of a request as particles, by a sampler that draws the noise of the reverse diffusion."""
+"""Images of a request as particles, with a sampler that adds the noise of the reverse diffusion."""
 
 RATED: Mapping[str, Mapping[str, Any]] = {
     "always": BASE,
@@ -248,24 +251,24 @@ RATED: Mapping[str, Mapping[str, Any]] = {
     "residual, onetime": by(cfg(1.5), "residual", mode="onetime"),
     "none": UNGUIDED,
 }
-"""What is timed in the engine."""
+"""Settings that are timed in the engine."""
 
 
 KIND = ("sitting", "guidance", "steps", "sampler", "each")
-"""What tells one cell from another, whoever is drawn."""
+"""Entries that distinguish cells, apart from the captions of a sitting."""
 
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One guidance, and who is drawn with it.
+    """One guidance setting, and the captions that are drawn with it.
 
     Attributes:
-        guidance: as a request gives it; ``{first}`` and ``{second}`` stand for a sitter's things.
-        sitting: who is drawn.
-        steps: of the sampler.
-        block: which captions: the first so many, the next so many, ...
-        sampler: the default one if None.
-        each: images of a request.
+        guidance: as in a request; ``{first}`` and ``{second}`` stand for the things of a caption.
+        sitting: which set of captions is drawn.
+        steps: number of steps of the sampler.
+        block: index of the block of captions.
+        sampler: the sampler; None for the default one.
+        each: number of images per request.
     """
 
     guidance: Mapping[str, Any]
@@ -276,11 +279,11 @@ class Cell:
     each: int = 1
 
     def of(self, weights: str, images: int) -> dict[str, Any]:
-        """What its result is the result of, for the records.
+        """Key of its result in the records.
 
         Args:
-            weights: what tells the model from others.
-            images: captions of a block.
+            weights: identifier of the model.
+            images: number of captions in a block.
         """
         return {
             "part": "pictures",
@@ -292,7 +295,7 @@ class Cell:
 
     @property
     def kind(self) -> dict[str, Any]:
-        """All but who is drawn of a sitting; what is as usual is left out."""
+        """The key without the captions of a sitting; default settings are left out."""
         return {
             "sitting": self.sitting,
             "guidance": dict(self.guidance),
@@ -302,11 +305,11 @@ class Cell:
         }
 
     def full(self) -> Cell | None:
-        """The cell whose pictures a policy that saves should give; None if this is one of them."""
+        """The cell without its policy, whose pictures it should reproduce; None if it has none."""
         return self._without("policy") if "policy" in self.guidance else None
 
     def undisturbed(self) -> Cell | None:
-        """The cell without what is changed inside the network; None if nothing is."""
+        """The cell without changes inside the network; None if it has no such changes."""
         inside = ("perturbed", "skip_tuning", "negtome")
         return self._without(*inside) if any(name in self.guidance for name in inside) else None
 
@@ -316,7 +319,7 @@ class Cell:
 
 
 def all_cells() -> Iterator[Cell]:
-    """Every cell once: all of them for the first captions, then for the next, ..."""
+    """Every cell once: all of them for the first block of captions, then for the next, ..."""
     for block in range(BLOCKS):
         once = _of_one_block() if block == 0 else ()
         cells = {key_of(cell.kind): cell for cell in (*_in_order(), *once)}

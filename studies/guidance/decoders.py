@@ -1,11 +1,11 @@
-"""What the model's present decoder makes of the study: the first captions, drawn once more.
+"""Results of the study with the model's current decoder, for the first block of captions.
 
     python -m studies.guidance.decoders            # draw what is missing
     python -m studies.guidance --page-only         # write it into the page
 
-The study was drawn with the decoder before the present one. The latents of both are the same, so
-the settings that docs/choosing.md recommends are drawn again for the first block of captions only,
-and compared picture by picture. Results are lines of ``docs/data/guidance_decoder.jsonl``.
+The study was drawn with the previous decoder. The latents of both decoders are the same, so the
+settings that docs/choosing.md recommends are drawn again for the first block of captions only, and
+compared picture by picture. Results are lines of ``docs/data/guidance_decoder.jsonl``.
 """
 
 from __future__ import annotations
@@ -49,11 +49,11 @@ AGAIN: Final[Mapping[str, Mapping[str, Any]]] = {
 
 
 def decoders(before: Records, after: Records) -> str:
-    """The table: captions drawn right, and values clipped, by the former and the present decoder.
+    """The table of captions drawn right and values clipped, with the previous and current decoder.
 
     Args:
         before: results of the study.
-        after: those of this module.
+        after: results of this module.
     """
     former, present = Results(before), Results(after)
     lines: list[list[str]] = []
@@ -61,7 +61,7 @@ def decoders(before: Records, after: Records) -> str:
         old, new = former.found(guidance), present.found(guidance)
         if old is None or new is None:
             continue
-        # The study has more blocks of captions than were drawn again.
+        # The study has more blocks of captions than the one drawn again.
         right, of = new.right
         gained, lost, _ = new.changed(old)
         clipped = old.values("clipped")[:of]
@@ -80,7 +80,7 @@ def decoders(before: Records, after: Records) -> str:
 
 
 def main() -> None:
-    """Draw what is missing."""
+    """Draw the cells that are missing."""
     parser = argparse.ArgumentParser(prog="python -m studies.guidance.decoders")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--data", type=Path, default=DATA)

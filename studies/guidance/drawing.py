@@ -1,4 +1,4 @@
-"""Images drawn by the server's engine, with the latents that they were decoded from."""
+"""Images drawn by the server's engine, with the latents from which they were decoded."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ class Drawn:
     """Images of one cell, in the order of their sitters.
 
     Attributes:
-        latents: clean, ``[images, C, h, w]``.
-        evaluations: rows of the denoiser that each took.
-        saved: rows that its policy did not have to evaluate.
+        latents: clean latents, ``[images, C, h, w]``.
+        evaluations: number of denoiser rows of each image.
+        saved: number of rows of each image that its policy did not evaluate.
     """
 
     latents: Tensor
@@ -58,13 +58,13 @@ class Spent:
 
 
 class Drawing:
-    """An engine, and the requests that the study gives it.
+    """An engine, and the requests that the study sends to it.
 
     Args:
-        model: hosted; its decoder is listened to.
-        rows: in one forward pass; chosen by the engine if None.
-        fitted_runs: that linear adaptive guidance is fitted to, where it is not yet.
-        prompts: they are of.
+        model: hosted model; its decoder is wrapped to record latents.
+        rows: maximum number of rows in one forward pass; chosen by the engine if None.
+        fitted_runs: number of runs to fit linear adaptive guidance to, where there is no fit yet.
+        prompts: prompts of these runs.
         kept: folder for the fits.
     """
 
@@ -87,7 +87,7 @@ class Drawing:
 
     @property
     def row_budget(self) -> int:
-        """Rows of a forward."""
+        """Maximum number of rows in a forward pass."""
         return self._engine.measurements.row_budget
 
     def stop(self) -> None:
@@ -95,10 +95,10 @@ class Drawing:
         self._engine.stop(0)
 
     def draw(self, cell: Cell, sitters: Sequence[Sitter], strength: float) -> Drawn:
-        """All sitters at once; the images of each side by side.
+        """Draw all sitters at once; images of one sitter are consecutive.
 
         Raises:
-            WeftError: the server would refuse it, or an image failed.
+            WeftError: the server would refuse the request, or an image failed.
         """
         self._decoded.clear()
         results = results_of(self._engine, self._all_tasks(cell, sitters, strength))
@@ -111,7 +111,7 @@ class Drawing:
         )
 
     def time(self, cell: Cell, sitters: Sequence[Sitter]) -> Spent:
-        """The same, for the time it takes."""
+        """Draw all sitters at once, and return the time that it takes."""
         tasks = self._all_tasks(cell, sitters, 1.0)
         began, worked = perf_counter(), process_time()
         results_of(self._engine, tasks)
@@ -121,7 +121,7 @@ class Drawing:
         return [task for sitter in sitters for task in self._tasks(cell, sitter, strength)]
 
     def _tasks(self, cell: Cell, sitter: Sitter, strength: float) -> list[ImageTask]:
-        """As the service makes them of a request."""
+        """Tasks of a request, created as the service does."""
         size = None if sitter.image is None else (sitter.image.shape[2], sitter.image.shape[1])
         given: dict[str, Any] = {
             "prompt": sitter.prompt,
@@ -142,7 +142,7 @@ class Drawing:
         return tasks_of(prepare(resolved, self._model, plan), self._model, image=sitter.image)
 
     def _fit(self, resolved: ResolvedRequest, plan: Plan) -> None:
-        """Make the coefficients that the policy needs, unless there are some."""
+        """Fit the coefficients that the policy needs, unless they exist."""
         rule, policy = split(resolved.guidance)
         if policy.fitted_by != PREFIX:
             raise TypeError(f"nothing here fits {policy.name!r}")
@@ -153,7 +153,7 @@ class Drawing:
             made.save(fit_file(self._kept, resolved.sampler.name, resolved.steps, identity))
 
     def _listen(self, model: HostedModel) -> None:
-        """Keep the latents of each picture that is decoded and finite: those that finish."""
+        """Record the latents of each decoded picture that is finite, and thus finishes."""
         decode = model.decode
 
         def decode_and_keep(latents: Tensor) -> Tensor:
@@ -170,7 +170,7 @@ def _say_nothing(done: int) -> None:
 
 
 def _filled_in(value: Any, words: dict[str, str]) -> Any:
-    """The settings with a sitter's words in place of their names in braces."""
+    """The settings, with names in braces replaced by a sitter's words."""
     if isinstance(value, str):
         return value.format(**words)
     if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""Tables of terms that act inside the network, through the classifier, or between images."""
+"""Tables for terms that act inside the network, through the classifier, or between images."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def perturbed(results: Results) -> str:
-    """Perturbations and skip-tuning, without guidance and with it."""
+    """Perturbations and skip-tuning, with and without guidance."""
     rows: dict[str, Mapping[str, Any]] = {}
     for base_name, base in (("none", cells.UNGUIDED), ("cfg 4", cells.BASE)):
         rows[base_name] = base
@@ -37,7 +37,7 @@ def perturbed(results: Results) -> str:
 
 
 def layers(results: Results) -> str:
-    """The same perturbations of one level of the network at a time."""
+    """The same perturbations applied to one level of the network at a time."""
     plain = results.found(cells.UNGUIDED)
     lines: list[list[str]] = []
     for name, settings in cells.ELSEWHERE.items():
@@ -58,12 +58,12 @@ def layers(results: Results) -> str:
 
 
 def background(results: Results) -> str:
-    """Towards a background that the prompt does not mention."""
+    """Classifier guidance towards a background that the prompt does not mention."""
     return _aimed(results, cells.BACKGROUND, ["background"], beside=True)
 
 
 def confused(results: Results) -> str:
-    """Towards the shape and the colour that the prompt mentions."""
+    """Classifier guidance towards the shape and colour that the prompt mentions."""
     return _aimed(results, cells.CONFUSED, ["shape", "colour"])
 
 
@@ -74,7 +74,7 @@ def _aimed(
     *,
     beside: bool = False,
 ) -> str:
-    """How often the classifier's aims were met; beside them what else the prompt says, if asked."""
+    """How often the classifier's targets were met and, if ``beside``, the prompt's other claims."""
     lines: list[list[str]] = []
     for name, guidance in rows.items():
         figures = results.found(guidance, "aimed")
@@ -89,12 +89,12 @@ def _aimed(
 
 
 def apart(results: Results) -> str:
-    """Images of a request that keep away from the first."""
+    """Images of a request that are pushed away from the first."""
     return _groups(results, cells.APART, "cfg 4", None)
 
 
 def particles(results: Results) -> str:
-    """Images of a request as particles, and as so many images."""
+    """Images of a request as particles, compared with independent images."""
     halves = [
         {name: one for name, one in cells.PARTICLES.items() if name.startswith(base)}
         for base in ("cfg 2", "cfg 4")
@@ -109,7 +109,7 @@ def _groups(
     base: str,
     sampler: Mapping[str, Any] | None,
 ) -> str:
-    """Shares and distances of requests of several images, and how they differ from the base's."""
+    """Accuracy and distances within requests of several images, and differences from the base."""
     found = {
         name: results.found(one, "captions", cells.STEPS, sampler, cells.GROUP)
         for name, one in rows.items()

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 LUMA = (0.2126, 0.7152, 0.0722)
 BEYOND = 0.05
-"""How far outside [-1, 1] a decoded value counts as clipped: 2.5 % of the range."""
+"""Distance outside [-1, 1] from which a decoded value counts as clipped: 2.5 % of the range."""
 RESAMPLES = 200
 MOST_PSNR = 99.0
 
@@ -25,24 +25,24 @@ MOST_PSNR = 99.0
 def saturation(pictures: Tensor) -> list[float]:
     """Mean over pixels of the largest minus the smallest channel, in [0, 1].
 
-    The chroma of HSV, which is its saturation times its value: dark pixels, whose saturation is
-    rounding, count for nothing.
+    This is the chroma of HSV, its saturation times its value, so that dark pixels, whose saturation
+    is dominated by rounding, contribute nothing.
 
     Args:
-        pictures: ``[images, 3, H, W]`` in [-1, 1].
+        pictures: pictures, ``[images, 3, H, W]`` in [-1, 1].
     """
     shown = _shown(pictures)
     return (shown.amax(1) - shown.amin(1)).flatten(1).mean(1).tolist()
 
 
 def contrast(pictures: Tensor) -> list[float]:
-    """Deviation of the luma over the pixels, in [0, .5]; ``[images, 3, H, W]`` in [-1, 1]."""
+    """Standard deviation of luma, in [0, .5], of ``[images, 3, H, W]`` in [-1, 1]."""
     weights = pictures.new_tensor(LUMA).view(1, 3, 1, 1)
     return (_shown(pictures) * weights).sum(1).flatten(1).std(1).tolist()
 
 
 def clipped(pictures: Tensor) -> list[float]:
-    """Share of each picture's values that lie well outside [-1, 1] and are cut off."""
+    """Fraction of each picture's values that lie well outside [-1, 1] and are clipped."""
     return (pictures.abs() > 1 + BEYOND).flatten(1).to(torch.float32).mean(1).tolist()
 
 
@@ -51,16 +51,16 @@ def _shown(pictures: Tensor) -> Tensor:
 
 
 def psnr(pictures: Tensor, wanted: Tensor) -> list[float]:
-    """Of each picture as it is shown, in decibels, at most :data:`MOST_PSNR`."""
+    """PSNR of each picture as shown, in decibels, at most :data:`MOST_PSNR`."""
     error = (_shown(pictures) - _shown(wanted)).square().flatten(1).mean(1)
     return (-10 * error.log10()).clamp(max=MOST_PSNR).tolist()
 
 
 def features(latents: Tensor) -> F64:
-    """What the Fréchet distance compares, ``[images, 5 C]``.
+    """Features for the Fréchet distance, ``[images, 5 C]``.
 
-    Each channel's mean over the four quarters of the picture, and its deviation: few numbers, so
-    that few images give a covariance.
+    They are each channel's means over the four quarters of the picture and its standard deviation:
+    few enough that their covariance can be estimated from few images.
     """
     quarters = F.adaptive_avg_pool2d(latents, 2).flatten(1)
     deviations = latents.flatten(2).std(2)
@@ -68,9 +68,9 @@ def features(latents: Tensor) -> F64:
 
 
 def frechet(found: F64, wanted: F64) -> float:
-    """Squared Fréchet distance of two sets' normal distributions, ``[images, features]`` each.
+    """Squared Fréchet distance of normal distributions fitted to two sets ``[images, features]``.
 
-    In units of the second set's deviations, feature by feature.
+    Features are in units of the second set's standard deviations.
     """
     scale = wanted.std(0)
     a, b = found / scale, wanted / scale
@@ -81,15 +81,15 @@ def frechet(found: F64, wanted: F64) -> float:
 
 
 def beyond(found: F64, true: F64, wanted: F64) -> tuple[float, float]:
-    """How much farther one set is than another of the same captions, and the deviation of that.
+    """By how much one set is farther away than another for the same captions, with its deviation.
 
-    The deviation is that over resamples of the captions (bootstrap), the same for both: what the
-    choice of captions does to either distance does not count.
+    The standard deviation is over bootstrap resamples of the captions, which are the same for both
+    sets, so that the effect of the choice of captions cancels.
 
     Args:
         found: features of drawn pictures.
-        true: of the true pictures of the same captions, in their order.
-        wanted: of what both are held against.
+        true: features of the true pictures of the same captions, in the same order.
+        wanted: features of the set that both are compared with.
     """
     random = np.random.default_rng(0)
     draws = [random.integers(len(found), size=len(found)) for _ in range(RESAMPLES)]
@@ -98,7 +98,7 @@ def beyond(found: F64, true: F64, wanted: F64) -> tuple[float, float]:
 
 
 def distances(one: Tensor, other: Tensor) -> list[float]:
-    """Root mean square difference of latents, pair by pair, ``[pairs, C, h, w]`` both."""
+    """Root mean square difference of each pair of latents, both ``[pairs, C, h, w]``."""
     return (one - other).square().flatten(1).mean(1).sqrt().tolist()
 
 
@@ -109,7 +109,7 @@ def apart(latents: Tensor) -> float:
 
 
 def ratio_of_means(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float, float]:
-    """One mean over another on the same images, and its 95 % interval (bootstrap over images)."""
+    """Ratio of two means over the same images, and its 95 % interval (bootstrap over images)."""
     pairs = np.stack([np.asarray(ours, np.float64), np.asarray(theirs, np.float64)])
     random = np.random.default_rng(0)
     draws = random.integers(pairs.shape[1], size=(10 * RESAMPLES, pairs.shape[1]))

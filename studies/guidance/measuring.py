@@ -1,4 +1,4 @@
-"""Measure what is missing from the records, most important first."""
+"""Measure what is missing from the records, in order of importance."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PARTS = ("truth", "pictures", "rate")
 
 
 class Share(NamedTuple):
-    """Every n-th cell from a first one on, so that several processes can divide the work."""
+    """Every n-th cell from a first one on, so that several processes can share the work."""
 
     first: int = 0
     every: int = 1
@@ -38,10 +38,10 @@ def measure(
     """Measure until everything is done or the time is up; prints one line per result.
 
     Args:
-        study: draws and looks.
-        records: where results go, and which there are.
-        parts: of :data:`PARTS`.
-        share: of the cells.
+        study: the study, which draws and measures.
+        records: records that results are added to; existing ones are not measured again.
+        parts: parts to measure, from :data:`PARTS`.
+        share: selection of the cells.
         minutes: maximum time; a cell that has started is finished.
     """
     ends = perf_counter() + 60 * minutes
@@ -74,14 +74,14 @@ def _all_work(study: Study, parts: Collection[str], share: Share) -> Iterator[Wo
 def measure_rates(
     drawing: Drawing, sitters: Sitters, weights: str, sizes: Sizes, records: Records
 ) -> None:
-    """Time the same requests under each guidance, in turns.
+    """Time the same requests with each guidance, in turns.
 
     Args:
         drawing: one engine for all.
-        sitters: the first of them are drawn.
-        weights: what tells the model from others.
-        sizes: how many, and in how many rounds.
-        records: where the result goes; it is measured anew each time that there is none.
+        sitters: sitters, of which the first ones are drawn.
+        weights: identifier of the model.
+        sizes: numbers of images and rounds.
+        records: records that the result is added to, unless there is one.
     """
     of = {
         "part": "rate",
@@ -93,7 +93,7 @@ def measure_rates(
     if of in records:
         return
     sitting = sitters.of("captions", 0)[: sizes.rated_images]
-    # A few warm everything up, and make the coefficients that policies are fitted to.
+    # A few images warm everything up and fit the coefficients that policies need.
     for guidance in RATED.values():
         drawing.time(Cell(guidance), sitting[:2])
     rounds: dict[str, list[Spent]] = {name: [] for name in RATED}
@@ -114,7 +114,7 @@ def measure_rates(
 
 
 def told(of: Mapping[str, Any], result: Mapping[str, Any]) -> str:
-    """One line about a result: what it is of, and the means of its figures."""
+    """One line about a result: its key, and the means of its figures."""
     said = ("part", "sitting", "guidance", "sampler", "steps", "each", "block")
     name = " ".join(str(of[key]) for key in said if key in of)
     figures = (

@@ -1,9 +1,9 @@
-"""Negative token merging: how far it drives images away from a picture of their caption.
+"""Measure how far negative token merging pushes images away from a picture of their caption.
 
     python -m studies.guidance.negtome --captions 60
 
-Prints one table. The pictures of a caption start from the same noise under every setting, and keep
-away from the data set's own picture of the caption, which is where the caption leads to.
+Prints one table. The pictures of a caption start from the same noise with every setting, and are
+pushed away from the data set's own picture of the caption, towards which the caption leads.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ SETTINGS: Sequence[dict[str, Any]] = (
     {"stop": 1.0, "strength": 10},
 )
 SCALE = 4
-"""Of CFG, at which the embedded model draws captions best."""
+"""Scale of CFG at which the embedded model draws captions best."""
 ROWS = 24
 
 
@@ -56,14 +56,14 @@ def tasks_for(
     negtome: dict[str, Any] | None,
     steps: int,
 ) -> list[ImageTask]:
-    """One image a scene, as the service makes them of requests.
+    """Tasks for one image per scene, created as the service does.
 
     Args:
-        model: that draws.
-        scenes: whose captions are drawn.
-        shown: pictures to keep away from, ``[scenes, 3, H, W]`` in [-1, 1].
-        negtome: how they do; None where they do not.
-        steps: of the sampler.
+        model: model that draws.
+        scenes: scenes whose captions are drawn.
+        shown: pictures to push away from, ``[scenes, 3, H, W]`` in [-1, 1].
+        negtome: settings of negative token merging; None for none.
+        steps: number of steps of the sampler.
     """
     tasks: list[ImageTask] = []
     for seed, (scene, picture) in enumerate(zip(scenes, shown, strict=True)):
@@ -81,7 +81,7 @@ def tasks_for(
 
 
 def table(model: HostedModel, engine: Engine, count: int, steps: int) -> None:
-    """Print how far from the picture each setting leads, and how many images are right."""
+    """Print how far each setting pushes images away from the picture, and how many are right."""
     scenes = [
         scene for things in (1, 2) for scene in unseen_scenes(things, count // 2, frozenset())
     ]

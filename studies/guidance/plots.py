@@ -42,7 +42,7 @@ FAMILIES: Mapping[str, tuple[Sequence[float], Of]] = {
     "tcfg": ((7.5, 20.0), _rule("tcfg")),
     "magnitude_aware": (cells.HIGH_SCALES, cells.magnitude_aware),
 }
-"""Lines over the scale: scales, and the guidance of each."""
+"""Lines of the plots over the scale: scales, and the guidance at each."""
 
 PLANE = {
     "cfg": FAMILIES["cfg"],
@@ -52,7 +52,7 @@ PLANE = {
     "cfg_rescale": FAMILIES["cfg_rescale"],
     "magnitude_aware": FAMILIES["magnitude_aware"],
 }
-"""Lines of the plane of accuracy against looks."""
+"""Lines of the plot of accuracy against appearance."""
 
 SAVING: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     "adaptive": {f"{key:g}": one for key, one in cells.ADAPTIVE.items()},
@@ -62,7 +62,7 @@ SAVING: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     "linear_adaptive, to the end": {"": cells.LINEAR["linear_adaptive, to the end"]},
     "interval (.28, 5.42]": {"": cells.INTERVALS["interval (.28, 5.42]"]},
 }
-"""Lines of the plot of what is saved, their points by name."""
+"""Lines of the plot of savings, with their points by name."""
 
 
 def draw(results: Results, folder: Path) -> None:
@@ -112,7 +112,7 @@ def scales(results: Results, path: Path) -> None:
 
 
 def plane(results: Results, path: Path) -> None:
-    """Accuracy against saturation and against the Fréchet distance, a line a rule."""
+    """Accuracy against saturation and against the Fréchet distance, one line per rule."""
     figure, axes = plt.subplots(1, 2, figsize=(11, 5), sharey=True, layout="constrained")
     for k, (name, (at, guidance)) in enumerate(PLANE.items()):
         found = [(scale, results.found(guidance(scale))) for scale in at]
@@ -150,14 +150,14 @@ def savings(results: Results, path: Path) -> None:
             continue
         spent = [one.mean("evaluations") / full.mean("evaluations") for _, one in there]
         for axis, value in zip(axes, (_decibels, _share), strict=True):
-            # Side by side, so that the bars do not hide one another.
+            # Shifted slightly, so that error bars do not overlap.
             points = [
                 (100 * (1 - s) + 0.25 * (k - 2), value(one))
                 for s, (_, one) in zip(spent, there, strict=True)
             ]
             _line(axis, points, k, name)
             for (label, _), (x, (y, _, _)) in zip(there, points, strict=True):
-                # Neighbouring lines have their labels on either side.
+                # Neighbouring lines have their labels on opposite sides.
                 axis.annotate(
                     label,
                     (x, y),
@@ -205,7 +205,7 @@ def few_steps(results: Results, path: Path) -> None:
 
 
 def perturbed(results: Results, path: Path) -> None:
-    """Accuracy and Fréchet distance with each perturbation, without guidance and with it."""
+    """Accuracy and Fréchet distance of each perturbation, with and without guidance."""
     names = ["nothing", *cells.PERTURBATIONS]
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.4), sharey=True, layout="constrained")
     for k, (base_name, base) in enumerate((("no guidance", cells.UNGUIDED), ("cfg 4", cells.BASE))):

@@ -20,34 +20,34 @@ Record = dict[str, Any]
 
 
 class Figures:
-    """What was measured under one guidance.
+    """The figures measured for one guidance.
 
     Args:
-        blocks: the records by their blocks.
+        blocks: records by block.
     """
 
     def __init__(self, blocks: Mapping[int, Record]) -> None:
         self._blocks = dict(sorted(blocks.items()))
 
     def values(self, name: str) -> list[float]:
-        """One figure of every image, over all blocks."""
+        """A figure of every image, over all blocks."""
         return [value for record in self._blocks.values() for value in record.get(name, [])]
 
     def mean(self, name: str) -> float:
-        """Over all images."""
+        """The mean of a figure over all images."""
         return float(np.mean(self.values(name)))
 
     @property
     def right(self) -> tuple[int, int]:
-        """Pictures that show all that their caption claims, and all pictures."""
+        """Number of pictures that show all that their caption claims, and of all pictures."""
         right = self.values("right")
         return int(sum(right)), len(right)
 
     @property
     def beyond(self) -> tuple[float, float] | None:
-        """Fréchet distance beyond the truth's, and its deviation; None where it was not measured.
+        """Fréchet distance minus that of the true pictures, and its deviation; None if unmeasured.
 
-        The mean over blocks, as sets must be of one size to be compared.
+        It is the mean over blocks, as only sets of equal size can be compared.
         """
         found = [record["beyond"] for record in self._blocks.values() if "beyond" in record]
         if not found:
@@ -57,7 +57,7 @@ class Figures:
 
     @property
     def shares(self) -> list[float]:
-        """Of each request the share of its pictures that are right."""
+        """Fraction of right pictures in each request."""
         return [
             float(share)
             for record in self._blocks.values()
@@ -65,20 +65,20 @@ class Figures:
         ]
 
     def attribute(self, *names: str) -> tuple[int, int]:
-        """Pictures that show what their captions claim of some attributes, and all that must."""
+        """Number of claims about some attributes that pictures meet, and of all such claims."""
         counts = [record["attributes"][name] for record in self._blocks.values() for name in names]
         met, claimed = np.sum(counts, 0)
         return int(met), int(claimed)
 
     def changed(self, other: Figures) -> tuple[int, int, int]:
-        """Pictures right here and wrong there, the reverse, and all that both have."""
+        """Number of pictures right only here, right only there, and common to both."""
         ours, theirs = self._common(other, "right")
         gained = sum(a > b for a, b in zip(ours, theirs, strict=True))
         lost = sum(a < b for a, b in zip(ours, theirs, strict=True))
         return gained, lost, len(ours)
 
     def relative(self, other: Figures, name: str) -> tuple[float, float, float]:
-        """The mean over that of the other on the same images, and its 95 % interval."""
+        """Ratio of the mean to that of the other on the same images, with its 95 % interval."""
         return ratio_of_means(*self._common(other, name))
 
     def _common(self, other: Figures, name: str) -> tuple[list[float], list[float]]:
@@ -91,10 +91,10 @@ class Figures:
 
 
 class Results:
-    """All results; of two results for one cell the later one counts.
+    """All results; of two results for one cell, the later one is used.
 
     Attributes:
-        rates: what was timed.
+        rates: record of the timings, if any.
     """
 
     def __init__(self, records: Records) -> None:
@@ -120,13 +120,13 @@ class Results:
         sampler: Mapping[str, Any] | None = None,
         each: int = 1,
     ) -> Figures | None:
-        """The figures under a guidance; None if it has not been measured."""
+        """The figures for a guidance; None if it has not been measured."""
         cell = Cell(guidance, sitting, steps, sampler=sampler, each=each)
         blocks = self._cells.get(key_of(cell.kind))
         return None if blocks is None else Figures(blocks)
 
     def _leave_out_what_is_not_complete(self) -> None:
-        """Some blocks have harder captions than others, so rows of other blocks do not compare."""
+        """Drop incomplete blocks, as the difficulty of captions differs between blocks."""
         for block in range(1, BLOCKS):
             wanted = (key_of(cell.kind) for cell in all_cells() if cell.block == block)
             if not all(block in self._cells.get(place, {}) for place in wanted):
@@ -140,13 +140,13 @@ class Results:
 
     @property
     def true_distance(self) -> float:
-        """Fréchet distance of the captions' own true pictures, which every drawing's includes."""
+        """Fréchet distance of the captions' true pictures, which is the baseline for all others."""
         found = [record["frechet"] for record in self._truth.values()]
         return float(np.mean(found)) if found else float("nan")
 
     @property
     def captions(self) -> int:
-        """How many captions were drawn, at most."""
+        """Largest number of captions drawn for a cell."""
         sizes = (
             sum(record["of"]["captions"] for record in blocks.values())
             for blocks in self._cells.values()
@@ -155,11 +155,11 @@ class Results:
 
     @property
     def cells(self) -> int:
-        """How many were measured, a block of captions each."""
+        """Number of measured cells, counting each block of captions."""
         return sum(map(len, self._cells.values()))
 
     @property
     def images(self) -> int:
-        """How many pictures were drawn."""
+        """Number of pictures drawn."""
         blocks = (record for cell in self._cells.values() for record in cell.values())
         return sum(len(record.get("right", record.get("apart", []))) for record in blocks)

@@ -1,11 +1,11 @@
-"""What each guidance rule makes of captions, CFG++ with either history, inversion, oscillation.
+"""Measure the accuracy of guidance rules, the history of CFG++, inversion, and oscillation.
 
     python -m studies.guidance.rules rules --captions 100
     python -m studies.guidance.rules histories --captions 100
     python -m studies.guidance.rules inversion --captions 12
     python -m studies.guidance.rules oscillation --captions 12
 
-Prints one table. The pictures of a caption start from the same noise under every setting.
+Prints one table. The pictures of a caption start from the same noise with every setting.
 """
 
 from __future__ import annotations
@@ -70,16 +70,16 @@ RULES: Sequence[Rule] = (
     CFGPlusPlus(scale=0.6),
 )
 FINER = 8
-"""Parts of a step in the reference of the histories."""
+"""Number of parts into which the reference of the histories divides a step."""
 COMPARED = 8
-"""Captions that the reference is made of."""
+"""Number of captions for which there is a reference."""
 FINE = 50
-"""Steps that few are held against, for oscillation."""
+"""Number of steps with which few steps are compared, for oscillation."""
 
 
 @dataclass(frozen=True, slots=True)
 class Captions:
-    """Scenes, their captions and the unconditional as inputs, and start noise."""
+    """Scenes, the inputs for their captions and for the unconditional branch, and start noise."""
 
     scenes: list[Scene]
     both: RowInputs
@@ -87,7 +87,7 @@ class Captions:
 
     @classmethod
     def of(cls, model: HostedModel, count: int) -> Captions:
-        """Half of them of one thing, half of two, from the seeds of the model's own report."""
+        """Captions from the seeds of the model's report, half of one thing and half of two."""
         scenes = [
             scene for things in (1, 2) for scene in unseen_scenes(things, count // 2, frozenset())
         ]
@@ -127,7 +127,7 @@ def run(
     *,
     published_history: bool = False,
 ) -> Tensor:
-    """A guided run; with the published history, CFG++ leaves Du in the state in place of D."""
+    """A guided run; with ``published_history``, CFG++ stores Du instead of D in the history."""
     K = plan.slots
     columns = x.new_zeros(len(x), K + 2, *x.shape[1:])
     columns[:, 0] = x
@@ -157,7 +157,7 @@ def run(
 
 
 def share_right(model: HostedModel, captions: Captions, latents: Tensor) -> float:
-    """Share of the pictures that the checker reads as their caption says."""
+    """Fraction of the pictures that show what their caption says, according to the checker."""
     pictures = to_pixels(model.decode(latents))
     right = [
         all(compare(scene.claim, read_picture(picture)).values())
@@ -211,7 +211,7 @@ def histories(model: HostedModel, count: int, steps: int) -> None:
 
 
 def inversion(model: HostedModel, count: int, steps: int) -> None:
-    """Pictures inverted and drawn again: how much of them is recovered."""
+    """How well pictures that are inverted and drawn again are recovered."""
     captions = Captions.of(model, count)
     predict = predictor(model, captions)
     latents = model.encode_image(render(captions.scenes))
@@ -243,8 +243,8 @@ def inversion(model: HostedModel, count: int, steps: int) -> None:
 def oscillation(model: HostedModel, count: int, steps: int) -> None:
     """Whether the guidance difference oscillates from step to step.
 
-    The cosine between each change from one step to the next and the change before: 1 if the
-    difference keeps its direction, -1 if it reverses every time.
+    The figure is the cosine between each change of the difference and the previous change: 1 if
+    changes keep their direction, -1 if they reverse every time.
     """
     captions = Captions.of(model, count)
     predict = predictor(model, captions)
@@ -278,10 +278,10 @@ def _swing(
 def _flow_of(
     grid: Grid, predict: Callable[[Tensor, float], tuple[Tensor, Tensor]], scale: float, x: Tensor
 ) -> Tensor:
-    """What CFG++ over this grid tends to where each step is made of ever more parts.
+    """The limit of CFG++ over this grid as each step is divided into ever more parts.
 
-    Its kick is the same however short a step is, so it is CFG with a weight of each step, and that
-    weight's flow is the reference.
+    The move that CFG++ adds does not depend on the length of a step, so CFG++ is equivalent to CFG
+    with a weight for each step, and the flow with these weights is the reference.
     """
     rho = grid.sigma / grid.alpha
     for i in range(grid.steps):
@@ -294,7 +294,7 @@ def _flow_of(
 
 
 def _psnr(found: Tensor, wanted: Tensor) -> float:
-    """Mean over pictures, with the picture's own range as the peak."""
+    """Mean PSNR over pictures, with each picture's own range as the peak."""
     flat = wanted.flatten(1)
     peak = flat.amax(1) - flat.amin(1)
     error = (found - wanted).square().flatten(1).mean(1)

@@ -1,10 +1,11 @@
-"""What is drawn: captions the model never saw, with seeds, negative prompts and pictures.
+"""What is drawn: unseen captions with seeds, negative prompts and pictures.
 
-``captions`` have one object and two in turn, each with its number as the seed. ``again`` draws
-the first of them with other seeds. ``two`` are those of two things. ``overlapping`` adds a negative
-prompt that names the first thing of the caption. ``avoiding`` says nothing of the background and
-has a white one as its negative prompt. ``aimed`` says nothing of it either, and must show the true
-one. ``pictures`` start from the picture of another caption.
+A sitter is one picture to draw, and a sitting a set of them. ``captions`` alternate between one
+object and two, each with its index as the seed. ``again`` draws the first of them with other seeds.
+``two`` are those of two things. ``overlapping`` adds a negative prompt that names the first thing
+of the caption. ``avoiding`` does not mention the background and has a white one as its negative
+prompt. ``aimed`` does not mention it either, and must show the true one. ``pictures`` start from
+the picture of another caption.
 """
 
 from __future__ import annotations
@@ -31,15 +32,15 @@ OTHER_SEEDS = 1_000_000
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Sitter:
-    """One picture that is to be drawn.
+    """One picture to draw.
 
     Attributes:
-        scene: what the caption was made from.
+        scene: scene that the caption was made from.
         prompt: the caption.
         claim: what the picture must show.
-        seed: of the noise.
-        negative: prompt.
-        image: to start from, ``[3, H, W]``.
+        seed: seed of the noise.
+        negative: negative prompt.
+        image: picture to start from, ``[3, H, W]``; None for none.
     """
 
     scene: Scene
@@ -51,9 +52,11 @@ class Sitter:
 
     @property
     def words(self) -> dict[str, str]:
-        """What settings may speak of: the things, and of the first its shape, colour, background.
+        """Words that settings may refer to.
 
-        ``first`` and ``second`` are in words; what the caption does not say is left out.
+        ``first`` and ``second`` describe the things in words; ``shape`` and ``colour`` are those of
+        the first thing, and ``background`` is the background. What the caption does not mention is
+        left out.
         """
         names = ("first", "second")
         thing, background = self.claim.things[0], self.claim.background
@@ -65,12 +68,12 @@ class Sitter:
 
 
 class Sitters:
-    """All who sit.
+    """All sitters.
 
     Args:
-        captions: of a block.
-        again: of them that are drawn with other seeds too.
-        known_pictures: training pictures whose captions count as seen.
+        captions: number of captions in a block.
+        again: number of them that are also drawn with other seeds.
+        known_pictures: number of training pictures whose captions count as seen.
     """
 
     def __init__(self, captions: int, again: int, known_pictures: int) -> None:
@@ -80,7 +83,7 @@ class Sitters:
         self._blocks: dict[int, list[Sitter]] = {}
 
     def of(self, sitting: Sitting, block: int) -> list[Sitter]:
-        """Those of one block, in their order."""
+        """The sitters of one block, in order."""
         plain = self._block(block)
         if sitting == "again":
             return [replace(one, seed=one.seed + OTHER_SEEDS) for one in plain[: self._again]]

@@ -1,4 +1,4 @@
-"""Run the cells: from a cell to latents, from latents to figures."""
+"""Running the cells: from a cell to latents, and from latents to figures."""
 
 from __future__ import annotations
 
@@ -33,21 +33,21 @@ if TYPE_CHECKING:
 
 AT_ONCE = 16
 FIRST_TRUE_SEED = 4_000_000_000
-"""Seeds from here on are of the true pictures that distances are taken from."""
+"""First seed of the true pictures with which distances are computed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """How much is measured.
+    """The amounts that are measured.
 
     Attributes:
-        captions: of a block, half of one thing, half of two.
-        again: captions of which a second picture is drawn, for diversity.
-        true_pictures: that the Fréchet distance is taken from.
-        known_pictures: training pictures whose captions count as seen.
-        fitted_runs: that linear adaptive guidance is fitted to.
-        rated_images: images of a timed round.
-        rounds: timed.
+        captions: number of captions in a block, half of one thing and half of two.
+        again: number of captions for which a second picture is drawn, for diversity.
+        true_pictures: number of true pictures for the Fréchet distance.
+        known_pictures: number of training pictures whose captions count as seen.
+        fitted_runs: number of runs that linear adaptive guidance is fitted to.
+        rated_images: number of images in a timed round.
+        rounds: number of timed rounds.
     """
 
     captions: int = 48
@@ -60,15 +60,15 @@ class Sizes:
 
 
 class Study:
-    """What there is to measure of one model.
+    """The measurements on one model.
 
     Args:
-        model: decodes and encodes.
-        weights: what tells it from others.
-        drawing: draws with it.
-        sitters: who is drawn.
-        sizes: how much.
-        kept: folder for latents, which later cells are compared with.
+        model: model that decodes and encodes.
+        weights: identifier of the model.
+        drawing: engine that draws with it.
+        sitters: pictures to draw.
+        sizes: amounts to measure.
+        kept: folder for latents, with which later cells are compared.
     """
 
     def __init__(
@@ -89,14 +89,14 @@ class Study:
         self._true: dict[int, Tensor] = {}
 
     def of(self, cell: Cell) -> dict[str, Any]:
-        """What the cell's result is the result of."""
+        """The key of the cell's result in the records."""
         return cell.of(self.weights, self.sizes.captions)
 
     def run(self, cell: Cell) -> dict[str, Any]:
         """The figures of one cell; lists are over its images.
 
         Raises:
-            WeftError: the server would refuse it, or an image failed.
+            WeftError: the server would refuse the request, or an image failed.
         """
         drawn = self._drawn(cell)
         if cell.sitting == "again":
@@ -125,7 +125,7 @@ class Study:
         return found
 
     def truth(self, block: int) -> dict[str, Any]:
-        """The same figures of the true pictures of the captions, through the autoencoder."""
+        """The same figures for the captions' true pictures, passed through the autoencoder."""
         sitters = self._sitters.of("captions", block)
         pictures = render([sitter.scene for sitter in sitters])
         latents = self._true_latents(block)
@@ -138,7 +138,7 @@ class Study:
         return {**self._read(sitters, restored), **self._look(latents, restored), **raw}
 
     def _drawn(self, cell: Cell) -> Drawn:
-        """The cell's images, from the folder if they are there."""
+        """The cell's images, from the folder if they are stored there."""
         name = hashlib.sha256(key_of(self.of(cell)).encode()).hexdigest()[:16]
         path = self._kept / f"{name}.safetensors"
         if not path.exists():
@@ -156,7 +156,7 @@ class Study:
         return Drawn(kept["latents"], kept["evaluations"].tolist(), kept["saved"].tolist())
 
     def _read(self, sitters: Sequence[Sitter], pictures: Tensor) -> dict[str, Any]:
-        """What the data set's checker sees."""
+        """The verdicts of the data set's checker."""
         right: list[int] = []
         white: list[int] = []
         claimed: Counter[str] = Counter()
@@ -180,7 +180,7 @@ class Study:
         }
 
     def _farness(self, cell: Cell, latents: Tensor) -> dict[str, Any]:
-        """The Fréchet distance, where the pictures are one each of a block's captions."""
+        """The Fréchet distance, if there is one picture for each of a block's captions."""
         if cell.sitting != "captions" or cell.each > 1:
             return {}
         found = measures.features(latents)

@@ -21,7 +21,7 @@ NOT_YET = "Not measured yet."
 
 
 def scales(results: Results) -> str:
-    """CFG, APG and guidance in an interval over their scales, and the truth."""
+    """CFG, APG and guidance in an interval at their scales, and the true pictures."""
     rows: dict[str, Mapping[str, Any]] = {}
     for scale in cells.SCALES:
         rows["none" if scale == 1 else f"cfg {scale:g}"] = cells.cfg(scale)
@@ -34,20 +34,20 @@ def scales(results: Results) -> str:
 
 
 def plus(results: Results) -> str:
-    """CFG++ beside CFG."""
+    """CFG++ compared with CFG."""
     rows = {f"cfg_plus_plus {scale:g}": cells.plus(scale) for scale in cells.PLUS_SCALES}
     rows |= {f"cfg {scale:g}": cells.cfg(scale) for scale in cells.SCALES if scale > 1}
     return looks(results, rows)
 
 
 def apg_variants(results: Results) -> str:
-    """APG at scale 7.5 with its parts taken out."""
+    """APG at scale 7.5 with parts removed."""
     named = {f"apg 7.5, {name}": guidance for name, guidance in cells.APG_VARIANTS.items()}
     return looks(results, {"cfg 7.5": cells.cfg(7.5), "apg 7.5": cells.apg(7.5), **named})
 
 
 def solved(results: Results) -> str:
-    """High scales by other samplers and in more steps."""
+    """High scales with other samplers and more steps."""
     lines: list[list[str]] = []
     for name, guidance in cells.SOLVED.items():
         found = [
@@ -65,7 +65,7 @@ def _right_and_clipped(figures: Figures | None) -> str:
 
 
 def plus_at_50(results: Results) -> str:
-    """CFG++ beside CFG, by DDIM in 50 steps."""
+    """CFG++ compared with CFG, with DDIM and 50 steps."""
     return looks(results, cells.PLUS_AT_50, steps=cells.MORE_STEPS, sampler=cells.DDIM)
 
 
@@ -79,7 +79,7 @@ def rules(results: Results, scale: float) -> str:
 
 
 def frequencies(results: Results) -> str:
-    """Frequency-decoupled guidance beside CFG."""
+    """Frequency-decoupled guidance compared with CFG."""
     rows = {
         f"frequency_decoupled {one['scale']:g}, detail {one['scale_high']:g}": one
         for one in cells.FREQUENCIES
@@ -90,7 +90,7 @@ def frequencies(results: Results) -> str:
 
 
 def combined(results: Results) -> str:
-    """Rules with policies, beside the rules alone."""
+    """Rules with policies, compared with the rules alone."""
     rows = {
         "cfg 2": cells.cfg(2.0),
         "cfg 4": cells.BASE,
@@ -102,7 +102,7 @@ def combined(results: Results) -> str:
 
 
 def savings(results: Results) -> str:
-    """What policies save under CFG 4, and how close their images stay to those of full CFG."""
+    """Savings of policies with CFG 4, and the similarity of their images to those of full CFG."""
     rows: dict[str, Mapping[str, Any]] = {
         f"adaptive {threshold:g}": guidance for threshold, guidance in cells.ADAPTIVE.items()
     }
@@ -114,7 +114,7 @@ def savings(results: Results) -> str:
 
 
 def combined_savings(results: Results) -> str:
-    """The same under other rules, each beside its own full guidance."""
+    """The same with other rules, each compared with its own full guidance."""
     head = ["guidance", "evaluations", "saved", "PSNR, dB", "worst tenth", "right", "against full"]
     lines: list[list[str]] = []
     for name, guidance in cells.COMBINED.items():
@@ -139,7 +139,7 @@ def _saving(
     if figures is None or full is None:
         return None
     decibels = figures.values("psnr")
-    # Without guidance there is no policy that saves: it is half by the rule itself.
+    # Without guidance no policy saves evaluations; the rule itself takes half of them.
     saved = 1 - figures.mean("evaluations") / full.mean("evaluations")
     return [
         name,
@@ -153,7 +153,7 @@ def _saving(
 
 
 def few_steps(results: Results) -> str:
-    """Residual guidance at few steps."""
+    """Residual guidance with few steps."""
     rows: dict[str, Mapping[str, Any]] = {
         "none": cells.UNGUIDED,
         "cfg 2": cells.cfg(2.0),
@@ -171,7 +171,7 @@ def few_steps(results: Results) -> str:
 
 
 def from_pictures(results: Results) -> str:
-    """Residual guidance by the picture that a run starts from."""
+    """Residual guidance with the picture that a run starts from."""
     rows: dict[str, Mapping[str, Any]] = {"none": cells.UNGUIDED, "cfg 4": cells.BASE}
     for scale in cells.RESIDUAL_SCALES:
         rows[f"residual self, cfg {scale:g}"] = cells.by(cells.cfg(scale), "residual")
@@ -199,7 +199,7 @@ def _right_and_cost(figures: Figures | None) -> str:
 
 
 def overlapping(results: Results) -> str:
-    """Negative prompts that name what the caption wants."""
+    """Negative prompts that overlap with the caption."""
     return _of_sitting(results, "overlapping", cells.OVERLAPPING, _right_column)
 
 
@@ -214,7 +214,7 @@ def avoiding(results: Results) -> str:
 
 
 def composed(results: Results) -> str:
-    """Captions of two things, with each of them as a prompt of its own."""
+    """Captions of two things, with each thing as a prompt of its own."""
     return _of_sitting(results, "two", cells.COMPOSED, _right_column)
 
 
@@ -237,7 +237,7 @@ def _of_sitting(
 
 
 def rates(results: Results) -> str:
-    """Images per second of the engine under each guidance."""
+    """Images per second of the engine with each guidance."""
     record = results.rates
     if record is None:
         return NOTHING
@@ -262,7 +262,7 @@ def rates(results: Results) -> str:
 
 
 def quiet(results: Results) -> str:
-    """How quiet the machine was when it was timed."""
+    """Load of the machine during the timings."""
     record = results.rates
     if record is None:
         return "not measured"

@@ -1,4 +1,4 @@
-"""Figures as text, and the table of what pictures show and how they look."""
+"""Figures as text, and the table of accuracy and appearance of pictures."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ def looks(
     """Accuracy, appearance and cost of images: one row per guidance.
 
     Args:
-        results: all of them; what is not among them is left out.
+        results: all results; guidance without a result is left out.
         rows: guidance by name.
-        steps: of the sampler.
-        sampler: the default one if None.
-        truth: with a row for the true pictures.
-        moved: with a column for how far latents moved.
+        steps: number of steps of the sampler.
+        sampler: the sampler; None for the default one.
+        truth: whether to add a row for the true pictures.
+        moved: whether to add a column for how far latents moved.
     """
     lines: list[list[str]] = []
     for name, guidance in rows.items():
@@ -65,18 +65,18 @@ def _moved(figures: Figures) -> str:
 
 
 def share(figures: Figures) -> str:
-    """Pictures that are right, with the interval of their share."""
+    """Number of right pictures, with the interval of their proportion."""
     return part(*figures.right)
 
 
 def part(right: int, of: int) -> str:
-    """So many of so many, with the interval of their share."""
+    """A count of a total, with the interval of the proportion."""
     low, high = wilson(right, of)
     return f"{right} of {of}, {right / of:.0%} ({low:.0%} to {high:.0%})"
 
 
 def of_truth(results: Results, figures: Figures, name: str) -> str:
-    """A figure over that of the true pictures, with its interval."""
+    """Ratio of a figure to that of the true pictures, with its interval."""
     if results.truth is None:
         return f"{figures.mean(name):.3f}"
     middle, low, high = figures.relative(results.truth, name)

@@ -1,1 +1,1 @@
-"""The study of samplers: how accurate each is at each number of evaluations."""
+"""The study of samplers: the accuracy of each at each number of evaluations."""

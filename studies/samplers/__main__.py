@@ -1,4 +1,4 @@
-"""Measure every sampler against a reference of 1,000 steps, and the captions it draws right.
+"""Measure every sampler's error against a reference of 1,000 steps, and its accuracy on captions.
 
     python -m studies.samplers                  # measure what is missing, write the page
     python -m studies.samplers --minutes 30     # measure for half an hour at most
@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         torch.set_num_threads(options.threads)
         model = load_model(MODEL_FOLDER, name="embedded", device=options.device, dtype="float32")
         statistics = StatisticsFiles(options.statistics)
-        # The whole folder's revision would change with the statistics.
+        # The revision of the whole folder would change with the statistics.
         weights = revisions_of(MODEL_FOLDER / "unet").weights
         study = Study(model, weights, statistics, _sizes(options), options.kept)
         timed = model

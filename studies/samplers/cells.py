@@ -1,4 +1,4 @@
-"""The cells of the study: contenders, and the cells of each part in order of importance."""
+"""The cells of the study: the compared samplers, and the cells of each part by importance."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ EVERY_EVALUATIONS = (*EVALUATIONS, *SPACED_EVALUATIONS, *PICTURE_EVALUATIONS, DE
 
 @dataclass(frozen=True, slots=True)
 class Contender:
-    """A sampler with its settings, under the name that tables and plots give it.
+    """A compared sampler with its settings, under the name used in tables and plots.
 
     Attributes:
         label: the name.
-        settings: of the sampler, as a request gives them.
-        kept: what statistics it is given.
-        strong: settings in place of these from a guidance scale of :data:`STRONG` on, if others.
+        settings: settings of the sampler, as in a request.
+        kept: which part of the statistics it is given.
+        strong: settings from a guidance scale of :data:`STRONG` on, if different.
     """
 
     label: str
@@ -67,11 +67,11 @@ def _one(label: str, name: str, kept: Kept = "", **settings: Any) -> Contender:
 
 
 STRONG = 4.0
-"""Guidance scale from which a contender's settings for strong guidance count."""
+"""Guidance scale from which a contender's settings for strong guidance are used."""
 
 
 def _v3(label: str, kept: Kept = "elementwise", **settings: Any) -> Contender:
-    """Order 2, corrected by divided differences; not corrected where guidance is strong."""
+    """Order 2 with a corrector by divided differences, and without one at strong guidance."""
     common = {"name": "dpm_solver_v3", "order": 2, "predictor": "exact", **settings}
     weak, strong = (
         {**common, "corrector": corrector, "lower_order_final": True}
@@ -100,12 +100,12 @@ REDUCED = (
     _v3("v3, smoothed", "smoothed"),
     _v3("v3, noise prediction", "noise prediction"),
 )
-"""What is left of v3 with less of its statistics, or with none of the model's at all."""
+"""v3 with reduced statistics, or with statistics that do not depend on the model."""
 REDUCED_SCALES = (1.0, 4.0)
 REDUCED_EVALUATIONS = (5, 8, 12)
 
 PUBLISHED = _one("v3, published flags", "dpm_solver_v3", "elementwise", preset="published")
-"""Other than v3's at guidance 1 and 4, and measured there."""
+"""The published flags, which differ from those of "v3" at guidance 1 and 4; measured there."""
 
 SOLVERS = (
     _one("ddim", "ddim"),
@@ -154,7 +154,7 @@ EVERY = {
 
 MAIN = (*V3, *SOLVERS)
 PRACTICE = tuple(EVERY[label] for label in ("v3", "ddim", "2M", "3M", "unipc", "deis", "ghvb 1.8"))
-"""Those whose pictures are read."""
+"""Contenders whose accuracy on captions is measured."""
 TRADED = tuple(
     EVERY[label]
     for label in (
@@ -162,7 +162,7 @@ TRADED = tuple(
         *("ghvb 1.8", "ghvb 2.8", "ghvb 3.8", "hb 1.8", "hb 3.8"),
     )
 )
-"""Those measured at the highest scales."""
+"""Contenders measured at the highest scales."""
 ORDERS = tuple(
     EVERY[label]
     for label in (
@@ -170,7 +170,7 @@ ORDERS = tuple(
         *("ghvb 1.8", "ghvb 3.8", "hb 1.8", "hb 3.8", "nesterov 1.8", "nesterov 3.8"),
     )
 )
-"""Those that a default order is chosen by, with as many steps as a request has by default."""
+"""Contenders for choosing a default order, measured with a request's default number of steps."""
 ORDER_SCALES = (1.0, 2.0, 4.0)
 PRACTICE_SCALE = 4.0
 SPACINGS_COMPARED = ("logsnr", "linspace")
@@ -178,7 +178,7 @@ SPACED = tuple(
     EVERY[label]
     for label in ("v3", "v3, published flags", "ddim", "2M", "unipc", "deis", "ghvb 1.8")
 )
-"""Those that spacings of few steps are compared with."""
+"""Contenders with which spacings are compared at few steps."""
 SPACED_SCALES = (1.0, 4.0)
 SPACED_OVER = ("time_quadratic", "logsnr", "trailing", "karras")
 
@@ -207,12 +207,12 @@ class Cell:
 
     Attributes:
         part: ``error`` runs from the noisiest trained level to the cleanest; ``picture`` and
-            ``spacing`` run as a request does, to a clean picture.
-        contender: who.
-        spacing: name of the spacing; empty for the sampler's own default.
-        evaluations: evaluations of the guided model.
-        scale: of classifier-free guidance; 1 is none.
-        images: images, with seeds and prompts from 0 on.
+            ``spacing`` run to a clean picture, as a request does.
+        contender: the contender.
+        spacing: name of the spacing; empty for the sampler's default.
+        evaluations: number of evaluations of the guided model.
+        scale: scale of classifier-free guidance; 1 is no guidance.
+        images: number of images, whose seeds and prompts start at 0.
     """
 
     part: Part
@@ -223,11 +223,11 @@ class Cell:
     images: int
 
     def of(self, weights: str, statistics: str) -> dict[str, Any]:
-        """What its result is the result of, for the records.
+        """Key of its result in the records.
 
         Args:
-            weights: what tells the model from others.
-            statistics: what tells the statistics from others.
+            weights: identifier of the model.
+            statistics: identifier of the statistics.
         """
         return {
             "part": self.part,
@@ -244,11 +244,11 @@ class Cell:
 
 
 def plan_of(cell: Cell, schedule: NoiseSchedule, statistics: Statistics | None) -> Plan:
-    """The plan that spends the cell's evaluations.
+    """The plan that uses exactly the cell's evaluations.
 
     Raises:
         Missing: no sampler of the name is registered.
-        ValueError: the sampler refuses so few, or has no run of just so many.
+        ValueError: the sampler refuses so few steps, or has no run with this number of evaluations.
     """
     sampler = cell.contender.sampler(cell.scale)
     spacing = _spacing_named(cell.spacing or sampler.default_spacing)
@@ -264,7 +264,7 @@ def plan_of(cell: Cell, schedule: NoiseSchedule, statistics: Statistics | None) 
 
 
 def planned(sampler: Sampler, grid: Grid, statistics: Statistics | None) -> Plan:
-    """The plan over a grid, with statistics for a sampler that takes them."""
+    """The plan over a grid, with statistics for a sampler that uses them."""
     if isinstance(sampler, FittedSampler):
         return sampler.plan(grid, statistics)
     return sampler.plan(grid)

@@ -1,9 +1,9 @@
-"""Compare samplers of your choice, your own ones too, at equal numbers of evaluations.
+"""Compare samplers of your choice, including your own, at equal numbers of evaluations.
 
     python -m studies.samplers.compare --plugin mine.py '{"name": "mine", "strength": 0.5}' unipc
 
-It prints the relative error of the latents, as in ``docs/samplers.md``: against a reference of many
-steps, over the same images and noise for all, from the noisiest trained level to the cleanest.
+It prints the relative error of the latents as in ``docs/samplers.md``: against a reference of many
+steps, for the same images and noise, from the noisiest trained level to the cleanest.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         register(named.parse_known_args(arguments)[0].plugin)
     except PluginError as error:
         named.error(str(error))
-    # What follows imports the registries.
+    # The following imports the registries, so plug-ins must be registered by now.
     from studies.samplers.comparison import compare
 
     whole = argparse.ArgumentParser(prog=named.prog, parents=[named])

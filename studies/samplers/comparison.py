@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from studies.samplers.cells import Part
 
 REFERENCE_STEPS = 250
-"""Steps of the reference; the 1,000 of the study move the errors by less than 1 %."""
+"""Steps of the reference; with the study's 1,000, errors change by less than 1 %."""
 PART: Part = "error"
 
 
@@ -34,8 +34,8 @@ def compare(command: argparse.ArgumentParser, arguments: Sequence[str] | None) -
     """Measure, and print one table for each guidance scale.
 
     Args:
-        command: whose further arguments this adds.
-        arguments: of the command line; None for those of the process.
+        command: parser to which further arguments are added.
+        arguments: command-line arguments; None for those of the process.
     """
     options = _options(command, arguments)
     torch.set_num_threads(options.threads)
@@ -59,14 +59,14 @@ def table(
     evaluations: Sequence[int],
     scale: float,
 ) -> Iterator[str]:
-    """Lines of a table: mean error with its standard error, and the first sampler's share of it.
+    """Lines of a table: mean error, its standard error, and the ratio of the first one's error.
 
     Args:
-        study: the model, its prompts and references.
-        contenders: samplers; the first is compared with each.
+        study: the model with its prompts and references.
+        contenders: samplers; the first is compared with each of the others.
         spacings: names of spacings.
-        evaluations: of the guided model, for each run.
-        scale: of classifier-free guidance; 1 is none.
+        evaluations: numbers of evaluations of the guided model.
+        scale: scale of classifier-free guidance; 1 is no guidance.
     """
     first = contenders[0].label
     yield ""
@@ -91,7 +91,7 @@ def table(
 
 
 def contender(text: str) -> Contender:
-    """A sampler as a request names it: a name, or JSON with its settings.
+    """A sampler given as in a request: a name, or JSON with its settings.
 
     Raises:
         argparse.ArgumentTypeError: there is no such sampler, or a setting is invalid.
@@ -106,7 +106,7 @@ def contender(text: str) -> Contender:
 
 
 def _errors(study: Study, cell: Cell) -> list[float] | str:
-    """One for each image, or why there are none."""
+    """The error of each image, or the reason why there are none."""
     try:
         return study.run(cell)["errors"]
     except Missing as missing:

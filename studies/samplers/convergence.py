@@ -1,4 +1,4 @@
-"""Errors on a Gaussian mixture, whose flow is known, and the slope of each sampler."""
+"""Errors on a Gaussian mixture, whose flow is known exactly, and the slope of each sampler."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 
 COUNTS = (5, 10, 20, 40, 80, 160, 320)
 SLOPE_COUNTS = COUNTS[-3:]
-"""Evaluations that the slope is read from."""
+"""Numbers of evaluations from which the slope is determined."""
 T_START, T_END = 1.0, 0.02
 MOMENTUM_ORDERS = (1.8, 3.8)
 V3_FLAGS = ((1, "none"), (2, "none"), (2, "exact"), (2, "pseudo"), (3, "exact"))
-"""Orders and correctors, named each so that no preset decides what a result is of."""
+"""Orders and correctors, all given explicitly so that results do not depend on a preset."""
 POINTS = 17
 REACH = 1.6
 
@@ -37,7 +37,7 @@ def solvers() -> Iterator[Sampler]:
         fields = kind.model_fields
         settings: dict[str, Any] = {}
         if "lower_order_final" in fields:
-            # A matter of few steps, which would hide the slope.
+            # Lowering matters only for few steps and would hide the slope.
             settings["lower_order_final"] = False
         if "statistics" in fields:
             settings["statistics"] = "none"
@@ -57,7 +57,7 @@ def _choices(kind: type[Sampler]) -> list[dict[str, Any]]:
 
 
 def _orders(field: FieldInfo) -> list[int]:
-    """The whole numbers that a field names, alone or beside None."""
+    """The integers among a field's literal values."""
     named = (get_args(one) or (one,) for one in get_args(field.annotation))
     return [value for values in named for value in values if isinstance(value, int)]
 
@@ -66,7 +66,7 @@ def errors(sampler: Sampler, counts: Sequence[int]) -> list[float]:
     """Largest distance from the exact flow at each number of evaluations, in float64.
 
     Raises:
-        ValueError: the sampler refuses one of them.
+        ValueError: the sampler refuses one of these numbers.
     """
     schedule = NoiseSchedule.vp_linear()
     data = GaussianMixtureDenoiser(schedule)
@@ -77,7 +77,7 @@ def errors(sampler: Sampler, counts: Sequence[int]) -> list[float]:
     for count in counts:
         most = count // sampler.evaluations_per_step
         grids = (schedule.grid(LogSNR(), steps, T_START, T_END) for steps in range(most, 0, -1))
-        # Not every number can be had with two evaluations a step: then the next lower one.
+        # With several evaluations a step not every number is possible; the next lower one is used.
         plan = next(plan for plan in map(sampler.plan, grids) if plan.evaluations <= count)
         found.append(float((integrate(plan, data, x) - exact).abs().max()))
     return found

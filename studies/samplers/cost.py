@@ -1,4 +1,4 @@
-"""The cost of a sampler beside that of the model: its plan, and its share of a tick."""
+"""The cost of a sampler compared with that of the model: its plan, and its part of a tick."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ WARM_UP = 2
 
 
 def of(contender: Contender, model: HostedModel, files: StatisticsFiles) -> dict[str, Any]:
-    """Milliseconds of a run's plan, and of one stage of it for some rows.
+    """Milliseconds to make a plan, and to apply one stage of it to some rows.
 
     Raises:
-        Missing: its sampler or its statistics do not exist.
+        Missing: the sampler or its statistics do not exist.
     """
     facts = model.facts
     shape = model.latent_shape(facts.default_width, facts.default_height)
@@ -54,7 +54,7 @@ def of(contender: Contender, model: HostedModel, files: StatisticsFiles) -> dict
 
 
 def _enlarged(statistics: Statistics | None, shape: tuple[int, int, int]) -> Statistics | None:
-    """The same statistics, repeated over a larger latent: for the time alone."""
+    """The same statistics repeated over a larger latent, for timing only."""
     if statistics is None or statistics.l.shape[2:] == (1, 1):
         return statistics
     sides = zip(shape[1:], statistics.l.shape[2:], strict=True)
@@ -64,7 +64,7 @@ def _enlarged(statistics: Statistics | None, shape: tuple[int, int, int]) -> Sta
 
 
 def tick_ms(model: HostedModel, rows: int) -> float:
-    """Milliseconds of one forward of the model."""
+    """Milliseconds of one forward pass of the model."""
     shape = model.latent_shape(model.facts.default_width, model.facts.default_height)
     with torch.inference_mode():
         x = torch.randn(rows, *shape, device=model.device)
@@ -83,7 +83,7 @@ def _advance_ms(plan: Plan, rows: int, shape: tuple[int, int, int], device: torc
 
 
 def _least_seconds(work: Callable[[], Any], rounds: int = ROUNDS) -> float:
-    """The minimum over some rounds, since other work on the machine only adds to the time."""
+    """Minimum time over some rounds, as other load on the machine only adds to the time."""
     times: list[float] = []
     for _ in range(rounds + WARM_UP):
         _wait()

@@ -1,4 +1,4 @@
-"""One cell repeated with diffusers' own pipeline and scheduler, which share no code with ours."""
+"""One cell repeated with diffusers' own pipeline and scheduler, as an independent check."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ if TYPE_CHECKING:
     from samplers import NoiseSchedule, Plan
 
 STEPS = 9
-"""999 / 9 is whole, so that equal strides of ours are whole timesteps, as theirs must be."""
+"""999 / 9 is an integer, so that equal strides are whole timesteps, which diffusers requires."""
 ORDERS = (2, 3)
 
 
 def plan_of_order(order: Literal[2, 3], schedule: NoiseSchedule) -> Plan:
-    """DPM-Solver++ in steps of whole timesteps, from the noisiest trained level to the cleanest."""
+    """DPM-Solver++ at whole timesteps, from the noisiest trained level to the cleanest."""
     grid = schedule.grid(Linspace(), STEPS, t_end=schedule.t_end)
     return DPMSolverPP(order=order, lower_order_final="below_15_steps").plan(grid)
 
 
 def theirs(order: int, plan: Plan, prompts: list[str], scale: float) -> Tensor:
-    """Where diffusers' pipeline lands from the same start, ``[images, C, h, w]``."""
+    """Latents from diffusers' pipeline with the same start noise, ``[images, C, h, w]``."""
     from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 
     pipeline: Any = StableDiffusionPipeline.from_pretrained(MODEL_FOLDER)

@@ -1,4 +1,4 @@
-"""The model under classifier-free guidance, in whole runs of many images at once."""
+"""Complete runs of the model with classifier-free guidance, many images at a time."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ IMAGES_AT_ONCE = 32
 
 
 class GuidedRuns:
-    """Whole runs of one prompt each: image i has prompt i and seed i.
+    """Complete runs in which image i has prompt i and seed i.
 
     Everything is float32, as in the server; tables are rounded to it once.
 
     Args:
         model: the model.
-        prompts: one an image.
-        shape: ``(C, h, w)`` of a latent.
+        prompts: prompt of each image.
+        shape: shape of a latent, ``(C, h, w)``.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class GuidedRuns:
             *self._prompts, self._unconditional = model.encode_prompts([*prompts, None], *size)
 
     def run(self, plan: Plan, scale: float) -> Tensor:
-        """Where the plan lands with each image, ``[images, C, h, w]``."""
+        """Final latents of each image, ``[images, C, h, w]``."""
         with torch.inference_mode():
             parts = range(0, len(self._prompts), IMAGES_AT_ONCE)
             return torch.cat([self._run(plan, scale, first) for first in parts])

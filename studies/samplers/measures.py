@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def relative_errors(x: Tensor, reference: Tensor) -> list[float]:
-    """RMSE of each image over the RMS of its reference, ``[images, C, h, w]`` both."""
+    """RMSE of each image divided by the RMS of its reference, both ``[images, C, h, w]``."""
     apart, size = ((y.flatten(1) ** 2).mean(1).sqrt() for y in (x - reference, reference))
     return (apart / size).tolist()
 
@@ -25,8 +25,8 @@ class Bounds:
     """The range of clean latents, per channel.
 
     Attributes:
-        low: a low quantile, one a channel.
-        high: the quantile as far from the other end.
+        low: low quantile of each channel.
+        high: corresponding high quantile of each channel.
     """
 
     low: tuple[float, ...]
@@ -34,18 +34,18 @@ class Bounds:
 
     @classmethod
     def of(cls, latents: Tensor, tail: float) -> Bounds:
-        """Those that ``tail`` of the values lie below, and as many above; ``[images, C, h, w]``."""
+        """The range with a fraction ``tail`` of values below and above; ``[images, C, h, w]``."""
         values = latents.movedim(1, 0).flatten(1).double().numpy()
         low, high = np.quantile(values, [tail, 1 - tail], axis=1)
         return cls(tuple(low.tolist()), tuple(high.tolist()))
 
     def beyond(self, latents: Tensor) -> list[float]:
-        """Share of each image's elements that lie outside, or are no numbers at all."""
+        """Fraction of each image's elements that lie outside the range or are NaN."""
         low, high = (latents.new_tensor(bound).view(1, -1, 1, 1) for bound in (self.low, self.high))
         outside = ~((latents >= low) & (latents <= high))
         return outside.flatten(1).to(torch.float32).mean(1).tolist()
 
 
 def slope(counts: Sequence[int], errors: Sequence[float]) -> float:
-    """The power of 1 / count that the errors fall with, by least squares of logarithms."""
+    """The power of 1 / count with which errors decrease, by least squares on logarithms."""
     return float(-np.polyfit(np.log(counts), np.log(errors), 1)[0])

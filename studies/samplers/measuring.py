@@ -37,8 +37,8 @@ class Wanted:
     """The selection of cells to measure.
 
     Attributes:
-        parts: of :data:`PARTS`.
-        contenders: labels.
+        parts: parts, from :data:`PARTS`.
+        contenders: labels of contenders.
         scales: guidance scales.
         evaluations: numbers of evaluations.
     """
@@ -49,7 +49,7 @@ class Wanted:
     evaluations: Collection[int] = EVERY_EVALUATIONS
 
     def cells(self, sizes: Sizes) -> Iterator[Cell]:
-        """The cells among them, the most important first."""
+        """The selected cells, the most important first."""
         for cell in all_cells(sizes):
             if (
                 cell.part in self.parts
@@ -77,10 +77,10 @@ def measure(
     Args:
         study: the prompts, references and ranges.
         model: the model under study.
-        timed: the model that costs are compared with.
-        statistics: of the model.
-        records: where results go, and which there are.
-        wanted: what to measure.
+        timed: model that costs are compared with.
+        statistics: statistics of the model.
+        records: records that results are added to; existing ones are not measured again.
+        wanted: selection of what to measure.
         minutes: maximum time; a cell that has started is finished.
     """
     ends = perf_counter() + 60 * minutes

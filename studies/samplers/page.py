@@ -1,4 +1,4 @@
-"""The page: a template of prose, filled with the tables."""
+"""The page of the study: a template of prose, filled with tables."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def write(records: Records, path: Path, images: Path) -> None:
 
     Args:
         records: all results.
-        path: of the page.
-        images: folder of the plots.
+        path: path of the page.
+        images: folder for the plots.
     """
     results = Results(records)
     plots.draw(results, images)

@@ -41,7 +41,7 @@ SOLVER_FAMILIES = {
     "multistep in the noise prediction": ("deis", "plms", "ghvb"),
     "momentum of first order": ("hb", "nesterov"),
 }
-"""Panels of the plot of slopes: at most eight lines each."""
+"""Panels of the plot of slopes, with at most eight lines each."""
 
 mpl.use("Agg")
 
@@ -57,12 +57,12 @@ def draw(results: Results, folder: Path) -> None:
 
 
 def errors(results: Results, path: Path) -> None:
-    """Error against evaluations, a panel a guidance scale, each over its better spacing."""
+    """Error against evaluations for each guidance scale, with each sampler's better spacing."""
     _error_panels(results, ERROR_LINES, path, None)
 
 
 def variants(results: Results, path: Path) -> None:
-    """The same for variants of v3, all over log SNR."""
+    """The same for variants of v3, all with the spacing ``logsnr``."""
     _error_panels(results, VARIANT_LINES, path, "logsnr")
 
 
@@ -93,7 +93,7 @@ def _error_panels(results: Results, labels: Sequence[str], path: Path, spacing: 
 
 
 def accuracy(results: Results, path: Path) -> None:
-    """Right pictures against evaluations, with 95 % intervals."""
+    """Fraction of right pictures against evaluations, with 95 % intervals."""
     figure, axis = plt.subplots(figsize=(8, 4.6), layout="constrained")
     for k, label in enumerate(ACCURACY_LINES):
         points: list[tuple[float, ...]] = []
@@ -102,7 +102,7 @@ def accuracy(results: Results, path: Path) -> None:
             if record is not None:
                 right, of = sum(record["right"]), len(record["right"])
                 low, high = wilson(right, of)
-                # Side by side, so that the bars do not hide one another.
+                # Shifted slightly, so that error bars do not overlap.
                 aside = 1 + 0.012 * (k - len(ACCURACY_LINES) / 2)
                 points.append((n * aside, right / of, right / of - low, high - right / of))
         _line(axis, points, k, label)
@@ -114,7 +114,7 @@ def accuracy(results: Results, path: Path) -> None:
 
 
 def momentum(results: Results, path: Path) -> None:
-    """Elements beyond the clean range against the error, one line a family, at few evaluations."""
+    """Elements outside the clean range, and the error, by order at few evaluations."""
     figure, axes = plt.subplots(
         2, len(HIGH_SCALES), figsize=(13, 6.2), sharex=True, sharey="row", layout="constrained"
     )
@@ -137,7 +137,7 @@ def momentum(results: Results, path: Path) -> None:
 
 
 def slopes(results: Results, path: Path) -> None:
-    """Error on the mixture against evaluations, a panel a family."""
+    """Error on the mixture against evaluations, one panel per family."""
     figure, axes = plt.subplots(
         2, 2, figsize=(11, 9), sharex=True, sharey=True, layout="constrained"
     )
@@ -161,7 +161,7 @@ def slopes(results: Results, path: Path) -> None:
 
 
 def _line(axis: Axes, points: Sequence[Sequence[float]], k: int, label: str) -> None:
-    """One line; a third value of a point is its error, a third and fourth are below and above."""
+    """Draw a line; a point's third value is its error, or a third and fourth those on each side."""
     style: dict[str, Any] = {
         "color": COLOURS[k % len(COLOURS)],
         "marker": MARKERS[k % len(MARKERS)],

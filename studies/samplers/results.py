@@ -21,9 +21,9 @@ class Found:
     """Errors of one contender in one setting.
 
     Attributes:
-        contender: its label.
+        contender: label of the contender.
         spacing: name of the spacing.
-        errors: one an image.
+        errors: error of each image.
     """
 
     contender: str
@@ -32,12 +32,12 @@ class Found:
 
     @property
     def mean(self) -> float:
-        """Over the images."""
+        """Mean error over the images."""
         return mean_and_error(self.errors)[0]
 
 
 class Results:
-    """All results; of two results for one cell the later one counts."""
+    """All results; of two results for one cell, the later one is used."""
 
     def __init__(self, records: Records) -> None:
         self._cells: dict[tuple[Any, ...], dict[str, Any]] = {}
@@ -49,19 +49,19 @@ class Results:
                 self._cells[_place(of)] = record
 
     def errors(self, contender: str, spacing: str, evaluations: int, scale: float) -> Found | None:
-        """Of one contender over one spacing; None if it has not been measured or refused."""
+        """Errors of one contender with one spacing; None if not measured or refused."""
         record = self._cells.get(("error", contender, spacing, evaluations, scale))
         if record is None or "errors" not in record:
             return None
         return Found(contender, spacing, record["errors"])
 
     def better(self, contender: str, evaluations: int, scale: float) -> Found | None:
-        """The errors over the spacing that suits it better."""
+        """The errors with the spacing that gives the smaller mean error."""
         found = (self.errors(contender, s, evaluations, scale) for s in SPACINGS_COMPARED)
         return min((f for f in found if f is not None), key=_worth, default=None)
 
     def ranked(self, contenders: Iterable[str], evaluations: int, scale: float) -> list[Found]:
-        """Each contender over its better spacing, the best first."""
+        """Each contender with its better spacing, the best first."""
         found = (self.better(one, evaluations, scale) for one in contenders)
         return sorted((f for f in found if f is not None), key=_worth)
 
@@ -73,16 +73,16 @@ class Results:
     def spaced(
         self, contender: str, spacing: str, evaluations: int, scale: float
     ) -> dict[str, Any] | None:
-        """Figures of pictures over a spacing; None if not measured or refused."""
+        """Figures of pictures with a spacing; None if not measured or refused."""
         record = self._cells.get(("spacing", contender, spacing, evaluations, scale))
         return None if record is None or "errors" not in record else record
 
     def of_part(self, part: str) -> Iterator[dict[str, Any]]:
-        """All records of another part, in the order they were made."""
+        """All records of a part, in the order in which they were made."""
         yield from self._others.get(part, [])
 
     def measured(self, part: str) -> list[str]:
-        """Labels of the contenders that have a result there, in the order of the cells."""
+        """Labels of the contenders that have a result in a part, in the order of the cells."""
         labels = {
             key[1] for key, record in self._cells.items() if key[0] == part and "errors" in record
         }

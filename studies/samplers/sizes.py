@@ -1,4 +1,4 @@
-"""How much the study of samplers measures."""
+"""The amounts that the study of samplers measures."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """How much is measured.
+    """The amounts that are measured.
 
     Attributes:
-        error_images: images of an ``error`` cell.
-        picture_images: images of a ``picture`` cell.
-        accuracy_images: images of a ``picture`` cell whose accuracy is compared.
-        spaced_images: images of a ``spacing`` cell.
-        reference_steps: steps of the reference of ``error`` cells.
-        converged_steps: steps of the reference of ``picture`` cells.
-        spaced_steps: steps of the reference of ``spacing`` cells.
-        known_pictures: training pictures whose captions count as seen.
-        clean_pictures: training pictures whose latents give the range of clean ones.
+        error_images: number of images of an ``error`` cell.
+        picture_images: number of images of a ``picture`` cell.
+        accuracy_images: number of images of a ``picture`` cell whose accuracy is compared.
+        spaced_images: number of images of a ``spacing`` cell.
+        reference_steps: steps of the reference for ``error`` cells.
+        converged_steps: steps of the reference for ``picture`` cells.
+        spaced_steps: steps of the reference for ``spacing`` cells.
+        known_pictures: number of training pictures whose captions count as seen.
+        clean_pictures: number of training pictures that determine the range of clean latents.
     """
 
     error_images: int = 8

@@ -17,41 +17,41 @@ if TYPE_CHECKING:
     from samplers.levels import F64
 
 Kept = Literal["", "elementwise", "per channel", "one number", "smoothed", "noise prediction"]
-"""What of the statistics a contender is given; empty where it takes none."""
+"""The part of the statistics that a contender is given; empty if it uses none."""
 
 HALF_WINDOW = 3
-"""Points to either side that smoothed statistics are averaged over."""
+"""Number of points to either side over which smoothed statistics are averaged."""
 
 
 class Missing(Exception):
-    """A cell needs what does not exist (yet): a sampler, or statistics of a guidance scale."""
+    """A cell needs a sampler, or statistics for a guidance scale, that does not exist (yet)."""
 
 
 @dataclass(frozen=True, slots=True)
 class StatisticsFiles:
-    """Statistics of one model, one file a guidance rule and scale.
+    """Statistics of one model, with one file per guidance rule and scale.
 
     Attributes:
-        folder: where the files are.
+        folder: folder of the files.
     """
 
     folder: Path
 
     def find(self, kept: Kept, scale: float, shape: tuple[int, int, int]) -> Statistics | None:
-        """What of the statistics at this scale is kept; None where nothing is wanted.
+        """The requested part of the statistics for a scale; None if none is requested.
 
         Raises:
-            Missing: there is no file of the scale.
+            Missing: there is no file for the scale.
         """
         if not kept:
             return None
         return _KEPT[kept](Statistics.load(self._path(scale)).for_shape(shape))
 
     def name_of(self, kept: Kept, scale: float) -> str:
-        """What tells these statistics from others of the scale; empty where none are wanted.
+        """Identifier of the statistics for a scale; empty if none are requested.
 
         Raises:
-            Missing: there is no file of the scale.
+            Missing: there is no file for the scale.
         """
         if not kept:
             return ""
@@ -70,7 +70,7 @@ class StatisticsFiles:
 
 
 def _one_number(found: Statistics) -> Statistics:
-    """The mean over all elements, a number a point."""
+    """The mean over all elements: one number per point."""
     return _mapped(found, lambda a: a.mean(axis=(1, 2, 3), keepdims=True))
 
 
@@ -87,7 +87,7 @@ def _smoothed(found: Statistics) -> Statistics:
 
 
 def _noise_prediction(found: Statistics) -> Statistics:
-    """(l, s, b) = (0, -1, 0): DPM-Solver in the noise prediction, whatever the model."""
+    """(l, s, b) = (0, -1, 0), which is DPM-Solver in the noise prediction for any model."""
     zero = np.zeros_like(found.l[:, :1, :1, :1])
     return replace(found, l=zero, s=zero - 1, b=zero)
 

@@ -1,4 +1,4 @@
-"""Run the cells: from a cell to a plan, from a plan to latents, from latents to figures."""
+"""Running the cells: from a cell to a plan, to latents, and to figures."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 
 TAIL = 1e-4
-"""Share of clean latents' values below the range, and as many above."""
+"""Fraction of clean latents' values below their range; the same fraction lies above."""
 
 
 class Study:
@@ -42,10 +42,10 @@ class Study:
 
     Args:
         model: the model under study.
-        weights: what tells it from others, for the names of kept references.
-        statistics: what ``dpm_solver_v3`` is given.
-        sizes: how much is measured.
-        kept: folder for references, so that a later run need not make them again.
+        weights: identifier of the model, for the names of stored references.
+        statistics: statistics for ``dpm_solver_v3``.
+        sizes: amounts to measure.
+        kept: folder for references, so that later runs can reuse them.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class Study:
         """The figures of one cell, each a list over its images.
 
         Raises:
-            Missing: its sampler or its statistics do not exist.
+            Missing: the sampler or its statistics do not exist.
             ValueError: the sampler refuses so few evaluations.
         """
         statistics = self._statistics.find(cell.contender.kept, cell.scale, self.shape)
@@ -86,7 +86,7 @@ class Study:
         return result
 
     def reference(self, part: Part, scale: float) -> Tensor:
-        """Where the exact flow leads, as nearly as is known, ``[images, C, h, w]``."""
+        """The best available approximation of the exact flow's result, ``[images, C, h, w]``."""
         name = f"{self.weights}-{part}-{scale:g}-{self._compared_images(part)}"
         steps = self._reference_steps(part)
         path = self._kept / f"{name}-{steps}.safetensors"
@@ -97,7 +97,7 @@ class Study:
         return load_file(path)["x"].to(self._model.device)
 
     def reference_plan(self, part: Part, steps: int) -> Plan:
-        """That of the reference: 2M of a request, or UniPC of order 3 over all of log SNR."""
+        """Plan of the reference: 2M as in a request, or UniPC of order 3 even in log SNR."""
         schedule = self._model.default_schedule
         if part == "picture":
             return DPMSolverPP().plan(schedule.grid(Trailing(), steps))
@@ -105,7 +105,7 @@ class Study:
         return UniPC(order=3).plan(schedule.grid(LogSNR(), steps, t_end=t_end))
 
     def check_reference(self, scale: float) -> list[float]:
-        """How far another solver, 2M at as many steps, ends from the reference of error cells."""
+        """Distance of another solver, 2M with as many steps, from the reference of error cells."""
         schedule = self._model.default_schedule
         grid = schedule.grid(LogSNR(), self.sizes.reference_steps, t_end=schedule.t_end)
         few = max(1, self.sizes.error_images // 4)
@@ -113,11 +113,11 @@ class Study:
         return relative_errors(x, self.reference("error", scale)[:few])
 
     def latents(self, plan: Plan, scale: float, images: int) -> Tensor:
-        """Where a plan lands with the first images."""
+        """Final latents of the first images with a plan."""
         return self._of(images).run(plan, scale)
 
     def prompts(self, images: int) -> list[str]:
-        """The captions of the first images: one thing, two things, one thing, ..."""
+        """The captions of the first images, alternating between one thing and two."""
         return [scene.caption for scene in self._scenes[:images]]
 
     @cached_property
@@ -171,11 +171,11 @@ class Study:
                 return self.sizes.spaced_steps
 
     def _read(self, x: Tensor) -> Iterator[bool]:
-        """Whether each picture shows all that its caption claims, by the data set's checker."""
+        """Whether each picture shows all that its caption claims, according to the checker."""
         with torch.inference_mode():
             for first in range(0, len(x), IMAGES_AT_ONCE):
                 part = x[first : first + IMAGES_AT_ONCE]
-                # What has run away to infinity is a picture all the same, and a wrong one.
+                # Latents that diverged to infinity also count as pictures, and as wrong ones.
                 pictures = to_pixels(self._model.decode(part.nan_to_num()).clamp(-1, 1))
                 scenes = self._scenes[first : first + IMAGES_AT_ONCE]
                 for scene, picture in zip(scenes, pictures, strict=False):

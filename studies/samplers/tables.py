@@ -75,7 +75,7 @@ def _leaders(ranked: list[Found]) -> str:
 
 
 def errors(results: Results, scale: float) -> str:
-    """Mean error and its standard error, each sampler over its better spacing."""
+    """Mean error and its standard error, each sampler with its better spacing."""
     head = ["sampler", *(str(n) for n in EVALUATIONS)]
     best = {n: results.ranked(COMPARED, n, scale) for n in EVALUATIONS}
     rows: list[list[str]] = []
@@ -98,7 +98,7 @@ def _with_error(found: Found, *, leads: bool) -> str:
 
 
 def regret(results: Results, few: Sequence[int] = (5, 6, 8, 10)) -> str:
-    """How far each sampler is behind the best at few evaluations, and at worst."""
+    """Error of each sampler relative to the best one, at few evaluations and at worst."""
     rows: list[tuple[float, list[str]]] = []
     for label in COMPARED:
         behind = [[_behind(results, label, n, scale) for n in few] for scale in SCALES]
@@ -124,7 +124,7 @@ def _behind(results: Results, label: str, evaluations: int, scale: float) -> flo
 
 
 def against_the_best(results: Results) -> str:
-    """The error of v3 over that of the best other sampler, image by image."""
+    """The error of v3 divided by that of the best other sampler, image by image."""
     head = ["evaluations", *(f"guidance {scale:g}" for scale in SCALES)]
     return table(
         head,
@@ -142,7 +142,7 @@ def _against(results: Results, evaluations: int, scale: float) -> str:
 
 
 def variants(results: Results, few: Sequence[int] = (5, 6, 8, 10)) -> str:
-    """Errors of v3's variants over those of v3, over all images at few evaluations."""
+    """Errors of v3's variants divided by those of v3, over all images at few evaluations."""
     head = ["variant", "spacing", *(f"guidance {scale:g}" for scale in SCALES)]
     rows: list[list[str]] = []
     for label in V3_LABELS[: -len(REDUCED)]:
@@ -168,7 +168,7 @@ def _variant(results: Results, label: str, spacing: str, scale: float, few: Sequ
 
 
 def reduced(results: Results) -> str:
-    """Errors of v3 with less of its statistics, over log SNR."""
+    """Errors of v3 with reduced statistics, with the spacing ``logsnr``."""
     labels = ("v3", "v3, per channel", *(contender.label for contender in REDUCED))
     head = [
         "statistics",
@@ -186,7 +186,7 @@ def reduced(results: Results) -> str:
 
 
 def momentum(results: Results, scale: float) -> str:
-    """Elements beyond the range, error and accuracy at few steps and a high scale."""
+    """Elements outside the range, error and accuracy, at few steps and a high scale."""
     head = [
         "sampler",
         *(f"beyond at {n}" for n in FEW),
@@ -221,7 +221,7 @@ def _count_of(record: dict[str, Any] | None) -> str:
 
 
 def spacings(results: Results, scale: float) -> str:
-    """Error and accuracy of each sampler over each spacing, the lowest error in bold."""
+    """Error and accuracy of each sampler with each spacing, with the lowest error in bold."""
     rows: list[list[str]] = []
     for contender, n in product(SPACED, SPACED_EVALUATIONS):
         found = [results.spaced(contender.label, spacing, n, scale) for spacing in SPACED_OVER]
@@ -245,7 +245,7 @@ def _spaced(mean: float, record: dict[str, Any], *, leads: bool) -> str:
 
 
 def spacing_ratios(results: Results) -> str:
-    """Errors over the first spacing, divided by those over the others, image by image."""
+    """Errors with the first spacing divided by those with the others, image by image."""
     first, *others = SPACED_OVER
     head = ["sampler", *(f"{one}, guidance {scale:g}" for scale in SPACED_SCALES for one in others)]
     rows = (
@@ -276,7 +276,7 @@ def _spaced_ratio(results: Results, label: str, first: str, other: str, scale: f
 
 
 def orders(results: Results) -> str:
-    """Error and accuracy of the orders that a default is chosen from, at the default steps."""
+    """Error and accuracy of candidates for the default order, with the default number of steps."""
     head = [
         "sampler",
         *(f"error at guidance {scale:g}" for scale in ORDER_SCALES),
@@ -291,7 +291,7 @@ def orders(results: Results) -> str:
 
 
 def accuracy(results: Results) -> str:
-    """Share of right pictures at the usual scale, with its 95 % interval."""
+    """Proportion of right pictures at the usual scale, with its 95 % interval."""
     rows = (
         [
             contender.label,
@@ -314,7 +314,7 @@ def _accuracy(record: dict[str, Any] | None) -> str:
 
 
 def slopes(results: Results) -> str:
-    """The measured slope of each solver beside the declared one."""
+    """The measured slope of each solver compared with the declared one."""
     rows = (
         [
             record["of"]["label"],
@@ -328,14 +328,14 @@ def slopes(results: Results) -> str:
 
 
 def _figure(value: float) -> str:
-    """Two or three significant digits, none of them wasted."""
+    """A figure with two or three significant digits."""
     if not np.isfinite(value) or value >= 1000:
         return "∞" if not np.isfinite(value) else f"{value:.0f}"
     return f"{value:#.2g}" if value < 0.1 else f"{value:.3g}"
 
 
 def cost(results: Results) -> str:
-    """Plan and advance in milliseconds, and advance as a share of the model's forward."""
+    """Milliseconds of plan and advance, and advance as a fraction of the model's forward pass."""
     ticks = {
         (r["of"]["model"], r["of"]["device"], r["of"]["rows"]): r["ms"]
         for r in results.of_part("tick")
@@ -365,7 +365,7 @@ def cost(results: Results) -> str:
 
 
 def ticks(results: Results) -> str:
-    """One sentence on the forwards that costs are compared with."""
+    """A list of the forward passes that costs are compared with."""
     return "; ".join(
         f"{r['of']['model']} on {r['of']['device']}, {r['of']['rows']} rows: {r['ms']:.0f} ms"
         for r in results.of_part("tick")
@@ -373,7 +373,7 @@ def ticks(results: Results) -> str:
 
 
 def reference(results: Results) -> str:
-    """How far another solver of as many steps ends from the reference."""
+    """Distance of another solver with as many steps from the reference."""
     rows = (
         [f"{r['of']['scale']:g}", *(f"{figure(r['errors'])[n]:.1e}" for n in (0, 1))]
         for r in results.of_part("reference")
@@ -382,7 +382,7 @@ def reference(results: Results) -> str:
 
 
 def cross_check(results: Results) -> str:
-    """One cell by ours and by diffusers' own pipeline and scheduler."""
+    """One cell computed by Weft and by diffusers' own pipeline and scheduler."""
     rows = (
         [
             f"DPM-Solver++ {r['of']['order']}M",
@@ -398,7 +398,7 @@ def cross_check(results: Results) -> str:
 
 
 def statistics(results: Results) -> str:
-    """Sizes of the statistics that v3 was given, by guidance scale."""
+    """Sizes of the statistics used by v3, by guidance scale."""
     found: dict[float, str] = {}
     for record in results.of_part("error"):
         if name := record["of"]["statistics"]:
@@ -408,10 +408,10 @@ def statistics(results: Results) -> str:
 
 
 def images(results: Results, part: str) -> str:
-    """The most images of a cell."""
+    """The largest number of images of a cell."""
     return str(max((r["of"]["images"] for r in results.of_part(part)), default=0))
 
 
 def figure(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and largest."""
+    """The mean and the maximum."""
     return float(np.mean(values)), float(np.max(values))
