@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 from server.errors import ModelMismatch
 from server.models.pixart_names import pixart_as_diffusers
 from server.models.prefixes import UNET, own_prefix
+from server.models.published_networks import check_published
 from server.models.scaled_weights import unscaled
 
 if TYPE_CHECKING:
@@ -67,7 +68,8 @@ def as_diffusers(
         dtype: dtype to which scaled eight-bit floats are converted.
 
     Raises:
-        ModelMismatch: weights in an unsupported format, or tensors that belong to no layer.
+        ModelMismatch: weights in an unsupported format or of another network, or tensors that
+            belong to no layer.
     """
     from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
 
@@ -81,6 +83,7 @@ def as_diffusers(
             "says so by zero_cond_t."
         )
     kind = type(network).__name__
+    check_published(own.keys(), kind, called)
     if kind == FLUX:
         own = {NORM_OF_COMFYUI.sub(r".\1.scale", name): tensor for name, tensor in own.items()}
     if ORIGINAL.get(kind) not in own:

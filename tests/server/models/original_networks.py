@@ -12,6 +12,7 @@ from tests.server.models import (
     tiny_flux2,
     tiny_pixart,
     tiny_qwen_image,
+    tiny_sana,
     tiny_sd3,
     tiny_sdxl,
     tiny_z_image,
@@ -161,6 +162,40 @@ def pixart() -> tuple[Any, dict[str, Tensor]]:
     }
     unused = {"pos_embed": torch.ones(1, 4, 48), "y_embedder.y_embedding": torch.ones(120, 24)}
     return network, renamed(state, names) | unused
+
+
+def sana(*, sprint: bool) -> tuple[Any, dict[str, Tensor]]:
+    """After ``SanaMS`` and ``SanaMSCM`` of NVlabs/Sana."""
+    network = tiny_sana.make(sprint=sprint).transformer
+    state = dict(network.state_dict())
+    joined(state, ("attn1.to_q", "attn1.to_k", "attn1.to_v"), "attn.qkv")
+    for kind in ("weight", "bias"):
+        joined(state, ("attn2.to_k", "attn2.to_v"), "cross_attn.kv_linear", kind)
+    names = {
+        r"^scale_shift_table": "final_layer.scale_shift_table",
+        r"^transformer_blocks\.": "blocks.",
+        r"\.attn1\.norm_([qk])\.": r".attn.\1_norm.",
+        r"\.attn2\.norm_([qk])\.": r".cross_attn.\1_norm.",
+        r"\.attn1\.to_out\.0\.": ".attn.proj.",
+        r"\.attn2\.to_q\.": ".cross_attn.q_linear.",
+        r"\.attn2\.to_out\.0\.": ".cross_attn.proj.",
+        r"\.ff\.conv_(\w+)\.": r".mlp.\1_conv.conv.",
+        r"^patch_embed\.proj\.": "x_embedder.proj.",
+        r"^caption_projection\.linear_(\d)\.": r"y_embedder.y_proj.fc\1.",
+        r"^caption_norm\.": "attention_y_norm.",
+        r"^time_embed\.linear\.": "t_block.1.",
+        r"^time_embed\.(emb\.)?timestep_embedder\.": "t_embedder.",
+        r"^time_embed\.guidance_embedder\.": "cfg_embedder.",
+        r"_embedder\.linear_1\.": "_embedder.mlp.0.",
+        r"_embedder\.linear_2\.": "_embedder.mlp.2.",
+        r"^proj_out\.": "final_layer.linear.",
+    }
+    unused = {"pos_embed": torch.ones(1, 4, 16), "y_embedder.y_embedding": torch.ones(8, 16)}
+    return network, renamed(state, names) | unused
+
+
+def sana_1() -> tuple[Any, dict[str, Tensor]]:
+    return sana(sprint=False)
 
 
 def unet() -> tuple[Any, dict[str, Tensor]]:
