@@ -493,6 +493,8 @@ def ems(
 
     An interrupted run resumes when the same command is given again.
     """
+    # Loading a model imports the registries.
+    _register(None)
     scales = _scales(guidance, scale)
     from server.fitting.model_statistics import Order, Size, fulfil
     from server.models.folder import embedded_folders

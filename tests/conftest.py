@@ -55,6 +55,7 @@ LONGEST = (
     "server/models/test_loading.py",
     "guidance/test_feynman_kac.py",
     "test_plugins.py",
+    "server/test_plugin_files.py",
     "samplers/test_against_diffusers.py",
     "server/http/live/test_live_stream.py",
 )

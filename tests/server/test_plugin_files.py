@@ -153,6 +153,16 @@ def test_commands_refuse_a_file_that_is_not_there(
     assert refused.stderr == f"The plug-in {absent} cannot be used: there is no such file.\n"
 
 
+@pytest.mark.parametrize("command", [["catalog"], ["ems", "--scale", "4"]], ids=" ".join)
+def test_commands_refuse_a_file_of_the_environment_in_one_sentence(
+    command: list[str], tmp_path: Path
+) -> None:
+    absent = tmp_path / "absent.py"
+    refused = CliRunner().invoke(app, command, env={VARIABLE: str(absent)})
+    assert refused.exit_code == 2
+    assert refused.stderr == f"The plug-in {absent} cannot be used: there is no such file.\n"
+
+
 def test_the_comparison_refuses_it_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
