@@ -13,6 +13,8 @@ from copy import deepcopy
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
+from pydantic import ValidationError
+
 from server.blobs import Blobs
 from server.engine.client import Client
 from server.errors import (
@@ -29,6 +31,7 @@ from server.jobs import store
 from server.jobs.database import Database
 from server.jobs.job import Job
 from server.jobs.watching import Watches
+from server.requests.messages import explain
 from server.requests.schema import GenerateRequest
 from server.requests.upload import put_upload
 from server.service.pictures import Pictures
@@ -241,7 +244,11 @@ class Runner:
         for field in job.uploads:
             picture = await self._blobs.read(upload_name(job.id, field))
             put_upload(fields, field, picture.decode())
-        request = GenerateRequest.model_validate(fields)
+        try:
+            request = GenerateRequest.model_validate(fields)
+        except ValidationError as error:
+            # It was valid when it was accepted; a plug-in that it names may be gone.
+            raise explain(error.errors(), GenerateRequest) from None
         generation = await self._service.admit(
             request, _generation_of(job), self._clients[job.owner]
         )

@@ -161,6 +161,25 @@ def test_a_server_without_a_job_s_key_fails_it_when_it_starts(
     assert job.error["code"] == "key_removed"
 
 
+def all_ended(folder: Path, jobs: list[Job]) -> list[Job]:
+    """Jobs as a server ends them that starts with them."""
+
+    async def start() -> list[Job]:
+        engine, service = started(model := Toy(), 8), Service(Limits())
+        service.open(engine, {"toy": model})
+        settings = Settings.model_validate({"jobs": {"folder": folder}})
+        open_jobs = Jobs(settings, service, lambda _: b"")
+        await open_jobs.open()
+        try:
+            return [await open_jobs.ended(job, LEASE_S) for job in jobs]
+        finally:
+            await open_jobs.close()
+            service.close()
+            engine.stop(0)
+
+    return asyncio.run(start())
+
+
 @pytest.mark.parametrize(
     ("column", "damage"),
     [
@@ -188,26 +207,28 @@ def test_a_damaged_job_ends_by_itself_and_holds_up_no_other(
 
         await database.run(spoil)
 
-    async def start() -> list[Job]:
-        engine, service = started(model := Toy(), 8), Service(Limits())
-        service.open(engine, {"toy": model})
-        settings = Settings.model_validate({"jobs": {"folder": tmp_path}})
-        open_jobs = Jobs(settings, service, lambda _: b"")
-        await open_jobs.open()
-        try:
-            return [await open_jobs.ended(job, LEASE_S) for job in jobs]
-        finally:
-            await open_jobs.close()
-            service.close()
-            engine.stop(0)
-
     with_database(tmp_path, before)
-    spoilt, other = asyncio.run(start())
+    spoilt, other = all_ended(tmp_path, jobs)
     assert other.status == "succeeded"
     assert spoilt.ended
     if column == "input":
         assert spoilt.error is not None
         assert spoilt.error["message"] == "The stored request is damaged; send it again."
+
+
+def test_a_job_whose_plug_in_is_gone_fails_with_the_reason(tmp_path: Path) -> None:
+    jobs: list[Job] = []
+
+    async def before(database: Database) -> None:
+        fields = {"prompt": "x", "sampler": "of_a_plug_in"}
+        asked = NewJob(uuid.uuid4().hex, "", fields, (), "d", None, webhook=None, webhook_events=())
+        jobs.append(await database.run(store.add, asked, 100, 1.0))
+
+    with_database(tmp_path, before)
+    [job] = all_ended(tmp_path, jobs)
+    assert job.error is not None
+    assert job.error["param"] == "input.sampler"
+    assert job.error["message"].startswith("sampler 'of_a_plug_in' is unknown; allowed are: ")
 
 
 def test_a_database_of_a_later_version_is_refused(tmp_path: Path) -> None:
