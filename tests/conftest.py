@@ -1,4 +1,4 @@
-"""Options of the whole suite: threads, no network, the `cuda` marker, hypothesis, a umask."""
+"""Settings for the whole suite: threads, no network, the `cuda` marker, hypothesis, a umask."""
 
 import fcntl
 import gc
@@ -14,21 +14,21 @@ from hypothesis import settings
 if TYPE_CHECKING:
     from tests.server.process import Forks
 
-# Read when torch is imported, which no test module has done yet. Small models on many threads
-# spend their time waiting for one another, and so do processes that share the cores. A worker of
-# xdist inherits what this file has set in the process that started it.
+# Read when torch is imported, which no test module has done yet. With small models, many threads
+# spend their time waiting for one another, and so do processes that share the cores. Workers of
+# xdist inherit the settings from the process that starts them.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"
 else:
     os.environ.setdefault("OMP_NUM_THREADS", "2")
-# A test that would fetch a model fails at once and says so.
+# A test that tries to download a model fails immediately with a clear error.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-# A machine under load is slow without being wrong; CI runs the same examples each time.
+# No deadline, as a test may be slow on a loaded machine; CI runs the same examples each time.
 settings.register_profile("weft", deadline=None, derandomize="CI" in os.environ, print_blob=True)
 settings.load_profile("weft")
 
-# The objects that imports make are many, and the collector would go through them again and again.
+# Imports create many objects, which the garbage collector would traverse again and again.
 gc.disable()
 
 
@@ -59,8 +59,8 @@ LONGEST = (
     "samplers/test_against_diffusers.py",
     "server/http/live/test_live_stream.py",
 )
-"""Files that take eight seconds and more, the longest first. They go before all others, so that no
-process begins one when all else is done."""
+"""Files that take at least eight seconds, the longest first. They run before all others, so that no
+process starts a long one when everything else is done."""
 
 COMPANY = {
     f"tests/{name}": shared
@@ -77,12 +77,12 @@ COMPANY = {
     }.items()
     for name in names
 }
-"""Files that go to one process, as they share what takes seconds to start."""
+"""Files that run in one process, as they share something that takes seconds to start."""
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Give each process a file at a time, or all those of a company."""
+    """Give each process one file at a time, or all files of a company."""
     from xdist.scheduler import LoadFileScheduling
 
     class LoadCompanies(LoadFileScheduling):
@@ -97,12 +97,12 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 def pytest_collection() -> Generator[None, object, object]:
     """Collect in one process at a time.
 
-    In a fresh environment the first compiles what it imports, which takes longer than to import
-    it, and the others find that done; meanwhile pyright has their processors.
+    In a fresh environment the first process compiles what it imports, which takes longer than the
+    import itself, and the others can use the result; meanwhile pyright can use their processors.
     """
     folder = os.open(TESTS, os.O_RDONLY)
     try:
-        # A file system over a network may know no such lock, and is slower without.
+        # A network file system may not support this lock; collection is then only slower.
         with suppress(OSError):
             fcntl.flock(folder, fcntl.LOCK_EX)
         return (yield)
@@ -111,7 +111,7 @@ def pytest_collection() -> Generator[None, object, object]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the longest files first, and skip what needs a CUDA device where there is none."""
+    """Put the longest files first, and skip tests that need a CUDA device where there is none."""
     places = {TESTS / name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path, len(places)))
     needy = [item for item in items if item.get_closest_marker("cuda")]
@@ -125,14 +125,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Begin to collect cycles, but not among what was imported, which stays to the end."""
+    """Enable garbage collection, but not of imported objects, which live until the end."""
     gc.freeze()
     gc.enable()
 
 
 @pytest.fixture(scope="session")
 def forks() -> "Iterator[Forks]":
-    """Begins processes that have imported what a server does."""
+    """Starts processes that have already imported what a server imports."""
     from tests.server.process import Forks
 
     made = Forks()
@@ -142,7 +142,7 @@ def forks() -> "Iterator[Forks]":
 
 @pytest.fixture
 def mode_of_files() -> Iterator[int]:
-    """An umask that is not the usual one, and the mode that it leaves to new files."""
+    """Set an unusual umask; gives the resulting mode of new files."""
     before = os.umask(0o027)
     yield 0o640
     os.umask(before)

@@ -1,6 +1,6 @@
-"""Which cells of a product of parameters the suite tries: a covering few, or all of them.
+"""Selection of the parameter combinations that the suite tries: a covering array, or all of them.
 
-``make test`` takes few, ``make test-all`` sets ``EVERY_CELL=1`` and takes all.
+``make test`` uses the covering array; ``make test-all`` sets ``EVERY_CELL=1`` and uses all.
 """
 
 import os
@@ -19,14 +19,14 @@ def covering(
     together: int = 1,
     every_cell: bool = EVERY_CELL,
 ) -> list[T]:
-    """Few cells that miss nothing: the same ones each time, in the order given.
+    """A small covering selection of cells: the same each time, in the order given.
 
     Args:
-        cells: of a product, which may have holes where values do not go together.
-        values: a cell's value on each axis.
-        together: 1 meets each value of each axis, 2 each pair of values that some cell has.
-            Where a cell has one value alone, that.
-        every_cell: whether to take all instead.
+        cells: cells of a product, which may lack combinations of incompatible values.
+        values: returns a cell's value on each axis.
+        together: 1 covers each value of each axis, 2 each pair of values that occurs in a cell.
+            For a cell with a single value, that value is covered.
+        every_cell: whether to take all cells instead.
     """
     found = list(cells)
     if every_cell:
@@ -37,13 +37,13 @@ def covering(
     for i, own in enumerate(parts):
         for part in own:
             cells_of.setdefault(part, []).append(i)
-    # Of each cell: how many parts it would add, and how often its parts have been chosen.
+    # For each cell: how many parts it would add, and how often its parts have been chosen.
     adds, met = [len(own) for own in parts], [0] * len(parts)
     chosen: set[int] = set()
     added: set[tuple[tuple[int, Hashable], ...]] = set()
     while most := max(adds, default=0):
-        # Of those that add most, the one whose values have been met least, so that none of them
-        # goes with the first of another axis alone.
+        # Of the cells that add most, take the one whose values were used least, so that no value is
+        # combined only with the first value of another axis.
         best = min((i for i, number in enumerate(adds) if number == most), key=met.__getitem__)
         chosen.add(best)
         for part in parts[best]:
@@ -56,17 +56,17 @@ def covering(
 
 
 def spread(*axes: Iterable[Any], together: int = 1) -> list[tuple[Any, ...]]:
-    """A covering few of all combinations of these values, which need not be hashable."""
+    """A covering selection of all combinations of these values, which need not be hashable."""
     listed = [list(axis) for axis in axes]
     places = covering(product(*(range(len(axis)) for axis in listed)), tuple, together)
     return [tuple(axis[at] for axis, at in zip(listed, place, strict=True)) for place in places]
 
 
 def few_of(values: Iterable[T], few: Iterable[T]) -> list[T]:
-    """Those few of the values that can tell as much as all, or all.
+    """A representative few of the values, or all of them for the full suite.
 
     Raises:
-        ValueError: one of the few is none of the values.
+        ValueError: one of the few is not among the values.
     """
     found, chosen = list(values), list(few)
     if strange := [one for one in chosen if one not in found]:

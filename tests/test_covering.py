@@ -1,4 +1,4 @@
-"""The few cells that the suite tries meet all values, and are the same each time."""
+"""The covering selection of cells contains all values, and is the same each time."""
 
 from collections import Counter
 from itertools import product

@@ -1,4 +1,4 @@
-"""What is installed, from where, and what may never be used."""
+"""What is installed and from where, and which dependencies and functions are forbidden."""
 
 import ast
 import json
@@ -79,7 +79,7 @@ def test_declared_dependencies_are_locked_at_a_version_they_allow() -> None:
 
 
 def imported_by(source: str) -> set[str]:
-    """Top-level modules that a source imports, wherever in it."""
+    """Top-level modules that a source imports anywhere."""
     nodes = list(ast.walk(ast.parse(source)))
     plain = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
     parts = [node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)]
@@ -87,7 +87,7 @@ def imported_by(source: str) -> set[str]:
 
 
 def test_what_a_runtime_environment_holds_is_all_that_the_server_imports() -> None:
-    """The tests' own needs, scipy among them, are in the dev lock alone."""
+    """The tests' own dependencies, such as scipy, are only in the dev lock."""
     ours = pins("requirements/dev.lock").keys() - pins("requirements/runtime.lock").keys()
     assert {"scipy", "hypothesis", "pytest"} <= ours
     modules = {
@@ -103,7 +103,7 @@ def test_what_a_runtime_environment_holds_is_all_that_the_server_imports() -> No
             assert not named or not imported_by(source) & named, path
 
 
-# Below these a published hole is open.
+# Older versions have a published vulnerability.
 FLOORS = {"starlette": "1.0.1", "diffusers": "0.38.0", "transformers": "5.3.0", "torch": "2.10"}
 
 
@@ -151,7 +151,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     skipped = shutil.ignore_patterns("__pycache__", "*.pyc")
 
     def copied(file: str, to: str) -> None:
-        """Weights are there by name alone, as packing 40 MB takes seconds."""
+        """Weights are copied as empty files, as packing 40 MB takes seconds."""
         Path(to).write_bytes(b"" if file.endswith(".safetensors") else Path(file).read_bytes())
 
     for package in PACKAGES:
@@ -173,7 +173,7 @@ def test_the_wheel_carries_every_file_of_the_packages(wheel: Path) -> None:
 
 
 def fake_guidance(folder: Path) -> None:
-    """What pip leaves of another distribution with a package `guidance`."""
+    """What pip installs of another distribution with a package `guidance`."""
     (folder / "guidance").mkdir(parents=True, exist_ok=True)
     (folder / "guidance/__init__.py").write_text("")
     (folder / "guidance/_grammar.py").write_text("")
@@ -186,7 +186,7 @@ def fake_guidance(folder: Path) -> None:
 def test_the_command_names_a_distribution_that_it_cannot_share_an_environment_with(
     wheel: Path, tmp_path: Path
 ) -> None:
-    """`guidance` is on the package index; whichever was installed last overwrote the other."""
+    """`guidance` exists on the package index; whichever is installed last overwrites the other."""
     site = tmp_path / "site"
     ours = zipfile.ZipFile(wheel)
     needed = [n for n in ours.namelist() if n.endswith(".py") or ".dist-info/" in n]
@@ -203,7 +203,7 @@ def test_the_command_names_a_distribution_that_it_cannot_share_an_environment_wi
         return done.returncode, done.stdout + done.stderr
 
     def clash(*folders: Path) -> str:
-        """What is found in an environment of these folders alone."""
+        """The clash found in an environment of only these folders."""
         return run("-S", "-c", "import weft; print(weft.clash())", folders=folders)[1].strip()
 
     ours.extractall(site, needed)
@@ -231,7 +231,7 @@ def test_the_command_names_a_distribution_that_it_cannot_share_an_environment_wi
 
 
 class Readyz(HTTPServer):
-    """Answers /readyz with a status, and nothing else."""
+    """Answers /readyz with a given status."""
 
     status = 200
 
@@ -255,7 +255,7 @@ DOCKERFILE = (ROOT / "Dockerfile").read_text()
 
 
 def probe(port: int, host: str = "0.0.0.0") -> tuple[int, str]:  # noqa: S104
-    """Exit status and words of the image's own health check, behind a proxy that is not there."""
+    """Exit status and output of the image's health check, with a proxy configured that is down."""
     (command,) = re.findall(r"HEALTHCHECK[^\n]*\\\n\s*CMD (\[.*\])", DOCKERFILE)
     _, file = json.loads(command)
     (copied,) = re.findall(rf"COPY (\S+) {file}\n", DOCKERFILE)
@@ -309,7 +309,7 @@ def test_the_image_is_configured_by_settings_alone() -> None:
 
 
 def test_the_image_has_a_folder_of_its_user_for_each_volume_that_is_written_to() -> None:
-    """Docker gives a new volume the owner of the folder; without one it would be root's."""
+    """Docker gives a new volume the owner of the folder; without a folder it would be root."""
     (made,) = re.findall(
         r"install --directory --owner weft --group weft --mode 700 (.*)", DOCKERFILE
     )
@@ -319,7 +319,7 @@ def test_the_image_has_a_folder_of_its_user_for_each_volume_that_is_written_to()
 
 
 def test_compose_waits_for_a_database_that_is_reached_by_tcp() -> None:
-    """While it is created PostgreSQL listens at its socket alone, and then starts once more."""
+    """During initialization PostgreSQL listens only on its socket, and then restarts."""
     service = yaml.safe_load((ROOT / "compose.jobs.yaml").read_text())["services"]["postgres"]
     command, *arguments = service["healthcheck"]["test"].split()
     assert command == "pg_isready"
@@ -351,7 +351,8 @@ def test_compose_starts_the_image_with_settings_that_exist() -> None:
 
 
 def test_commands_of_the_makefile_keep_what_python_compiles() -> None:
-    """Each process would compile all it imports again, which takes longer than most tests."""
+    """Otherwise each process would compile all its imports again, which takes longer than most
+    tests."""
     shown = subprocess.run(
         ["make", "-s", "-f", "-", "show"],
         input="include Makefile\nshow:\n\t@env\n",

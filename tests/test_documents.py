@@ -1,4 +1,4 @@
-"""The pages against the code that they describe: fields, routes, names, errors, links."""
+"""The pages compared with the code that they describe: fields, routes, names, errors, links."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ NOT_OF_REQUESTS = (
     EmbeddingMismatch,
     ImagePromptMismatch,
 )
-"""Errors of which the operator reads; requests are answered with others in their place."""
+"""Errors that only the operator sees; requests are answered with other errors instead."""
 
 
 def text_of(page: str) -> str:
@@ -45,7 +45,7 @@ def text_of(page: str) -> str:
 
 
 def unnamed(names: Iterable[str], page: str) -> set[str]:
-    """Which of these names a page does not have in backticks."""
+    """The names that a page does not contain in backticks."""
     return set(names) - set(re.findall(r"`([^`\s]+)`", text_of(page)))
 
 
@@ -78,7 +78,7 @@ def paths() -> dict[str, Any]:
 def test_every_route_is_on_a_page(paths: dict[str, Any]) -> None:
     pages = "\n".join(page.read_text("utf-8") for page in PAGES)
     assert len(paths) > 40
-    # A page on the routes below one path gives it once, and then their last parts.
+    # A page about routes below one path gives that path once, and then only their last parts.
     short = re.compile(r"/(?:sdapi/v1|controlnet)/(.+)")
     names = [short.sub(r"`\1`", path.partition("/{")[0]) for path in paths]
     assert [name for name in names if name not in pages] == []
@@ -107,7 +107,7 @@ def test_the_schema_of_a_request_has_the_errors_of_its_headers(paths: dict[str, 
 
 
 def anchors_of(page: Path) -> set[str]:
-    """What GitHub makes of the headings of a page."""
+    """The anchors that GitHub derives from the headings of a page."""
     text = re.sub(r"^```.*?^```", "", page.read_text("utf-8"), flags=re.MULTILINE | re.DOTALL)
     headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
     words = (re.sub(r"[^\w\- ]", "", heading.lower()) for heading in headings)

@@ -1,4 +1,4 @@
-"""Which package may import which, and that a name means one thing: read from the source."""
+"""Checks on the source: which package may import which, and that a name has one meaning."""
 
 import ast
 from collections import defaultdict
@@ -24,7 +24,7 @@ FORBIDDEN = {
     "server.jobs": {"server.http", "fastapi", "starlette"},
     "server.http": {"torch", "samplers", "guidance", "server.models.loading"},
 }
-"""What a package may not import, be it for a type."""
+"""What a package must not import, not even for type annotations."""
 
 
 @cache

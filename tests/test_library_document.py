@@ -1,4 +1,4 @@
-"""What the pages of the libraries show runs as it stands, and draws the picture beside it."""
+"""The examples on the pages about the libraries run as shown and produce the figures shown."""
 
 from __future__ import annotations
 
@@ -86,14 +86,14 @@ def test_rules_and_samplers_together_draw_what_diffusers_loop_does() -> None:
     ours, evaluations = names["draw"](DDIM(), theirs["STEPS"], theirs["rule"], theirs["SEED"])
     assert evaluations == 2 * theirs["STEPS"]
     np.testing.assert_allclose(ours.numpy(), theirs["x"].numpy(), atol=1e-3)
-    # A rule that moves x, with a sampler of two evaluations a step.
+    # A rule that moves x, with a sampler that takes two evaluations a step.
     moved, _ = names["draw"](Heun(), 3, CFGPlusPlus(), theirs["SEED"])
     kept, _ = names["draw"](Heun(), 3, Kept(), theirs["SEED"])
     assert float((moved - kept).abs().max()) > 0.1
 
 
 class Kept(CFGPlusPlus, frozen=True):
-    """CFG++ whose move is lost."""
+    """CFG++ without its move of x."""
 
     @classmethod
     @override

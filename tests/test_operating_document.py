@@ -1,4 +1,4 @@
-"""docs/operating.md against the settings that it documents."""
+"""docs/operating.md compared with the settings that it documents."""
 
 import subprocess
 import sys
@@ -23,7 +23,7 @@ def test_the_table_of_settings_is_that_of_the_server() -> None:
 
 @pytest.fixture
 def unit() -> ConfigParser:
-    """The unit of systemd that the document shows."""
+    """The systemd unit shown in the document."""
     _, _, section = (ROOT / "docs/operating.md").read_text().partition("\n## systemd\n")
     parser = ConfigParser(interpolation=None)
     parser.read_string(dedent(section.partition("\n\n`Restart=")[0]))

@@ -1,4 +1,4 @@
-"""The example packages, installed by pip beside Weft, are found, used and keep their promises."""
+"""The example packages, installed by pip, are found and used, and fulfil their contracts."""
 
 import json
 import shutil
@@ -44,10 +44,10 @@ sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", *sys.argv[1:]]))
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What a process says that has both packages installed and then runs their tests."""
+    """The output of a process with both packages installed, which then runs their tests."""
     folder = tmp_path_factory.mktemp("plugins")
     source, target = folder / "source", folder / "installed"
-    # pip builds in the folder of the package.
+    # pip builds in the package's folder, so a copy is used.
     shutil.copytree(EXAMPLES, source)
     packages = sorted(source.iterdir())
     install = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]

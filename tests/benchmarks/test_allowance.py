@@ -1,4 +1,4 @@
-"""Benchmarks say what they do and when, and begin nothing that there is no time for."""
+"""Benchmarks report their progress, and start nothing for which there is no time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model of random weights is the same for both systems, which have no network in common."""
+"""A model with random weights is the same for both systems, which share no module."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Blocks that are not compiled in time are given up, so that those which are come into use."""
+"""Blocks that are not compiled in time are given up, so that the compiled ones are used."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ JOB = cast("BlockJob", None)
 
 
 class ByHand:
-    """Compiles what the test says."""
+    """A compiler that compiles on the test's command."""
 
     def __init__(self) -> None:
         self.asked: dict[str, tuple[Callable[..., None], Callable[[], bool]]] = {}

@@ -1,4 +1,4 @@
-"""Figures that benchmarks print are possible ones."""
+"""Figures printed by benchmarks are plausible."""
 
 from __future__ import annotations
 

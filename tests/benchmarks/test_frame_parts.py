@@ -1,4 +1,4 @@
-"""The parts of a frame are all of it, and each second and operation is of one part."""
+"""The parts of a frame cover all of it, and each second and operation belongs to one part."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ DECODER_S = 0.02
 
 
 class Slow(Toy):
-    """Decodes for some time."""
+    """A toy model whose decoder takes some time."""
 
     def decode(self, latents: Tensor) -> Tensor:
         sleep(DECODER_S)

@@ -1,4 +1,4 @@
-"""The measurements of a GPU are kept part by part."""
+"""GPU measurements are stored part by part."""
 
 from __future__ import annotations
 

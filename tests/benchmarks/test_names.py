@@ -1,4 +1,4 @@
-"""What the promise about names tries, and that it would notice what is opened."""
+"""The cases of the promise about names, and that opened files would be noticed."""
 
 import subprocess
 import sys

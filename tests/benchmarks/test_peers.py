@@ -1,4 +1,4 @@
-"""Systems that are compared do not spoil each other's work on a GPU."""
+"""Compared systems do not disturb each other on a GPU."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from benchmarks.peers import Clock
 
 @pytest.mark.cuda
 def test_a_network_is_timed_while_another_thread_records_a_graph() -> None:
-    """To wait for the whole device would be an error, of both."""
+    """Synchronizing with the whole device would be an error in both threads."""
     layer, x = nn.Linear(8, 8, device="cuda"), torch.ones(1, 8, device="cuda")
     expected = layer(x).detach()
     recording, timed = Event(), Event()

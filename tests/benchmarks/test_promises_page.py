@@ -1,4 +1,4 @@
-"""The page of promises keeps what is not measured again."""
+"""The page of promises keeps lines that are not measured again."""
 
 from benchmarks.promises.page import line, page
 from benchmarks.promises.promise import Outcome, Promise

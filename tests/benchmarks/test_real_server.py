@@ -1,4 +1,4 @@
-"""The server that is measured is started, and ended, whatever it does."""
+"""A measured server is started, and always ended."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_a_server_that_ends_before_it_is_ready_says_why() -> None:
 
 
 class Endless(BaseHTTPRequestHandler):
-    """Answers with a stream that does not end while anybody reads it."""
+    """Answers with a stream that does not end while it is read."""
 
     def do_GET(self) -> None:
         self.send_response(200)

@@ -1,4 +1,4 @@
-"""A measurement begins when the server has ended what the one before left behind."""
+"""A measurement starts only when the server has finished leftovers of the previous one."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ input()
 
 @contextmanager
 def server(program: str, waiting: int) -> Generator[Served]:
-    """A process that runs a program, whose metrics say that so many images wait."""
+    """A process that runs a program, with metrics that report ``waiting`` images in the queue."""
 
     class Metrics(BaseHTTPRequestHandler):
         def do_GET(self) -> None:

@@ -1,4 +1,4 @@
-"""What the device is asked for in a tick, beside the denoiser."""
+"""Device operations in a tick, outside the denoiser."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_an_operation_is_what_makes_or_writes_memory() -> None:
 
 
 def operations(rule: Rule, samplers: list[Sampler]) -> int:
-    """Asked for in the third tick of some images, one of each sampler, outside the denoiser."""
+    """Operations outside the denoiser in the third tick of some images, one for each sampler."""
     model, count = Toy(embeds_scale=False), OperationCount()
     model.evaluate = count.leaving_out(model.evaluate)
     rows = len(samplers) * (1 + len(rule.branches))
@@ -61,7 +61,7 @@ def operations(rule: Rule, samplers: list[Sampler]) -> int:
 def test_more_images_of_mixed_samplers_ask_the_device_for_no_more_operations(
     rule: Rule, most: int
 ) -> None:
-    """A host asks for each of them, in about as many microseconds as the device takes for it."""
+    """The host launches each of them, which takes about as long as it takes on the device."""
     alone = operations(rule, [DDIM()])
     assert alone <= most
     assert operations(rule, [DDIM(), DPMSolverPP(), UniPC(), DDIM(), UniPC(), DDIM()]) == alone

@@ -1,4 +1,4 @@
-"""A measurement that comes to no end is ended, with all that it started."""
+"""A measurement that does not end is killed, with all its child processes."""
 
 import os
 import time
@@ -50,7 +50,7 @@ def test_a_measurement_that_fails_is_no_figure() -> None:
 
 
 def _runs(process: int) -> bool:
-    """Whether it still does anything: whoever adopted it may not have noticed its end yet."""
+    """Whether a process still runs; one that has ended may be a zombie of its new parent."""
     with suppress(FileNotFoundError):
         return "\nState:\tZ" not in Path(f"/proc/{process}/status").read_text()
     return False

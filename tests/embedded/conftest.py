@@ -1,4 +1,4 @@
-"""What tests of training share."""
+"""Fixtures for tests of training."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from torch.optim import AdamW
 
 @pytest.fixture
 def steps_made(monkeypatch: pytest.MonkeyPatch) -> list[object]:
-    """An entry for each step of an optimiser; a run that goes on makes only those that are left."""
+    """An entry for each optimiser step; a resumed run makes only the remaining ones."""
     made: list[object] = []
     step = AdamW.step
 

@@ -1,4 +1,4 @@
-"""The checker must be right before it may judge a model."""
+"""The checker reads pictures correctly, which is a precondition for judging a model."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""What derives from the embedded model's weights can be remade, and belongs to them."""
+"""Files derived from the embedded model's weights can be recomputed, and belong to the weights."""
 
 import shutil
 import sys
@@ -34,20 +34,20 @@ from tests.covering import EVERY_CELL
 
 @pytest.fixture(scope="module")
 def model() -> HostedModel:
-    """The model that ships, for tests that leave it as it is."""
+    """The shipped model, for tests that do not modify it."""
     return load_model(MODEL_FOLDER, name="m", device="cpu", dtype="float32")
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A copy of the model without what derives from it."""
+    """A copy of the model without derived files."""
     derived = shutil.ignore_patterns("ems-*.safetensors", "linear-ag-*.safetensors")
     return shutil.copytree(MODEL_FOLDER, tmp_path / "model", ignore=derived)
 
 
 @pytest.fixture
 def derive(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
-    """The command in this process, which has torch already: its exit status."""
+    """Runs the command in this process, which has already imported torch; gives its exit status."""
     command = ["derive", "statistics", "--model", str(folder), "--out", str(folder.parent / "out")]
 
     def run(*arguments: str) -> int:
@@ -65,7 +65,7 @@ def test_what_ships_belongs_to_the_weights(model: HostedModel) -> None:
         assert found.identity is not None
         assert (found.identity.rule, found.identity.scale) == (rule, scale)
         assert found.l.shape[1:] == found.identity.shape == model.latent_shape(128, 128)
-        # l is the share of x that the noise prediction is: all of it at pure noise.
+        # l is the fraction of x in the noise prediction: 1 at pure noise.
         assert found.l[0].mean() == pytest.approx(1, abs=0.05)
 
 
@@ -116,7 +116,7 @@ def test_a_classifier_is_made_by_one_command_and_goes_stale_with_the_weights(
     made = LatentClassifier.load(classifier_file(folder))
     assert made.heads == shipped.heads == HEADS
     assert not stale_classifier(model, folder)
-    # Again, now from the pictures that are labelled already: the same to the bit.
+    # Again, now from the pictures that are already labelled: bit-identical.
     labelled = Labelled.load(next(options.out.glob("labelled-*")))
     assert len(labelled.latents) == 16
     make_classifier(model, options)

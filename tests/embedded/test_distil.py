@@ -1,4 +1,4 @@
-"""What is distilled from the embedded model: its mathematics, its training and what is shipped."""
+"""Distillation of the embedded model: mathematics, training and the shipped models."""
 
 import copy
 from pathlib import Path
@@ -48,7 +48,7 @@ def test_the_consistency_function_leaves_a_clean_picture_as_it_is() -> None:
 
 
 def test_the_solver_follows_the_flow_of_a_normal_distribution_at_first_order() -> None:
-    """Of data of deviation s, x along the flow grows as the deviation of the noisy data does."""
+    """For data of deviation s, x scales along the flow as the deviation of the noisy data."""
     s = 0.7
 
     def exact(x: Tensor, times: Tensor) -> Tensor:

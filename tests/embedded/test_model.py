@@ -1,4 +1,4 @@
-"""The shipped folder is an ordinary diffusers model, whatever its weights are worth."""
+"""The shipped folder is an ordinary diffusers model, whatever the quality of its weights."""
 
 import subprocess
 import sys

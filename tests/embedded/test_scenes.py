@@ -1,4 +1,4 @@
-"""The pictures and what is said of them."""
+"""The pictures and their captions."""
 
 from collections import Counter
 

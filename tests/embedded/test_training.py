@@ -1,4 +1,4 @@
-"""Training runs, resumes and reports; how well it learns is for the report."""
+"""Training runs, resumes and reports; the quality of the result is not tested here."""
 
 import copy
 import stat
@@ -129,7 +129,7 @@ def test_the_autoencoder_trains_and_resumes(tmp_path: Path, steps_made: list[obj
     assert metadata_of(checkpoint)["step"] == "1"
     train_autoencoder(autoencoder_settings(2), checkpoint)
     assert metadata_of(checkpoint)["step"] == "2"
-    # Each run adapts its decoder in one more.
+    # Each run adapts its decoder in one more step.
     assert len(steps_made) == 2 + 2
 
 

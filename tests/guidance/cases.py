@@ -23,7 +23,7 @@ apply = combine
 
 
 def with_memory(rows: Rows, slots: int, seed: int = 1) -> Rows:
-    """The same rows in the midst of a run."""
+    """The same rows in the middle of a run."""
     generator = torch.Generator().manual_seed(seed)
     shape = (len(rows.cond), slots, *SHAPE)
     memory = torch.randn(shape, generator=generator, dtype=rows.cond.dtype)
@@ -31,7 +31,7 @@ def with_memory(rows: Rows, slots: int, seed: int = 1) -> Rows:
 
 
 def with_other(rows: Rows, other: Tensor) -> Rows:
-    """The same rows with this prediction of their one branch."""
+    """The same rows with this prediction as their only branch."""
     return replace(rows, others=other[:, None])
 
 
@@ -44,7 +44,7 @@ def _values(field: FieldInfo) -> list[Any]:
 
 
 def _variants(kind: type[BaseModel]) -> list[Any]:
-    """Settings in which any two values of a kind's fields meet that may."""
+    """Settings that cover every compatible pair of values of a kind's fields."""
     names = list(kind.model_fields)
     found: list[Any] = []
     for values in product(*(_values(field) for field in kind.model_fields.values())):
@@ -56,7 +56,7 @@ def _variants(kind: type[BaseModel]) -> list[Any]:
 
 
 def label(setting: BaseModel) -> str:
-    """A short name for the report of a test."""
+    """A short name for test reports."""
     return "-".join(
         f"{value:g}" if isinstance(value, float) else str(value) for _, value in setting
     )

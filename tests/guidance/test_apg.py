@@ -1,4 +1,4 @@
-"""Adaptive projected guidance against the paper and an implementation of others."""
+"""Adaptive projected guidance compared with the paper and with another implementation."""
 
 from dataclasses import replace
 
@@ -16,7 +16,7 @@ from tests.guidance.cases import apply, draw, one_row, with_memory
 
 
 def start(rows: int, seed: int = 0) -> Rows:
-    """Rows at the beginning of a run: nothing remembered."""
+    """Rows at the beginning of a run, with empty memory."""
     fresh = with_memory(draw(rows, seed), 1)
     return replace(fresh, memory=torch.zeros_like(fresh.memory))
 
@@ -72,7 +72,7 @@ def test_the_reference_size_is_a_latent_of_sdxl() -> None:
 
 @pytest.mark.parametrize("momentum", [-0.75, -0.5, 0.0, 0.6])
 def test_several_steps_follow_algorithm_1(momentum: float) -> None:
-    """Against diffusers' function, one image at a time, on denoised predictions."""
+    """Compared with diffusers' function, one image at a time, on denoised predictions."""
     steps = [draw(2, seed) for seed in range(5)]
     setting = {"scale": 7.0, "eta": 0.3, "momentum": momentum, "norm_threshold": 20.0}
     rule = APG.model_validate(setting)
@@ -109,7 +109,7 @@ def test_memory_moves_once_in_a_step_of_two_evaluations() -> None:
     rule = APG(momentum=-0.5)
     result = apply(rule, replace(first, memory=before, closes_step=opening))
     torch.testing.assert_close(result.memory, before)
-    # Yet the momentum acts in both evaluations.
+    # But the momentum acts in both evaluations.
     still = apply(rule, replace(first, memory=torch.zeros_like(before), closes_step=opening))
     assert not torch.equal(result.denoised, still.denoised)
     result = apply(rule, replace(second, memory=result.memory))

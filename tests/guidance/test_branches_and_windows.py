@@ -1,4 +1,4 @@
-"""What the network is told for a branch, and where perturbations act."""
+"""The conditioning of each branch, and where perturbations act."""
 
 import math
 from typing import Any
@@ -89,7 +89,7 @@ def test_mid_is_another_name_of_middle() -> None:
 
 
 def test_strength_falls_as_in_diffusers_pipelines() -> None:
-    """Their own method, at the timesteps of their own schedule."""
+    """Compared with diffusers' own method, at the timesteps of its own schedule."""
     scheduler = DDIMScheduler(num_train_timesteps=1000)
     scheduler.set_timesteps(20)
     timesteps = scheduler.timesteps.numpy()

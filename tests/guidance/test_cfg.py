@@ -1,4 +1,4 @@
-"""Classifier-free guidance, and none."""
+"""Classifier-free guidance, and no guidance."""
 
 import pytest
 import torch

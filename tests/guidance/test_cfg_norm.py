@@ -1,4 +1,4 @@
-"""CFG norm against Qwen-Image's own lines, and against ComfyUI's."""
+"""CFG norm compared with the code of Qwen-Image's pipeline and of ComfyUI."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""CFG++ under DDIM against its published form, and what moving x does."""
+"""CFG++ with DDIM compared with its published form, and the effect of moving x."""
 
 from collections.abc import Callable
 from itertools import product
@@ -42,7 +42,7 @@ def other(x: Tensor) -> Tensor:
 
 
 def run(plan: Plan, rule_at: Callable[[int], Rule]) -> Tensor:
-    """A guided run, as an engine makes it: the rule may move the point that is stepped from."""
+    """A guided run as in the engine: the rule may move the point from which a step is made."""
     K = plan.slots
     columns = START.new_zeros(2, K + 2, 3, 2, 2)
     columns[:, 0] = START * plan.start_scale
@@ -132,7 +132,7 @@ def test_inversion_from_a_cleaner_level_returns_to_the_start() -> None:
 def test_on_predictions_that_never_change_every_multistep_sampler_makes_the_same_steps(
     sampler: Sampler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With nothing to extrapolate they are DDIM, and must renoise as it does."""
+    """With constant predictions they equal DDIM, and must renoise in the same way."""
     monkeypatch.setitem(globals(), "cond", lambda x: torch.full_like(x, 0.4))
     monkeypatch.setitem(globals(), "other", lambda x: torch.full_like(x, -0.1))
     grid = SCHEDULES["vp"].grid(Trailing(), 9, t_start=990.0, t_end=300.0)
@@ -153,7 +153,7 @@ MOVED = [*FIRST.values(), *STAGED]
 
 
 def constant_run(plan: Plan, start: float) -> tuple[Tensor, int]:
-    """Where a run leads whose predictions never change, Dc = 1 and Du = 0, and its moves of x."""
+    """The result of a run with constant predictions Dc = 1 and Du = 0, and its number of moves."""
     stage = moves = 0
 
     def denoise(x: Tensor, _: float) -> Tensor:
@@ -173,7 +173,7 @@ def constant_run(plan: Plan, start: float) -> tuple[Tensor, int]:
 
 @pytest.mark.parametrize("sampler", [one for one in MOVED if one.stochastic], ids=label)
 def test_x_is_moved_once_a_step(sampler: Sampler) -> None:
-    """Of the others the closed form below says so."""
+    """For the other samplers this follows from the closed form below."""
     for schedule, steps in product(SCHEDULES.values(), (1, 2, 5)):
         if suits(sampler, schedule):
             plan = sampler.plan(schedule.grid(Trailing(), steps, t_start=0.9 * schedule.t_start))

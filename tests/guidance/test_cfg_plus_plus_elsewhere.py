@@ -1,4 +1,4 @@
-"""CFG++ with our samplers against ComfyUI's samplers that contain it, written out in float64."""
+"""CFG++ with our samplers compared with ComfyUI's samplers that contain it, in float64."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ SCALE = 0.7
 def test_euler_is_theirs(schedule: NoiseSchedule, eta: float) -> None:
     """sample_euler_ancestral_cfg_pp, which is sample_euler_cfg_pp at eta 0."""
     cond, other = GaussianDenoiser(schedule, 0.7, 0.3), GaussianDenoiser(schedule, -0.2, 0.6)
-    # Theirs has no step from pure noise.
+    # ComfyUI's has no step from pure noise.
     grid = schedule.grid(Trailing(), 6).tail(0.9)
     start = x = grid.start_scale * torch.linspace(-1.5, 1.5, 7, dtype=torch.float64)[None]
     alpha, sigma = grid.alpha.tolist(), grid.sigma.tolist()

@@ -1,4 +1,4 @@
-"""Rescaled guidance against diffusers and the paper's formula, in each space."""
+"""Rescaled guidance compared with diffusers and the paper's formula, in each space."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -25,7 +25,7 @@ each_space = pytest.mark.parametrize("space", get_args(Space))
 def to_space(
     rows: Rows, space: str
 ) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
-    """From a denoised prediction to what is rescaled, and back, at variance-preserving levels."""
+    """Convert a denoised prediction to the rescaled space and back, at variance-preserving levels."""
     x, alpha, sigma = rows.x, rows.alpha, rows.sigma
     return {
         "noise": (lambda D: (x - alpha * D) / sigma, lambda eps: (x - sigma * eps) / alpha),
@@ -85,7 +85,7 @@ def test_velocity_is_that_of_flow_matching_there() -> None:
 
 
 def test_at_pure_noise_the_noise_space_has_the_limit() -> None:
-    """There all noises are x, and what counts is how they begin to differ."""
+    """There all noise predictions equal x, so the limit depends on how they start to differ."""
     rows = draw(3)
     zero, nearly = torch.zeros_like(rows.alpha), torch.full_like(rows.alpha, 1e-7)
     rule = CFGRescale(scale=5, space="noise")

@@ -1,4 +1,4 @@
-"""CFG-Zero* against the paper on flow matching, and as the same thing on other models."""
+"""CFG-Zero* compared with the paper on flow matching, and its equivalent on other models."""
 
 from dataclasses import replace
 from typing import Any

@@ -1,4 +1,4 @@
-"""Guidance by a classifier: published forms, closed forms, and rows that do not feel each other."""
+"""Classifier guidance: published forms, closed forms, and independence of rows."""
 
 from collections.abc import Callable
 from typing import Any
@@ -44,7 +44,7 @@ def levels(alpha: F64, time: F64 | None = None, variance: F64 | None = None) -> 
 
 
 class Linear:
-    """Logits ``W x + b`` of flat pictures, a matrix an attribute."""
+    """Logits ``W x + b`` of flattened pictures, with one matrix per attribute."""
 
     def __init__(self, size: int, seed: int = 0) -> None:
         generator = torch.Generator().manual_seed(seed)
@@ -107,17 +107,17 @@ def test_the_shift_is_that_of_the_noise_and_none_without_signal(setting: Gradien
 
 
 def betas_of(steps: int) -> tuple[F64, F64, F64]:
-    """A linear beta schedule of the usual ends, at any number of steps; and beta in time."""
+    """A linear beta schedule with the usual ends for any number of steps, and beta over time."""
     time = np.arange(1, steps + 1) / steps
     rate = 0.1 + 19.9 * time
     return -np.expm1(-rate / steps), rate, time
 
 
 def chain(steps: int, setting: EluCD, noise: F64, *, published: bool, posterior: bool) -> F64:
-    """DDPM on Gaussian pictures of mean 0.3 and deviation 0.6, led by a Gaussian classifier.
+    """DDPM on Gaussian pictures of mean 0.3 and deviation 0.6, guided by a Gaussian classifier.
 
-    Two classes of equal variance have logits linear in the picture, and the gradient of
-    T1 logit_y - logsumexp(T2 logits) in closed form.
+    Two classes of equal variance have logits that are linear in the picture, so the gradient of
+    T1 logit_y - logsumexp(T2 logits) has a closed form.
     """
     beta, rate, time = betas_of(steps)
     bar = np.cumprod(1 - beta)
@@ -142,7 +142,7 @@ def chain(steps: int, setting: EluCD, noise: F64, *, published: bool, posterior:
             mu = of_D * D + of_x * x + setting.scale * (variance[t] + extra) * g
         else:
             mu = of_D * (D + strengths[t] * g) + of_x * x
-        # The same Brownian path, summed over as many increments as a step is long.
+        # The same Brownian path for all numbers of steps, with increments summed over each step.
         path = noise[1:].reshape(steps, -1, noise.shape[1])[t]
         fresh = path.sum(0) / np.sqrt(len(path))
         x = mu + (np.sqrt(variance[t]) * fresh if t else 0.0)
@@ -164,7 +164,7 @@ def test_elucd_is_the_published_shift_of_the_mean_as_steps_shrink(
         apart.append(float(np.sqrt(np.square(ours - theirs).mean())))
         unled = chain(steps, EluCD(scale=0.0), noise, published=False, posterior=posterior)
         moved = float(np.abs(ours - unled).mean())
-    # Four times the steps, a quarter of the difference.
+    # With four times the steps the difference is a quarter.
     assert apart[1] < 0.4 * apart[0]
     assert apart[2] < 0.4 * apart[1]
     assert apart[2] < 0.02 * moved

@@ -1,4 +1,4 @@
-"""Composed prompts against products of Gaussians, which have a closed form."""
+"""Composed prompts compared with products of Gaussians, which have a closed form."""
 
 from dataclasses import replace
 
@@ -67,10 +67,10 @@ def test_rows_have_weights_of_their_own() -> None:
 
 
 def test_the_run_lands_on_the_product_of_gaussians() -> None:
-    """Of p (p1 / p)^1.5 (p2 / p)^2, Gaussians of one deviation: their means' differences add up.
+    """The product is p (p1 / p)^1.5 (p2 / p)^2; for equal deviations, differences of means add up.
 
-    Noise shrinks those differences alike, so that at every level the composed score is that of the
-    noised product, and its flow is the truth.
+    Noise shrinks all these differences equally, so at every level the composed score is that of the
+    noised product, whose flow is known exactly.
     """
     schedule = NoiseSchedule.vp_linear()
     plan = UniPC(order=3).plan(schedule.grid(LogSNR(), 100, t_end=1e-3))

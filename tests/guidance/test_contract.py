@@ -1,4 +1,4 @@
-"""What every registered rule and policy promises, ours or an installed package's."""
+"""The contract of every registered rule and policy, including those of installed packages."""
 
 from dataclasses import replace
 from itertools import product
@@ -54,7 +54,7 @@ ESTIMATES = [one for one in POLICY_VARIANTS if one.estimates]
 
 
 def branches_of(rule: Rule) -> int:
-    """As many as the rule asks for; where it asks for none, one that must not matter."""
+    """The number of branches that the rule requests; if none, one that must not matter."""
     return len(rule.branches) or 1
 
 
@@ -75,7 +75,7 @@ EXCLUDED = {
     ("perp_neg", "residual"),
     ("composed", "residual"),
 }
-"""All that does not go together; residual guidance by the picture itself, that is."""
+"""All incompatible combinations, which involve residual guidance with the picture itself."""
 
 
 def test_any_rule_goes_with_any_policy_but_for_these() -> None:
@@ -101,7 +101,7 @@ TOGETHER = covering(
 
 
 def test_a_rule_and_a_policy_make_a_run_together() -> None:
-    """Seven stages, as an engine makes them: ask, fill in, combine, keep, and end when settled."""
+    """Seven stages as in the engine: decide, fill in, combine, keep memory, end when settled."""
     for rule, policy, dtype in TOGETHER:
         run_together(rule, policy, dtype)
 
@@ -162,9 +162,9 @@ NEUTRAL: dict[str, dict[str, float]] = {
     "composed": {},
     "magnitude_aware": {"damping": 0},
 }
-"""Parameters at which a rule is plain CFG of its scale."""
+"""Parameters at which a rule equals plain CFG with its scale."""
 OTHERWISE = {"none", "cfg_plus_plus"}
-"""CFG of scale 1, and of a scale of each step: see their own tests."""
+"""Rules that equal CFG with scale 1, or with a scale for each step: see their own tests."""
 OURS = {kind.model_fields["name"].default: kind for kind in RULES if "guidance." in kind.__module__}
 
 
@@ -192,7 +192,7 @@ def test_branches_are_asked_for_only_where_they_can_matter() -> None:
 
 
 def test_no_rule_moves_x_within_a_step() -> None:
-    """Only CFG++ moves it, and the samplers count on one move a step."""
+    """Only CFG++ moves x, and samplers rely on one move per step."""
     for rule in RULE_VARIANTS:
         check_moves_open_a_step(rule)
 
@@ -299,7 +299,7 @@ def test_perturbations_answer_for_each_stage_and_change_something() -> None:
         assert answer.shape == (7,), label(perturbation)
         assert answer.dtype == np.bool_, label(perturbation)
         assert bool(perturbation.scale) or not answer.any(), label(perturbation)
-        # Rows that change the same are told so by equality.
+        # Rows with the same edit are recognized by equality.
         assert hash(perturbation.edit) == hash(perturbation.model_copy().edit)
 
 

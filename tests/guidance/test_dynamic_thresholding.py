@@ -1,4 +1,4 @@
-"""Dynamic thresholding against numpy's quantiles and the paper's three lines."""
+"""Dynamic thresholding compared with numpy's quantiles and the paper's three lines."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""EasyCache on numbers that can be told without it."""
+"""EasyCache on numbers that are known independently."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def at(*values: float) -> torch.Tensor:
 
 
 def test_of_a_linear_network_the_predicted_change_is_the_change() -> None:
-    """Of v = 3 x the rate is 3, and from x = 4 to 5 and 6 v changes by 1 / 4 and 2 / 4."""
+    """For v = 3 x the rate is 3, and from x = 4 to 5 and 6 v changes by 1 / 4 and 2 / 4."""
     before, now = Evaluation(at(2.0), at(6.0)), Evaluation(at(4.0), at(12.0))
     numbers = EasyCache.learned(before, now)
     parameters = EasyCache.parameters([EasyCache(threshold=0.5)], now.x)
@@ -40,7 +40,7 @@ def test_each_row_is_decided_by_its_own_threshold() -> None:
 
 @pytest.mark.parametrize("threshold", [0.0, 1.0])
 def test_without_a_rate_the_network_is_evaluated(threshold: float) -> None:
-    """Where x has not moved between two evaluations there is none."""
+    """If x has not changed between two evaluations, there is no rate."""
     now = Evaluation(at(4.0), at(12.0))
     numbers = EasyCache.learned(now, now)
     parameters = EasyCache.parameters([EasyCache(threshold=threshold)], now.x)

@@ -1,4 +1,4 @@
-"""Particles weighted by Feynman-Kac correctors: against distributions known in closed form."""
+"""Particles weighted by Feynman-Kac correctors, compared with distributions in closed form."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ EDM, VP, FLOW = NoiseSchedule.edm(), NoiseSchedule.vp_linear(), NoiseSchedule.fl
 
 @dataclass
 class Guided:
-    """Two exact denoisers under plain guidance, whose particles may be resampled every step."""
+    """Two exact denoisers with plain guidance, whose particles may be resampled every step."""
 
     cond: GaussianDenoiser | GaussianMixtureDenoiser
     other: GaussianDenoiser | GaussianMixtureDenoiser
@@ -67,7 +67,7 @@ def product(cond: tuple[float, float], other: tuple[float, float], w: float) -> 
     return (w * m_c / s_c**2 + (1 - w) * m_u / s_u**2) / precision, 1 / precision
 
 
-# Mean and deviation with the prompt and without, and the scale. The product's moments are known.
+# Mean and deviation with and without the prompt, and the scale. The product's moments are known.
 SHARP, WIDE = ((1.0, 0.5), (0.0, 1.0), 2.0), ((0.5, 0.7), (-0.5, 0.9), 3.0)
 
 
@@ -84,7 +84,7 @@ def test_weighted_particles_sample_the_product_and_plain_guidance_does_not(
     sides = GaussianDenoiser(schedule, *cond), GaussianDenoiser(schedule, *other)
     corrected = drawn(Guided(*sides, scale, plan, EXACT))
     plain = drawn(Guided(*sides, scale, plan), 2_000)
-    # Three deviations of the mean of 10,000 draws are .015; the rest is the steps' own error.
+    # Three deviations of the mean of 10,000 draws are .015; the rest is discretization error.
     assert float(corrected.mean()) == pytest.approx(mean, abs=0.03)
     assert float(corrected.var()) == pytest.approx(variance, rel=0.08)
     assert abs(float(plain.mean()) - mean) > 0.09

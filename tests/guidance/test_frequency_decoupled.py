@@ -1,4 +1,4 @@
-"""Guidance by frequency: the pyramid takes a picture apart and gives it back."""
+"""Frequency-decoupled guidance: the pyramid decomposes a picture and reconstructs it."""
 
 import math
 
@@ -28,10 +28,11 @@ def kornia_blur(x: Tensor) -> Tensor:
 
 
 def kornia_level(x: Tensor) -> Tensor:
-    """Pyrup of the second level of ``build_laplacian_pyramid``, of kornia 0.9, cut to size.
+    """The pyrup of the second level of ``build_laplacian_pyramid`` in kornia 0.9, cropped.
 
-    Blurred and halved (pyrdown), doubled and blurred (pyrup), both bilinear. Sides are mirrored on
-    to the next power of two where neither is one, or where one cannot be halved.
+    The picture is blurred and halved (pyrdown), then doubled and blurred (pyrup), both bilinear.
+    Sides are padded by mirroring to the next power of two where neither is one, or where one cannot
+    be halved.
     """
     height, width = x.shape[-2:]
     powers = [2 ** math.ceil(math.log2(side)) for side in (height, width)]
@@ -83,7 +84,7 @@ def test_a_checkerboard_is_all_detail() -> None:
 
 @given(seed=st.integers(0, 50), high=st.floats(0, 50), low=st.floats(0, 50))
 def test_each_level_is_cfg_with_its_own_scale(seed: int, high: float, low: float) -> None:
-    """The published order of things: both predictions taken apart, guided, put together."""
+    """In the published order: both predictions are decomposed, guided and recombined."""
     rows = draw(3, seed)
     coarse = [low_frequencies(D) for D in (rows.cond, rows.other)]
     detail = [D - c for D, c in zip((rows.cond, rows.other), coarse, strict=True)]

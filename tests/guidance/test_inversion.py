@@ -1,4 +1,4 @@
-"""Inversion against closed forms: what noises do not depend on x comes back exactly."""
+"""Inversion compared with closed forms; it is exact where the noises do not depend on x."""
 
 from typing import Literal
 
@@ -24,7 +24,7 @@ def grid_of(steps: int) -> Grid:
 
 
 class Model:
-    """A mixture, and the prompt's: the same with its noise shifted by a constant."""
+    """A mixture; the prompt's prediction is the same with its noise shifted by a constant."""
 
     def __init__(self, data: GaussianDenoiser | GaussianMixtureDenoiser, shift: float) -> None:
         self.data = data
@@ -81,7 +81,7 @@ def test_one_step_is_the_published_formula(rule: Kind) -> None:
 
 
 def test_unguided_inversion_finds_the_exact_flow() -> None:
-    """At scale 0 both rules are plain DDIM inversion, of first order towards the transport."""
+    """At scale 0 both rules are plain DDIM inversion, which converges to the flow at first order."""
     data = GaussianMixtureDenoiser(SCHEDULE)
     errors = []
     for steps in (100, 200):
@@ -101,7 +101,7 @@ def test_corrections_make_the_inversion_exact(rule: Kind) -> None:
 
 
 def test_cfg_plus_plus_inverts_as_cfg_with_a_scale_of_each_step() -> None:
-    """Of ``scale / (1 - rho' / rho)``, rho = sigma / alpha: the same point, to rounding."""
+    """The scale is ``scale / (1 - rho' / rho)``, rho = sigma / alpha; points agree up to rounding."""
     model, grid = Model(GaussianMixtureDenoiser(SCHEDULE), 0.2), grid_of(20)
     x, rho = PICTURE, grid.sigma / grid.alpha
     for i in reversed(range(20)):
@@ -111,7 +111,7 @@ def test_cfg_plus_plus_inverts_as_cfg_with_a_scale_of_each_step() -> None:
 
 
 def test_cfg_plus_plus_comes_back_closer_than_cfg_of_the_scale_it_is_compared_with() -> None:
-    """The authors compare .6 with 7.5; in 20 steps it guides as 2 would."""
+    """The authors compare .6 with 7.5; in 20 steps it corresponds to 2."""
     model = Model(GaussianMixtureDenoiser(SCHEDULE), 0.05)
     ours, plain = missed(model, 20, 0.6, "cfg_plus_plus"), missed(model, 20, 7.5, "cfg")
     assert ours < plain / 2

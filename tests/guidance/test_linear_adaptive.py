@@ -32,7 +32,7 @@ def test_both_stages_of_a_step_are_treated_alike() -> None:
 
 @pytest.mark.parametrize(("every", "branches"), [(2, 1), (3, 1), (3, 2)])
 def test_the_estimate_is_the_weighted_sum_of_what_was_evaluated(every: int, branches: int) -> None:
-    """A run of ten stages, against the sum written out over lists; estimates never come back."""
+    """A run of ten stages compared with an explicit sum over lists, without reuse of estimates."""
     weights = np.random.default_rng(0).normal(size=(10, branches, TERMS))
     policy = LinearAdaptive(every=every, stop=1)
     slots = policy.memory_slots(branches)
@@ -73,7 +73,7 @@ PATTERN = np.array([True, False, False, True, False, True, False])
 
 
 def known_at(cond: np.ndarray, other: np.ndarray, i: int) -> list[np.ndarray]:
-    """What an estimate at stage i is made of."""
+    """The terms of an estimate at stage i."""
     last = [k for k in range(i - 1, -1, -1) if PATTERN[k]][:PAIRS]
     return [cond[:, i], *(branch[:, k] for k in last for branch in (cond, other))]
 
@@ -132,7 +132,7 @@ FIT = LinearFit(np.arange(10.0).reshape(2, 5), IDENTITY, 64, np.array([0.5, 0.25
 def test_a_file_gives_back_what_was_saved(tmp_path, mode_of_files: int) -> None:
     file = tmp_path / "weft" / "linear-ag.safetensors"
     file.parent.mkdir()
-    # As a stopped run may have left it.
+    # As a stopped run may leave it.
     file.with_name(f".{file.name}.writing").touch(0o600)
     FIT.save(file)
     again = LinearFit.load(file)

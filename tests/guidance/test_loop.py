@@ -1,4 +1,4 @@
-"""Rules inside a loop of one's own."""
+"""Rules in a caller's own sampling loop."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Magnitude-aware guidance against diffusers on velocities."""
+"""Magnitude-aware guidance compared with diffusers on velocities."""
 
 from dataclasses import replace
 
@@ -13,7 +13,7 @@ from tests.guidance.cases import apply, draw, with_other
 
 
 def theirs(cond: Tensor, other: Tensor, scale: float, alpha: float) -> Tensor:
-    """Flat, as their norm over all axes fails on pictures."""
+    """diffusers' result on flattened input, as its norm over all axes fails on pictures."""
     return mambo_guidance(cond.flatten(1), other.flatten(1), scale, alpha).view_as(cond)
 
 

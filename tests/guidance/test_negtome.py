@@ -1,4 +1,4 @@
-"""What negative token merging asks of a network, and when."""
+"""The edits that negative token merging makes to a network, and their window."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""The description of what guidance consists of."""
+"""The descriptions of the parts of guidance."""
 
 from types import SimpleNamespace
 

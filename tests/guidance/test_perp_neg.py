@@ -1,4 +1,4 @@
-"""Perp-Neg against the formula, and what it must leave to the prompt."""
+"""Perp-Neg compared with its formula, and what it must preserve of the prompt."""
 
 from dataclasses import replace
 
@@ -19,7 +19,7 @@ def of_empty(rows: Rows) -> Rows:
 
 @pytest.mark.parametrize("negative", [0.5, 1.0, 3.0])
 def test_it_is_the_formula_for_each_row(negative: float) -> None:
-    """In noise space, as published; the space makes no difference."""
+    """In noise space, as published; the result does not depend on the space."""
     rows = draw(4, branches=2)
     result = apply(PerpNeg(scale=6, negative=negative), rows).denoised
     for i in range(4):

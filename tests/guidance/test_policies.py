@@ -1,4 +1,4 @@
-"""When the second prediction is evaluated."""
+"""The stages at which the second prediction is evaluated."""
 
 from dataclasses import replace
 from typing import ClassVar, Literal
@@ -133,7 +133,7 @@ def test_near_the_clean_end_denoised_predictions_agree_long_before_the_noises_do
 
 
 def test_at_pure_noise_the_noises_agree_whatever_the_pictures() -> None:
-    """Why the denoised predictions are compared by default."""
+    """The reason why denoised predictions are compared by default."""
     rows = replace(draw(1), alpha=torch.zeros(1, 1, 1, 1), sigma=torch.ones(1, 1, 1, 1))
     assert settled(rows, 0.999999, space="noise")
     assert not settled(with_other(rows, -rows.cond), -0.9, space="denoised")
@@ -163,7 +163,7 @@ def test_a_policy_acts_where_it_evaluates_or_estimates_or_the_network_guides_its
 
 
 def test_a_policy_that_is_fitted_says_by_which_command() -> None:
-    """One of a package that no command fits can be told apart, and then refused."""
+    """A policy of a package that no command fits can be recognized and refused."""
 
     class Foreign(LinearAdaptive, frozen=True):
         fitted_by: ClassVar[str | None] = None

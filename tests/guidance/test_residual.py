@@ -1,4 +1,4 @@
-"""Residual guidance against StreamDiffusion's recursion of its stock noise."""
+"""Residual guidance compared with StreamDiffusion's recursion of its stock noise."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -33,10 +33,10 @@ def eps_of_negative(x: Tensor) -> Tensor:
 
 
 def published(x: Tensor, stock: Tensor, delta: float, fresh: Callable[[int], Tensor]) -> Tensor:
-    """The authors' pipeline, four steps of consistency sampling with the boundary terms at 1, 0.
+    """The authors' pipeline: four steps of consistency sampling with the boundary terms at 1, 0.
 
-    The stock noise is what stands for the second prediction. After a step it is renewed: the fresh
-    noise, plus what the step left of it, brought to the next level.
+    The stock noise takes the place of the second prediction. After a step it is renewed as the
+    fresh noise plus the remainder of the step, scaled to the next level.
     """
     for i in range(4):
         a, s = ALPHA[i], SIGMA[i]

@@ -1,4 +1,4 @@
-"""The last difference, kept for some steps."""
+"""Reuse of the last difference for some steps."""
 
 from dataclasses import replace
 

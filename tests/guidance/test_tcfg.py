@@ -1,4 +1,4 @@
-"""Tangential damping against a singular value decomposition, and where noise is pure."""
+"""Tangential damping compared with a singular value decomposition, and at pure noise."""
 
 from dataclasses import replace
 
@@ -55,7 +55,7 @@ def test_undamped_it_is_cfg() -> None:
 
 
 def test_at_pure_noise_it_has_the_limit() -> None:
-    """Half of what lies across the noise, all of what lies along it."""
+    """Half of the component orthogonal to the noise, and all of the parallel one."""
     rows = draw(3)
     pure = replace(rows, alpha=torch.zeros_like(rows.alpha), sigma=torch.ones_like(rows.alpha))
     d = rows.cond - rows.other
@@ -71,7 +71,7 @@ def test_at_pure_noise_it_has_the_limit() -> None:
 
 @pytest.mark.parametrize("factor", [0.0, -1.0])
 def test_noises_without_a_first_direction_are_cfg(factor: float) -> None:
-    """None of length, or of equal length and opposite: any direction would do."""
+    """Both zero, or of equal length and opposite: no direction is singled out."""
     rows = draw(2)
     half = torch.full_like(rows.alpha, 0.5)
     noise = factor * rows.x

@@ -1,4 +1,4 @@
-"""The checks for authors of rules and step caches: each finds its defect, and says it."""
+"""The checks for authors of rules and step caches: each detects its defect and reports it."""
 
 import re
 from collections.abc import Mapping
@@ -30,7 +30,7 @@ from guidance.testing import check_policy, check_rule, check_step_cache
 
 
 class Broken(ScaledRule, frozen=True):
-    """Classifier-free guidance with one defect of choice."""
+    """Classifier-free guidance with a selectable defect."""
 
     summary: ClassVar[str] = "Broken."
     source: ClassVar[str] = "None."
@@ -105,7 +105,7 @@ def test_rules_that_keep_their_promises_pass() -> None:
 
 
 class OfTheBatch(EasyCache, frozen=True):
-    """Takes its rate from all rows together, as code does that was written for one image."""
+    """Takes its rate from all rows together, like code written for one image."""
 
     @classmethod
     @override
@@ -120,7 +120,7 @@ def test_a_step_cache_that_mixes_its_rows_is_found() -> None:
 
 
 class Guess(Policy, frozen=True):
-    """Evaluates every other stage and estimates the others, with one defect of choice."""
+    """Evaluates every other stage and estimates the others, with a selectable defect."""
 
     summary: ClassVar[str] = "Guesses."
     source: ClassVar[str] = "None."
