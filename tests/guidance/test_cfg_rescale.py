@@ -25,7 +25,7 @@ each_space = pytest.mark.parametrize("space", get_args(Space))
 def to_space(
     rows: Rows, space: str
 ) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
-    """Convert a denoised prediction to the rescaled space and back, at variance-preserving levels."""
+    """Convert denoised predictions to the rescaled space and back at variance-preserving levels."""
     x, alpha, sigma = rows.x, rows.alpha, rows.sigma
     return {
         "noise": (lambda D: (x - alpha * D) / sigma, lambda eps: (x - sigma * eps) / alpha),

@@ -81,7 +81,7 @@ def test_one_step_is_the_published_formula(rule: Kind) -> None:
 
 
 def test_unguided_inversion_finds_the_exact_flow() -> None:
-    """At scale 0 both rules are plain DDIM inversion, which converges to the flow at first order."""
+    """At scale 0 both rules are plain DDIM inversion, which is of first order."""
     data = GaussianMixtureDenoiser(SCHEDULE)
     errors = []
     for steps in (100, 200):
@@ -101,7 +101,7 @@ def test_corrections_make_the_inversion_exact(rule: Kind) -> None:
 
 
 def test_cfg_plus_plus_inverts_as_cfg_with_a_scale_of_each_step() -> None:
-    """The scale is ``scale / (1 - rho' / rho)``, rho = sigma / alpha; points agree up to rounding."""
+    """The scale is ``scale / (1 - rho' / rho)``, rho = sigma / alpha; equal up to rounding."""
     model, grid = Model(GaussianMixtureDenoiser(SCHEDULE), 0.2), grid_of(20)
     x, rho = PICTURE, grid.sigma / grid.alpha
     for i in reversed(range(20)):

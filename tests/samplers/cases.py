@@ -1,4 +1,4 @@
-"""What the tests of all samplers run over: their variants, and schedules of every kind."""
+"""Parameters of the tests of all samplers: their variants, and schedules of every kind."""
 
 from collections.abc import Hashable, Iterable, Sequence
 from functools import cache
@@ -44,12 +44,12 @@ SCHEDULES: dict[str, NoiseSchedule] = {
 }
 
 MOST_VARIANTS = 100
-"""A kind with more combinations has its numbers tried one at a time."""
+"""Number of combinations above which the numeric fields of a kind are varied one at a time."""
 DISTILLED = ("lcm", "tcd")
-"""Samplers for models distilled to few steps: no solvers, and their own spacing is one of whole
-trained timesteps."""
+"""Samplers for models distilled to few steps; they are not solvers, and their default spacing needs
+whole trained timesteps."""
 NONLINEAR = ("score_sde_pc",)
-"""Samplers with stages that are no matrix, whose moments no matrix tells."""
+"""Samplers with nonlinear stages, whose moments do not follow from their matrices."""
 CANCELLING: list[Sampler] = [
     SASolver.model_validate(
         {"tau": 0, "predictor_order": p, "corrector_order": c, "second_order": w}
@@ -57,7 +57,7 @@ CANCELLING: list[Sampler] = [
     for p, c, w in product((2, 3), (0, 2, 3), ("exact", "rounded"))
     if (p, c, w) == (2, 2, "exact") or (p == 3 and c != 2)
 ]
-"""Solvers whose leading errors all but cancel, so that no one slope shows at usual steps."""
+"""Solvers whose leading errors nearly cancel, so that there is no single slope at usual steps."""
 
 
 def _v3(order: int, corrector: str) -> Sampler:
@@ -73,32 +73,32 @@ def _v3(order: int, corrector: str) -> Sampler:
 
 
 COLD: list[Sampler] = [_v3(3, "none"), _v3(3, "exact"), LMS(order=4)]
-"""Solvers whose first step, of order one and never corrected, hides the slope at usual steps."""
+"""Solvers whose first step, of order one and never corrected, dominates at usual steps."""
 FAINT: list[Sampler] = [Nesterov(order=1.8, weights="variable"), _v3(2, "exact")]
-"""Solvers with so small a leading error that the next power still shows at usual steps."""
+"""Solvers with a leading error so small that the next power still dominates at usual steps."""
 PUBLISHED: list[Sampler] = [
     kind(order=3.8, weights=weights)
     for kind in (HB, Nesterov, GHVB)
     for weights in ("constant", "variable")
 ]
-"""Momentum at the order of its paper, which is neither the default nor a bound."""
+"""Momentum samplers at their paper's order, which is neither the default nor a bound."""
 SET_BY_HAND: dict[str, list[Any]] = {
-    # These act where a model's statistics are given, as test_dpm_solver_v3 gives them.
+    # These have an effect only with statistics of a model, as in test_dpm_solver_v3.
     "statistics": ["none"],
     "levels": ["asked"],
     "preset": ["best"],
-    # At its bound churn doubles the variance in every step, however short. The others are
-    # test_churn's: they change where noise is added and how much.
+    # At its bound, churn doubles the variance in every step, however short. The other fields, which
+    # change where noise is added and how much, are tested in test_churn.
     "s_churn": [0.0, 6.0],
     "s_tmin": [0.0],
     "s_tmax": [None],
     "s_noise": [1.0],
 }
-"""Values to try of fields whose bounds say nothing."""
+"""Values to try for fields without meaningful bounds."""
 
 
 def _choices(name: str, field: FieldInfo) -> list[Any]:
-    """Values of a field to try: all named ones, or the default and both bounds."""
+    """Values of a field to try: all literal values, or the default and both bounds."""
     if name in SET_BY_HAND:
         return SET_BY_HAND[name]
     annotation: Any = field.annotation
@@ -125,7 +125,7 @@ def _variants(kind: type[BaseModel]) -> list[Any]:
 
 
 def _unless_refused(kind: type[BaseModel], setting: dict[str, Any]) -> Any:
-    """The variant, or none where its fields do not go together."""
+    """The variant, or None where its fields are incompatible."""
     try:
         return kind(**setting)
     except ValidationError:
@@ -133,15 +133,16 @@ def _unless_refused(kind: type[BaseModel], setting: dict[str, Any]) -> Any:
 
 
 def label(setting: BaseModel) -> str:
-    """A short name for the report of a test."""
+    """A short name for test reports."""
     return "-".join(str(value) for _, value in setting)
 
 
 def _says_nothing_new(sampler: Sampler) -> bool:
-    """Pseudo derivatives are exact below order 3; the fraction of an order is its beta.
+    """Whether a variant is equivalent to another one, or tested elsewhere.
 
-    Without noise it does not matter where it is drawn. Rounded weights are those of order 2 alone.
-    Where others lower the order is test_step_order's.
+    Pseudo derivatives are exact below order 3, and the fraction of an order is its beta. Without
+    noise it does not matter where noise is drawn. Only weights of order 2 can be rounded. Other
+    ways to lower the order are tested in test_step_order.
     """
     if isinstance(getattr(sampler, "lower_order_final", None), str):
         return True
@@ -166,15 +167,15 @@ DEFAULT_SPACINGS: list[Spacing] = [kind.model_validate({}) for kind in SPACINGS]
 STEPS = (1, 2, 3, 5, 20, 50)
 FEW_STEPS = (1, 3, 20)
 EACH_KIND = ("vp_linear", "flow", "edm")
-"""One schedule of each kind whose time is continuous."""
+"""One schedule of each kind with continuous time."""
 HARD = ("zero_snr", "flow_shifted", "edm")
-"""Those that begin at nearly pure noise, or reach furthest."""
+"""Schedules that start at nearly pure noise, or have the largest range."""
 
 S = TypeVar("S", Sampler, Spacing)
 
 
 def fields_in_pairs(settings: Sequence[S]) -> list[S]:
-    """Of each kind's variants those in which any two values meet that may."""
+    """Variants of each kind that cover every compatible pair of values."""
     kinds = dict.fromkeys(type(one) for one in settings)
     variants = ([one for one in settings if type(one) is kind] for kind in kinds)
     return [
@@ -185,7 +186,7 @@ def fields_in_pairs(settings: Sequence[S]) -> list[S]:
 
 
 def is_first(setting: Sampler | Spacing) -> bool:
-    """Whether a variant is the first of its kind: the one that is tried with everything."""
+    """Whether a variant is the first of its kind, which is combined with everything."""
     return setting is _FIRST[type(setting)]
 
 
@@ -197,20 +198,20 @@ _SEVERAL = SCHEDULES if EVERY_CELL else ("vp_linear", "zero_snr", "flow_shifted"
 each_schedule = pytest.mark.parametrize(
     "schedule", [SCHEDULES[name] for name in _SEVERAL], ids=list(_SEVERAL)
 )
-"""One schedule of each class; a run of everything takes all."""
+"""One schedule of each class; all schedules in the full suite."""
 
 
 def suits(sampler: Sampler, schedule: NoiseSchedule) -> bool:
-    """Whether a sampler's own spacing takes a schedule: all do, but those of distilled models."""
+    """Whether a sampler's default spacing supports a schedule; that of distilled ones may not."""
     return sampler.name not in DISTILLED or isinstance(schedule, DiscreteVP)
 
 
 def over_schedules(
     settings: Sequence[S], names: Iterable[str], others: Iterable[str]
 ) -> list[tuple[S, NoiseSchedule]]:
-    """The first variant of a kind with every schedule, and the others with one of theirs each.
+    """The first variant of a kind with every schedule, and each other with one of its schedules.
 
-    A run of everything takes the others with all of theirs.
+    In the full suite, the others are combined with all of their schedules.
     """
     names, others = list(names), set(others)
     cells = (
@@ -229,7 +230,7 @@ def over_schedules(
 
 
 def said(value: Sampler | Spacing | NoiseSchedule) -> str:
-    """A name for the report of a test."""
+    """A name for test reports."""
     return _NAMES[value] if isinstance(value, NoiseSchedule) else label(value)
 
 
@@ -237,9 +238,9 @@ _NAMES = {schedule: name for name, schedule in SCHEDULES.items()}
 
 
 def each_kind(**of_variants: Iterable[Any]) -> pytest.MarkDecorator:
-    """One case a sampler or spacing, with what there is of its variants under the one name given.
+    """One case per sampler or spacing, with its variants under the single name given.
 
-    That is a list of variants, or of tuples that begin with one.
+    They are a list of variants, or of tuples that begin with a variant.
     """
     [(name, cells)] = of_variants.items()
     grouped: dict[str, list[Any]] = {}
@@ -259,10 +260,10 @@ _LAYOUTS = covering(product(SCHEDULES.values(), DEFAULT_SPACINGS, STEPS), lambda
 
 
 def layouts(sampler: Sampler, schedule: NoiseSchedule) -> list[tuple[Spacing, int]]:
-    """Spacings and counts of steps to plan a variant over.
+    """Spacings and numbers of steps with which to plan a variant.
 
-    Over all schedules, the first of a kind meets every spacing with every count and with every
-    schedule; the others have two spacings, and a run of everything has all for all.
+    Over all schedules, the first variant of a kind is combined with every pair of spacing, number
+    of steps and schedule; the others have two spacings. The full suite has all combinations.
     """
     if EVERY_CELL or is_first(sampler):
         return [(spacing, steps) for on, spacing, steps in _LAYOUTS if on is schedule]
@@ -271,7 +272,7 @@ def layouts(sampler: Sampler, schedule: NoiseSchedule) -> list[tuple[Spacing, in
 
 
 def may_refuse(spacing: Spacing, schedule: NoiseSchedule) -> bool:
-    """Whether a spacing is made for other schedules, or for steps that it lists."""
+    """Whether a spacing is made for other schedules, or lists its own steps."""
     if isinstance(spacing, ListedSpacing):
         return True
     return spacing.integer_timesteps and not schedule.whole_timesteps
@@ -279,7 +280,7 @@ def may_refuse(spacing: Spacing, schedule: NoiseSchedule) -> bool:
 
 @cache
 def grid_unless_refused(schedule: NoiseSchedule, spacing: Spacing, steps: int) -> Grid | None:
-    """The grid, or none where the spacing refuses the schedule or so many steps."""
+    """The grid, or None where the spacing refuses the schedule or the number of steps."""
     try:
         return schedule.grid(spacing, steps)
     except ValueError:

@@ -1,19 +1,21 @@
-"""Whole runs against the same scheduler in diffusers' own pipeline, on the embedded model.
+"""Complete runs compared with the same scheduler in diffusers' own pipeline, on the embedded model.
 
-``make test`` puts a smaller U-Net of random weights in its place, ``make test-all`` does not. Same
-start latents, same prompts with classifier-free guidance, float32 on both sides. Where their noise
-is drawn from a generator, ours is drawn from one of the same seed. What is left is rounding:
-diffusers' products of alphas and its step coefficients are float32, ours are float64.
+``make test`` replaces the model by a smaller U-Net with random weights, ``make test-all`` does not.
+Both sides have the same start latents and the same prompts with classifier-free guidance, in
+float32. Where diffusers draws noise from a generator, ours is drawn from one with the same seed.
+What remains is rounding: diffusers' products of alphas and step coefficients are float32, ours are
+float64.
 
-Two of their conventions differ in ways that a sampler cannot, and are met here:
+Some conventions of diffusers differ in ways that a sampler cannot, and are reproduced here:
 
-- In their space of sigma / alpha, runs spaced ``linspace`` or ``trailing`` start from
-  sigma / alpha times the noise, which is sigma times it in ours; ``leading`` ones start from the
-  unit noise that ours always do.
-- Euler and its kin do not round ``linspace``, and DDIM counts back a fixed stride to find the next
-  level, which is the next timestep for ``leading``, and for ``trailing`` if the steps divide 1000.
-- Their multistep solvers cut the timesteps of ``exponential`` and ``beta`` down to whole ones but
-  keep the levels; only Euler tells the network what it steps from, so it is what we compare.
+- In diffusers' space of sigma / alpha, runs spaced ``linspace`` or ``trailing`` start from
+  sigma / alpha times the noise, which is sigma times the noise in ours; ``leading`` runs start from
+  unit noise, as ours always do.
+- Euler and related schedulers do not round ``linspace``. DDIM counts back a fixed stride to find
+  the next level, which is the next timestep for ``leading``, and for ``trailing`` if the number of
+  steps divides 1000.
+- The multistep solvers truncate the timesteps of ``exponential`` and ``beta`` to whole ones but
+  keep the levels. Only Euler gives the network the time it steps from, so Euler is compared.
 """
 
 import json
@@ -84,16 +86,16 @@ PROMPT, NEGATIVE = "a red circle left of a blue square", "a green star"
 SCALE = 4.0
 SEED = 11
 TOLERANCE = 2e-5
-"""Relative, on final latents. Both sides are float32, and rounding grows along a run: to 1e-6 in
-most runs and 3e-6 at most, on random and on trained weights."""
+"""Relative tolerance on final latents. Both sides are float32, and rounding errors grow along a
+run: to 1e-6 in most runs and at most 3e-6, with random and with trained weights."""
 BETWEEN_LEVELS = 2e-4
-"""The same over logarithmic spacings, whose levels lie between trained steps and are float32 in
-theirs: up to 4e-5 on trained weights."""
+"""Tolerance with logarithmic spacings, whose levels lie between trained steps and are float32 in
+diffusers: up to 4e-5 with trained weights."""
 BETWEEN_TIMES = 1e-3
-"""The same where times are told between trained steps, which theirs interpolates in log sigma."""
+"""Tolerance for times between trained steps, which diffusers interpolates in log sigma."""
 CONFIG: dict[str, Any] = json.loads((MODEL_FOLDER / "scheduler/scheduler_config.json").read_text())
 SIDE = 16 if EVERY_CELL else 8
-"""Of the latents; the embedded model's own is 16."""
+"""Side of the latents; the embedded model's default is 16."""
 SMALL: dict[str, Any] = {
     "sample_size": SIDE,
     "block_out_channels": (16,),
@@ -107,7 +109,7 @@ SMALL: dict[str, Any] = {
 
 
 class Prompts(NamedTuple):
-    """What the network is told, encoded once for all runs."""
+    """The network's conditioning, encoded once for all runs."""
 
     cond: Tensor
     uncond: Tensor
@@ -138,7 +140,7 @@ def latents() -> Tensor:
 
 @dataclass(frozen=True)
 class Pair:
-    """A scheduler of theirs, and the sampler and spacing of ours that mean the same."""
+    """A scheduler of diffusers, and the equivalent sampler and spacing of ours."""
 
     scheduler: type[Any]
     options: dict[str, Any]
@@ -168,7 +170,7 @@ def theirs(pipeline: Any, prompts: Prompts, pair: Pair, latents: Tensor) -> Tens
 
 
 def guided(pipeline: Any, prompts: Prompts, plan: Plan) -> Callable[[Tensor, float], Tensor]:
-    """The embedded model under guidance, as a denoiser along a plan."""
+    """The embedded model with guidance, as a denoiser along a plan."""
     both = torch.cat([prompts.uncond, prompts.cond])
     prediction = CONFIG["prediction_type"]
     levels = iter(zip(plan.alpha, plan.sigma, strict=True))
@@ -206,10 +208,11 @@ def distance(pipeline: Any, prompts: Prompts, pair: Pair, latents: Tensor) -> fl
 
 
 class MendedSDE(DPMSolverMultistepScheduler):
-    """diffusers' solver with a sign put right in the stochastic third-order update.
+    """diffusers' solver with the correct sign in the stochastic third-order update.
 
-    Their weight of the second difference is ``(1 - e^(-2h) - 2h) / (2h)^2 - 1/2``, which tends to
-    -1 as steps shrink. With ``+ 1/2``, as in k-diffusion's ``sample_dpmpp_3m_sde``, it tends to 0.
+    diffusers' weight of the second difference is ``(1 - e^(-2h) - 2h) / (2h)^2 - 1/2``, which tends
+    to -1 as steps shrink. With ``+ 1/2``, as in k-diffusion's ``sample_dpmpp_3m_sde``, it tends to
+    0.
     """
 
     def multistep_dpm_solver_third_order_update(
@@ -226,11 +229,11 @@ class MendedSDE(DPMSolverMultistepScheduler):
 
 
 class EvenSinglestep(DPMSolverSinglestepScheduler):
-    """diffusers' singlestep solver where its inner points are ours, even in log SNR.
+    """diffusers' singlestep solver with levels even in log SNR, where its inner points equal ours.
 
-    It counts evaluations as steps and takes whatever levels come next for a step's inner points.
-    Even in log SNR, those are the authors'. It cuts the times between trained steps to whole ones,
-    which is undone here.
+    It counts evaluations as steps and uses the next levels as the inner points of a step. If levels
+    are even in log SNR, these are the authors' points. It also truncates times between trained
+    steps to whole ones, which is undone here.
     """
 
     def set_timesteps(self, num_inference_steps: Any = None, *args: Any, **options: Any) -> None:
@@ -245,8 +248,8 @@ class EvenSinglestep(DPMSolverSinglestepScheduler):
 class PLMSOfNoise(PNDMScheduler):
     """diffusers' PLMS on eps, as published, whatever the network predicts.
 
-    Theirs extrapolates the network's outputs and then converts their mean, so on this model it is
-    the history of v that it fits.
+    diffusers extrapolates the network's raw outputs and then converts their mean, so on this model
+    it fits the history of v.
     """
 
     def step(self, model_output: Tensor, timestep: int, sample: Tensor, **options: Any) -> Any:  # type: ignore[override]
@@ -256,10 +259,10 @@ class PLMSOfNoise(PNDMScheduler):
 
 
 class PreciseSASolver(SASolverScheduler):
-    """diffusers' solver on float64 levels.
+    """diffusers' solver with float64 levels.
 
-    In float32 the level of the first trained step, where it lands, is off by 4e-5 in log SNR, which
-    the higher-order weights of its last step carry into the picture.
+    In float32, the level of the first trained step, where it lands, is off by 4e-5 in log SNR,
+    which the higher-order weights of its last step propagate into the picture.
     """
 
     def set_timesteps(self, num_inference_steps: Any = None, device: Any = None) -> None:
@@ -277,7 +280,7 @@ PLMS_ALONE = {"skip_prk_steps": True, "prediction_type": "epsilon"}
 LINSPACE = {"timestep_spacing": "linspace"}
 TO_THE_LAST_STRIDE = Linspace(endpoint=False)
 OF_SHORT_RUNS: LowerOrder = "below_15_steps"
-"""Which orders theirs lower, but for UniPC's, which are always lowered."""
+"""How diffusers lowers the order, except in UniPC, where it is always lowered."""
 
 
 def dpm_solver(order: int, solver_type: str, variant: str) -> Pair:
@@ -324,7 +327,7 @@ def sa_solver(predictor: int, corrector: int, tau: float) -> Pair:
 
 
 def unipc(order: int, variant: str) -> Pair:
-    # To sigma 0 their bh1 multiplies an infinite B(h) by zero, so it is compared above that.
+    # At sigma 0 their bh1 multiplies an infinite B(h) by zero, so it is compared above that.
     lands_clean = variant == "bh2"
     end = "zero" if lands_clean else "sigma_min"
     return Pair(
@@ -379,11 +382,11 @@ PAIRS = {
     "euler-trailing": Pair(
         EulerDiscreteScheduler, TRAILING, Euler(), Trailing(), 7, starts_from_sigma=True
     ),
-    # 999 / (10 - 1) is whole, so that not rounding makes no difference.
+    # 999 / (10 - 1) is an integer, so that rounding makes no difference.
     "euler-linspace": Pair(
         EulerDiscreteScheduler, LINSPACE, Euler(), Linspace(), 10, starts_from_sigma=True
     ),
-    # Karras' levels run from the last trained step to the first only if spaced linspace before.
+    # Karras levels span the last to the first trained step only if the base spacing is linspace.
     "euler-karras": Pair(
         EulerDiscreteScheduler,
         LINSPACE | {"use_karras_sigmas": True},
@@ -418,7 +421,7 @@ PAIRS = {
         starts_from_sigma=True,
         tolerance=BETWEEN_TIMES,
     ),
-    # Without statistics, which diffusers has no sampler for.
+    # Without statistics, as diffusers has no sampler with statistics.
     "dpm_solver_v3-reduced": Pair(
         DPMSolverMultistepScheduler,
         TRAILING | {"solver_order": 2, "solver_type": "heun"},
@@ -485,7 +488,7 @@ PAIRS = {
         )
         for gamma in (0.0, 0.3, 1.0)
     },
-    # Of order 3 with midpoint they take another weight at the second inner point.
+    # For order 3 with midpoint, diffusers uses another weight at the second inner point.
     **{
         f"dpm_solver_pp_singlestep-{order}-{solver_type}": singlestep(order, solver_type)
         for order, solver_type in ((2, "midpoint"), (2, "taylor"), (3, "taylor"))
@@ -586,8 +589,8 @@ NOT_THEIRS = {
     "score_sde_pc",
     "seeds",
 }
-"""What diffusers has no scheduler of, none for latent models, or one that needs torchsde; their own
-tests hold them to their sources."""
+"""Samplers for which diffusers has no scheduler, none for latent models, or one that needs
+torchsde; their own tests compare them with their sources."""
 
 
 def test_each_sampler_of_ours_is_compared() -> None:

@@ -1,4 +1,4 @@
-"""What AUTOMATIC1111 calls DPM++ against k-diffusion's samplers, written out in float64.
+"""AUTOMATIC1111's DPM++ samplers compared with k-diffusion's, written out in float64.
 
 Crowson, k-diffusion, sampling.py: sample_dpmpp_2m, sample_dpmpp_2m_sde, sample_dpmpp_3m_sde.
 """
@@ -65,7 +65,7 @@ def third_order_sde(sigmas: Tensor) -> Tensor:
 
 
 LENGTHS = range(1, 31) if EVERY_CELL else (1, 2, 3, 4, 7, 14, 15, 30)
-"""Short runs, those about a count below which others lower the order, and a long one."""
+"""Short runs, runs around the number below which others lower the order, and a long run."""
 
 
 @pytest.mark.parametrize("schedule_type", ["Karras", "Exponential"])

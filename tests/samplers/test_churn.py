@@ -1,4 +1,4 @@
-"""EDM's churn against k-diffusion's samplers, written out in float64."""
+"""EDM's churn compared with k-diffusion's samplers, written out in float64."""
 
 from collections.abc import Callable
 from itertools import pairwise
@@ -63,7 +63,7 @@ def dpm_2(x: Tensor, sigma: float, to: float) -> Tensor:
 def test_a_run_is_that_of_k_diffusion(
     sampler: type[ChurnedSampler], step: Callable[..., Tensor], churn: dict[str, Any]
 ) -> None:
-    """sample_euler, sample_heun and sample_dpm_2; the first noise is part of our start."""
+    """sample_euler, sample_heun and sample_dpm_2; the first noise is part of our start noise."""
     grid = EDM.grid(Karras(), STEPS + 2).tail(0.8)
     plan = sampler(**churn).plan(grid)
     gamma = min(churn["s_churn"] / STEPS, 2**0.5 - 1)
@@ -94,7 +94,7 @@ def test_noise_is_raised_by_its_share_and_never_above_the_model(name: str) -> No
 
 
 def share_of_the_variance(plan: Plan, start: float) -> float:
-    """At the end of a run on N(0, 0.36), of what belongs there, from such a share at the start."""
+    """Ratio of the variance to the correct one after a run on N(0, 0.36), given it at the start."""
     K, total = plan.slots, 0.36 * plan.alpha**2 + plan.sigma**2
     covariance = np.zeros((K, K))
     covariance[0, 0] = start * total[0]
@@ -121,7 +121,7 @@ def test_churn_brings_data_to_their_variance_that_the_flow_keeps_away(
 
 
 def test_a_run_that_begins_below_the_top_begins_raised() -> None:
-    """The same in distribution as noise that is added to the start."""
+    """It has the same distribution as noise added to the start."""
     grid = EDM.grid(Karras(), 10).tail(0.5)
     plan = Heun(s_churn=1.0).plan(grid)
     assert plan.sigma[0] == pytest.approx(1.2 * grid.sigma[0])

@@ -1,4 +1,4 @@
-"""Samplers that ComfyUI and RES4LYF have by other names, written out in float64."""
+"""Samplers that have other names in ComfyUI and RES4LYF, written out in float64."""
 
 from collections.abc import Callable
 from typing import Any
@@ -71,7 +71,7 @@ def res_2s() -> Tensor:
 
 
 def ipndm() -> Tensor:
-    """Adams-Bashforth with the weights of even steps; here with them in the last step too."""
+    """Adams-Bashforth with the weights of even steps, here also in the last step."""
     weights = [[1], [3 / 2, -1 / 2], [23 / 12, -16 / 12, 5 / 12]]
     weights.append([55 / 24, -59 / 24, 37 / 24, -9 / 24])
     x, slopes = START, list[Tensor]()
@@ -84,7 +84,7 @@ def ipndm() -> Tensor:
 
 
 def lms() -> Tensor:
-    """k-diffusion's: the integrals of Lagrange's polynomials over the noise level."""
+    """k-diffusion's LMS: integrals of Lagrange polynomials over the noise level."""
     sigmas, x, slopes = GRID.sigma, START, list[Tensor]()
     for i, sigma in enumerate(sigmas[:-1]):
         slopes.insert(0, (x - DATA(x, float(sigma))) / sigma)
@@ -115,7 +115,7 @@ def heunpp2() -> Tensor:
 
 
 def res_multistep_ancestral() -> Tensor:
-    """res_multistep to below the next level, and the noise that makes up for it."""
+    """res_multistep to below the next level, followed by noise up to that level."""
     x, older, before, below_before = START, None, 0.0, 0.0
     for noise, (sigma, to) in zip(NOISE, STEPS, strict=False):
         D = DATA(x, sigma)
@@ -136,7 +136,7 @@ def res_multistep_ancestral() -> Tensor:
 
 
 def seeds(points: tuple[float, ...], eta: float, *, phi_2: bool) -> Tensor:
-    """The exponential Runge-Kutta method with its last two slopes, and noise by increments."""
+    """The exponential Runge-Kutta method with its last two slopes, and noise as increments."""
     x, draws = START, iter(NOISE)
     for sigma, to in STEPS:
         D = [DATA(x, sigma)]

@@ -1,4 +1,4 @@
-"""Spacings of ComfyUI and RES4LYF, at levels that their code gives in float64."""
+"""Spacings of ComfyUI and RES4LYF, compared with levels from their code in float64."""
 
 from typing import Any
 
@@ -24,7 +24,7 @@ from tests.covering import few_of
 from tests.samplers.cases import EDM, FLOW, SCHEDULES
 
 SD = SCHEDULES["scaled_linear"]
-"""Of Stable Diffusion 1.5, whose sigmas run from 14.6146 down to 0.0292."""
+"""The schedule of Stable Diffusion 1.5, whose sigmas run from 14.6146 down to 0.0292."""
 
 # calculate_sigmas of comfy/samplers.py, and sigmas.py of RES4LYF, without the 0 at the end.
 LEVELS: dict[str, tuple[NoiseSchedule, Spacing, list[float]]] = {
@@ -110,7 +110,7 @@ def test_levels_are_those_of_the_source(
 
 
 def test_a_laplace_distribution_that_is_too_wide_is_cut_off_at_the_range() -> None:
-    """At even probabilities between the cumulative ones of both ends."""
+    """Levels are at even probabilities between the cumulative ones of both ends."""
     wide: Any = distribution(loc=0.2, scale=2.0)
     first, last = wide.cdf(np.log(SD.noise_level(np.array([999.0, 0.0]))))
     levels = wide.ppf(np.linspace(first, last, 9))
@@ -119,7 +119,7 @@ def test_a_laplace_distribution_that_is_too_wide_is_cut_off_at_the_range() -> No
 
 
 def test_kl_optimal_of_automatic1111_ends_one_stride_above() -> None:
-    """Its n steps lie between n + 1 points, of which the last is the cleanest level."""
+    """Its n steps use n + 1 points, of which the last is the cleanest level."""
     ends = np.arctan(SD.noise_level(np.array([999.0, 0.0])))
     angles = ends[0] + (ends[1] - ends[0]) * np.arange(7) / 7
     grid = SD.grid(schedule_type("KL Optimal"), 7)
@@ -141,7 +141,7 @@ def test_normal_is_even_over_the_trained_timesteps_without_rounding(steps: int) 
 
 @pytest.mark.parametrize("steps", few_of([1, 5, 20, 25, 50], [1, 25]))
 def test_ddim_uniform_is_leading_where_the_steps_divide_the_timesteps(steps: int) -> None:
-    """Elsewhere theirs takes more steps than asked, up to the noisiest that its stride meets."""
+    """Otherwise ComfyUI takes more steps than requested, up to the noisiest one on its stride."""
     times = np.arange(1, 1000, 1000 // steps)[::-1]
     assert SD.grid(Leading(), steps).t[:-1].tolist() == times.tolist()
 

@@ -1,4 +1,4 @@
-"""What every registered sampler promises, ours or an installed package's."""
+"""The contract of every registered sampler, including those of installed packages."""
 
 from typing import TypeAlias
 
@@ -43,8 +43,8 @@ Cell: TypeAlias = tuple[Sampler, NoiseSchedule]
 
 MEAN, DEVIATION = 0.7, 0.6
 
-# Distilled models are no denoisers, and a stage that is no matrix has no moments in closed form:
-# see test_lcm, test_tcd and test_score_sde_pc.
+# Distilled models are not denoisers, and a nonlinear stage has no moments in closed form: see
+# test_lcm, test_tcd and test_score_sde_pc.
 SOLVERS = [one for one in VARIANTS if one.name not in DISTILLED]
 DETERMINISTIC = [one for one in SOLVERS if not one.stochastic]
 STOCHASTIC = [one for one in SOLVERS if one.stochastic and one.name not in NONLINEAR]
@@ -55,10 +55,10 @@ def plan_of(sampler: Sampler, schedule: NoiseSchedule, steps: int) -> Plan:
 
 
 def moments(plan: Plan, deviation: float) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Mean and variance of slot 0 at each point, for data N(MEAN, deviation^2), in closed form.
+    """Mean and variance of slot 0 at each point for data N(MEAN, deviation^2), in closed form.
 
-    The exact denoiser of such data is linear in x and the tables are linear too, so the state
-    stays Gaussian and its first two moments follow from the matrices alone.
+    The exact denoiser of such data is linear in x and so are the tables, so the state stays
+    Gaussian and its first two moments follow from the matrices.
     """
     K = plan.slots
     mean, covariance = np.zeros(K), np.zeros((K, K))
@@ -103,7 +103,7 @@ def test_evaluations_are_as_declared(variants: list[Sampler]) -> None:
     for sampler in variants:
         for steps in STEPS:
             check_evaluations(sampler, DISCRETE, steps)
-        # The first step and the last ones may take others.
+        # The first and last steps may take other numbers of evaluations.
         full = np.median(np.bincount(plan_of(sampler, DISCRETE, 20).step))
         assert full == sampler.evaluations_per_step, label(sampler)
 
@@ -159,8 +159,8 @@ def test_stochastic_samplers_approach_the_variance_of_gaussian_data(cells: list[
             abs(moments(sampler.plan(schedule.grid(spacing, n)), DEVIATION)[1][-1] - 0.36)
             for n in (50, 100)
         )
-        # The error falls with the step, at least in proportion, down to the variance that the last
-        # jump from the cleanest trained level leaves out: 1.1e-4 on vp_linear.
+        # The error falls at least in proportion to the step size, down to the variance that is lost
+        # in the last jump from the cleanest trained level: 1.1e-4 on vp_linear.
         where = f"{label(sampler)} on {said(schedule)}"
         assert many < max(0.6 * few, 2e-4), where
         assert many < 0.08, where
@@ -180,7 +180,7 @@ def test_drawn_runs_have_the_moments_that_the_tables_say(variants: list[Sampler]
         start = alpha * (MEAN + DEVIATION * noise()) + sigma * noise()
         landed = integrate(plan, GaussianDenoiser(VP, MEAN, DEVIATION), start, noise)
         means, variances = moments(plan, DEVIATION)
-        # Five standard errors of either estimate: a false alarm in 900,000 seeds.
+        # Five standard errors of either estimate: one false alarm in 900,000 seeds.
         mean_error = (variances[-1] / runs) ** 0.5
         assert abs(float(landed.mean()) - means[-1]) < 5 * mean_error, label(sampler)
         variance_error = variances[-1] * (2 / runs) ** 0.5

@@ -1,4 +1,4 @@
-"""Declared orders against slopes measured on a Gaussian mixture, whose flow is known."""
+"""Declared orders compared with slopes measured on a Gaussian mixture, whose flow is known."""
 
 from collections.abc import Sequence
 
@@ -27,10 +27,10 @@ from tests.samplers.cases import (
     said,
 )
 
-# Lowering the order at the end is a matter of few steps, and would hide the slope. Leading errors
-# of some SA-Solvers all but cancel and give no one slope: test_sa_solver bounds those. Some
-# of DPM-Solver-v3 start too coarsely: test_dpm_solver_v3 measures them from smaller first steps.
-# Where the leading error is faint, test_leading_errors knows its factor.
+# Lowering the order at the end matters only for few steps, and would hide the slope. The leading
+# errors of some SA-Solvers nearly cancel and give no single slope: test_sa_solver bounds them. Some
+# settings of DPM-Solver-v3 start too coarsely: test_dpm_solver_v3 measures them with smaller first
+# steps. Where the leading error is small, test_leading_errors knows its factor.
 SOLVERS = [
     one
     for one in VARIANTS
@@ -44,12 +44,12 @@ RANGES = {VP: (1.0, 0.02), FLOW: (0.99, 0.05), EDM: (20.0, 0.05)}
 
 
 def evaluates_at_each_point(sampler: Sampler) -> bool:
-    """Whether a sampler evaluates at the points of the grid alone, once at each."""
+    """Whether a sampler evaluates exactly once at each point of the grid."""
     return sampler.evaluations(7) == sampler.steps_taken(7) == 7
 
 
 def errors_together(plans: Sequence[Plan], flow: SlopeRange) -> list[float]:
-    """What runs of different samplers miss the exact flow by, as rows of one batch."""
+    """Errors of runs of different samplers against the exact flow, as rows of one batch."""
     schedule, t_start, t_end = flow
     data = GaussianMixtureDenoiser(schedule)
     reach = 1.6 * float(data.spread(t_start).max())
@@ -71,7 +71,7 @@ def errors_together(plans: Sequence[Plan], flow: SlopeRange) -> list[float]:
 
 @pytest.mark.parametrize("name", EACH_KIND)
 def test_error_falls_with_the_declared_power_of_the_step(name: str) -> None:
-    """Of all samplers that evaluate at the same points, at once."""
+    """For all samplers that evaluate at the same points, at once."""
     schedule = SCHEDULES[name]
     flow = SlopeRange(schedule, *RANGES[schedule])
     solvers = [one for one, on in CELLS if on is schedule and evaluates_at_each_point(one)]
@@ -105,7 +105,7 @@ def test_error_falls_with_the_declared_power_where_a_step_has_points_of_its_own(
     ids=lambda sampler: sampler.name,
 )
 def test_orders_above_three_do_not_show_from_low_noise(sampler: Sampler) -> None:
-    """The first steps, of lower order, are then made where the prediction moves."""
+    """The first steps, of lower order, are then made where the prediction changes."""
     assert 3.2 < measured_order(sampler, SlopeRange(FLOW, 0.8, 0.1)) < 3.8
 
 

@@ -1,4 +1,4 @@
-"""DEIS beyond what every sampler promises."""
+"""DEIS, beyond the contract of all samplers."""
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ from tests.samplers.cases import EDM, FLOW, VP
 def test_eps_that_is_a_polynomial_in_log_sigma_is_integrated_exactly(
     order: int, reach: float
 ) -> None:
-    """Where alpha is 1: x' - x is the integral of eps over sigma, here by many points of Gauss."""
+    """Where alpha is 1: x' - x is the integral of eps over sigma, here by Gauss quadrature."""
     sigma = 5.0 * np.exp(-reach * np.array([0, 0.8, 2.1, 3.0]))
     grid = Grid.on_times(EDM, sigma, clean=False)
     plan = DEIS.model_validate({"order": order, "lower_order_final": False}).plan(grid)

@@ -1,4 +1,4 @@
-"""The midpoint method against k-diffusion's samplers, written out, and diffusers' schedulers."""
+"""The midpoint method compared with k-diffusion's samplers, written out, and with diffusers."""
 
 from typing import Any
 
@@ -20,7 +20,7 @@ NOISE = torch.randn(20, 1, 7, generator=torch.Generator().manual_seed(5), dtype=
 
 @pytest.mark.parametrize("eta", [0.0, 0.6, 1.0])
 def test_it_is_that_of_k_diffusion(eta: float) -> None:
-    """sample_dpm_2_ancestral, which is sample_dpm_2 at eta 0; noise is drawn a stage of ours."""
+    """sample_dpm_2_ancestral, which is sample_dpm_2 at eta 0; noise is drawn per stage of ours."""
     data = GaussianMixtureDenoiser(EDM)
     grid = EDM.grid(Karras(), 5)
     start = x = 80 * torch.linspace(-1.5, 1.5, 7, dtype=torch.float64)[None]
@@ -62,7 +62,7 @@ def test_on_flow_matching_it_is_the_midpoint_of_the_velocity() -> None:
     ("kind", "eta"), [(KDPM2DiscreteScheduler, 0.0), (KDPM2AncestralDiscreteScheduler, 1.0)]
 )
 def test_it_is_diffusers_scheduler(kind: Any, eta: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a network that is told nothing: between trained times theirs interpolates otherwise."""
+    """On a network that ignores the time, as diffusers interpolates differently between times."""
     draws = iter(NOISE)
     monkeypatch.setattr(ancestral, "randn_tensor", lambda *_, **__: next(draws))
     config: dict[str, Any] = {
@@ -107,7 +107,7 @@ def test_it_is_diffusers_scheduler(kind: Any, eta: float, monkeypatch: pytest.Mo
 def test_an_ancestral_step_lands_with_the_noise_of_the_next_level(
     name: str, spacing: Spacing
 ) -> None:
-    """What is followed below it and what is drawn make up its variance, at any level."""
+    """The remaining and the drawn noise together have its variance, at any level."""
     schedule: NoiseSchedule = SCHEDULES[name]
     grid: Grid = schedule.grid(spacing, 6)
     plan = DPM2(eta=1.0).plan(grid)

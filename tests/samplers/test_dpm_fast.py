@@ -1,4 +1,4 @@
-"""DPM-Solver-fast against k-diffusion's sample_dpm_fast, written out in float64."""
+"""DPM-Solver-fast compared with k-diffusion's sample_dpm_fast, written out in float64."""
 
 import math
 from typing import TypeAlias
@@ -22,7 +22,7 @@ Steps: TypeAlias = list[tuple[float, float, float, int]]
 
 
 def noise_of(x: Tensor, t: float) -> Tensor:
-    """Times are minus log sigma."""
+    """The noise prediction; times are minus log sigma."""
     return (x - DATA(x, math.exp(-t))) / math.exp(-t)
 
 
@@ -72,7 +72,7 @@ def test_a_run_with_any_budget_is_that_of_k_diffusion(eta: float) -> None:
 
 
 def test_steps_lie_as_densely_as_the_spacing_says() -> None:
-    """Even in the count of its points, which are even in time here."""
+    """Steps are even by index of the spacing's points, which are even in time here."""
     plan = DPMFast().plan(FLOW.grid(Trailing(), 13))
     starts = [plan.t[stage] for stage in range(plan.evaluations) if plan.opens_step(stage)]
     assert plan.steps == 6
@@ -81,7 +81,7 @@ def test_steps_lie_as_densely_as_the_spacing_says() -> None:
 
 @pytest.mark.parametrize("schedule", [VP, FLOW, EDM], ids=["vp", "flow", "edm"])
 def test_what_moves_a_point_within_a_step_is_kept(schedule: NoiseSchedule) -> None:
-    """As inpainting moves it at every stage; its share of the noise is left at the end."""
+    """As inpainting moves x at every stage; the move shrinks in proportion to the noise."""
     plan = DPMFast().plan(schedule.grid(LogSNR(), 9, t_end=0.1))
     for stage in range(plan.evaluations):
         move = torch.eye(plan.slots, dtype=torch.float64)[0]

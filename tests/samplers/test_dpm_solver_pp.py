@@ -1,4 +1,4 @@
-"""DPM-Solver++ beyond what every sampler promises."""
+"""DPM-Solver++, beyond the contract of all samplers."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""DPM++ SDE against k-diffusion's sampler, written out."""
+"""DPM++ SDE compared with k-diffusion's sampler, written out."""
 
 import numpy as np
 import pytest
@@ -56,7 +56,7 @@ def test_without_noise_it_is_2s(schedule: NoiseSchedule) -> None:
 
 
 def test_from_pure_noise_both_halves_draw_one_noise() -> None:
-    """In sigma / alpha the first half is all of the path."""
+    """In sigma / alpha, the first half is the whole path."""
     plan = DPMSolverPPSDE().plan(FLOW.grid("trailing", 4))
     assert np.isfinite(plan.tables).all()
     assert plan.tables[1, 0, 2] > 0

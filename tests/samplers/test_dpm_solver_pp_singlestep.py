@@ -1,4 +1,4 @@
-"""Singlestep DPM-Solver++ beyond what every sampler promises."""
+"""Singlestep DPM-Solver++, beyond the contract of all samplers."""
 
 from collections.abc import Callable
 
@@ -24,7 +24,7 @@ def singlestep(**fields: object) -> DPMSolverPPSinglestep:
 
 @pytest.mark.parametrize("eta", [0.0, 0.6, 1.0])
 def test_order_two_is_the_ancestral_2s_that_users_know(eta: float) -> None:
-    """As k-diffusion writes it, in sigma and its logarithm, with the model at alpha 1."""
+    """As in k-diffusion, in sigma and its logarithm, with the model at alpha 1."""
     steps = 6
     fresh = torch.randn(
         2 * steps, *START.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64
@@ -110,7 +110,7 @@ def test_a_point_moved_within_a_step_stays_moved(order: int) -> None:
 
 @pytest.mark.parametrize("order", [2, 3])
 def test_an_ancestral_step_from_all_but_pure_noise_has_numbers(order: int) -> None:
-    """The spacing begins a rounding away from alpha 0, and the step renews all noise."""
+    """The spacing starts at alpha 0 up to rounding, and the step renews all noise."""
     grid = FLOW.grid("kl_optimal", 3)
     assert 0 < grid.alpha[0] < 1e-15
     check_plan(singlestep(order=order, eta=1.0).plan(grid), f"order {order}")

@@ -1,4 +1,4 @@
-"""DPM-Solver-v3 beyond what every sampler promises: the same with statistics of a model."""
+"""DPM-Solver-v3 with statistics of a model, beyond the contract of all samplers."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -77,10 +77,10 @@ def start_of(shape: tuple[int, ...] = LATENT) -> Tensor:
 
 @dataclass
 class Published:
-    """The authors' run over a grid, one number at a time and in their order, in float64.
+    """The authors' algorithm over a grid, one number at a time and in their order, in float64.
 
-    Integrals by Simpson's rule on a fine mesh over the run, which has the points of the statistics
-    and of the grid among its own.
+    Integrals use Simpson's rule on a fine mesh over the run, which includes the points of the
+    statistics and of the grid.
     """
 
     grid: Grid
@@ -123,7 +123,7 @@ class Published:
     def update(
         self, i: int, x: list[float], eps: list[float], points: list[int], pseudo: bool
     ) -> float:
-        """From point i to i + 1, with derivatives by ``points``, of which i is the first."""
+        """The step from point i to i + 1, with derivatives from ``points``, the first being i."""
         alpha, sigma, lam = self.grid.alpha, self.grid.sigma, self.grid.half_log_snr
         f = {j: (sigma[j] * eps[j] - self.own_l[j] * x[j]) / alpha[j] for j in points}
         g = [self.g(i, j, f[j]) for j in points]
@@ -197,7 +197,7 @@ def test_a_run_is_the_authors_own_with_any_flags(flags: Flags, spacing: LogSNR |
 
 
 def gaussian_statistics(points: int, mean: float, deviation: float) -> Statistics:
-    """Those of N(mean, deviation^2), in closed form: with them f' = s f + b holds exactly."""
+    """Statistics of N(mean, deviation^2) in closed form, for which f' = s f + b holds exactly."""
     first, last = ends_of(VP)
     lam = np.linspace(first, last, points)
     spread = deviation**2 * np.exp(2 * lam)
@@ -221,7 +221,8 @@ def test_one_step_is_exact_on_gaussian_data() -> None:
         miss(sampler.plan(grid, gaussian_statistics(n, mean, deviation))) for n in (250, 4000)
     )
     assert coarse < 5e-7
-    # Interpolation between the points is what is left: it falls with their distance squared.
+    # The remaining error is from interpolation between the points: it falls with their distance
+    # squared.
     assert fine == pytest.approx(coarse / 256, rel=0.05)
 
 
@@ -262,12 +263,12 @@ class TestReductions:
         torch.testing.assert_close(ours, self.run(theirs), rtol=1e-12, atol=1e-12)
 
     def test_order_three_raised_is_unipc_without_its_shortcuts(self) -> None:
-        """UniPC takes one half where it has one unknown; later steps of order 3 have no such."""
+        """UniPC uses one half where it has one unknown; later steps of order 3 have more."""
         flags = Flags(3, "exact", "raised", lower_order_final=False)
         tables = sampler_of(flags, statistics="none").plan(self.grid).tables
         theirs = UniPC(order=3, lower_order_final=False).plan(self.grid).tables
         of_x = [0, *range(-6, 0)]
-        # Ours holds f = -D.
+        # Our history holds f = -D.
         signs = np.array([1, -1, -1, -1, 1, 1, 1])
         np.testing.assert_allclose(
             tables[3:, 0][:, of_x] * signs, theirs[3:, 0][:, of_x], rtol=1e-9, atol=1e-12
@@ -300,7 +301,7 @@ class TestReductions:
 
 
 def eased_in(schedule: NoiseSchedule, steps: int, t_start: float, t_end: float) -> Grid:
-    """Even in log SNR, but for small first steps, as those are of lower order than the rest."""
+    """Even in log SNR, except for small first steps, which are of lower order than the others."""
     first, last = schedule.half_log_snr(np.array([t_start, t_end]))
     small = steps ** (-5 / 3)
     shares = np.append([0, small, small + steps ** (-5 / 4) / 2], np.linspace(0, 1, steps + 1)[1:])
@@ -316,10 +317,10 @@ each_flags_and_schedule = pytest.mark.parametrize(
 
 @each_flags_and_schedule
 def test_the_order_holds_whatever_the_statistics_are(flags: Flags, schedule: NoiseSchedule) -> None:
-    """They decide how large the error is, and not how fast it falls.
+    """Statistics determine the size of the error, not how fast it falls.
 
-    Their points lie close here: where steps are as short as the distance between points, the bends
-    of the lines between them show in the highest derivatives.
+    Their points lie close together here: where steps are as short as the distance between points,
+    the kinks of the linear interpolation show in the highest derivatives.
     """
     t_start, t_end = RANGES[schedule]
     sampler = sampler_of(flags._replace(lower_order_final=False))
@@ -337,7 +338,7 @@ def test_the_order_holds_whatever_the_statistics_are(flags: Flags, schedule: Noi
 
 @each_flags_and_schedule
 def test_a_point_moved_between_steps_stays_moved(flags: Flags, schedule: NoiseSchedule) -> None:
-    """A move of x shrinks with sigma while D is held, and leaves the solver's own point alone."""
+    """A move of x shrinks with sigma for constant D, and does not affect the solver's own point."""
     grid = schedule.grid(LogSNR(), 6, t_end=0.1)
     plan = sampler_of(flags).plan(grid, smooth(grid.half_log_snr[[0, -1]]))
     K = plan.slots
@@ -351,11 +352,11 @@ def test_a_point_moved_between_steps_stays_moved(flags: Flags, schedule: NoiseSc
 
 
 def test_a_step_through_f_would_lose_part_of_a_move() -> None:
-    """Why the solver keeps a point of its own: at a start there is none, and the start is moved."""
+    """The reason for the solver's own point: at the start there is none, and the start is moved."""
     grid = VP.grid(LogSNR(), 6, t_end=0.1)
     plan = sampler_of(FLAGS[0]).plan(grid, constant(0.5, 0, 0, grid.half_log_snr[[0, -1]]))
     h = grid.half_log_snr[1] - grid.half_log_snr[0]
-    # exp(-L) (1 - (1 - l) E_0) of y, where exp(-h) is right
+    # exp(-L) (1 - (1 - l) E_0) of y, where exp(-h) is correct
     factor = np.exp(-h / 2) * (1 - 0.5 * np.expm1(h / 2) / 0.5)
     assert plan.tables[0, 0, 0] == pytest.approx(grid.alpha[1] / grid.alpha[0] * factor)
     assert abs(factor - np.exp(-h)) > 0.05

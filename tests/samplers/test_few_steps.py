@@ -1,7 +1,7 @@
-"""Few-step conventions against diffusers' schedulers, point by point, on a toy network.
+"""Few-step conventions compared with diffusers' schedulers, point by point, on a toy network.
 
-Their schedulers hold alphas and angles in float32; here they are given float64 ones, so that what
-is left is the last digits. Euler's schedulers compute in float32 whatever they are given.
+diffusers' schedulers store alphas and angles in float32; here they are given float64 ones, so that
+only the last digits differ. Euler's schedulers compute in float32 in any case.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -54,19 +54,19 @@ BETAS: dict[str, Any] = {"beta_schedule": "scaled_linear", "beta_start": 0.00085
 START = torch.linspace(-2, 2, 7, dtype=torch.float64)[None]
 EXACT = 1e-10
 SINGLE = 3e-6
-"""Relative, where diffusers computes in float32."""
+"""Relative tolerance where diffusers computes in float32."""
 
 
 @pytest.fixture(autouse=True)
 def double_precision() -> Iterator[None]:
-    """LCMScheduler computes its boundary condition in the default type."""
+    """Set float64 as the default dtype, in which LCMScheduler computes its boundary condition."""
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
 
 
 def network(x: Tensor, t: float) -> Tensor:
-    """Neither linear in x nor the same at two times; given and told what the scheduler says."""
+    """A network that is not linear in x and depends on time, with inputs from the scheduler."""
     return torch.sin(1.7 * x) + 0.4 * torch.cos(x + t / 150)
 
 
@@ -96,7 +96,7 @@ def precise(scheduler: Any) -> Any:
 def theirs(
     scheduler: Any, x: Tensor, told: Callable[[float], float] = float, **step: Any
 ) -> list[Tensor]:
-    """The points of a run by their scheduler, the last where it lands."""
+    """The points of a run with diffusers' scheduler; the last is the result."""
     points: list[Tensor] = []
     for t in scheduler.timesteps:
         points.append(x)
@@ -125,7 +125,7 @@ def assert_same(
     told: Callable[[float], float] = float,
     tolerance: float = EXACT,
 ) -> None:
-    """Every point of our run is theirs."""
+    """Check that every point of our run equals diffusers'."""
     found = ours(plan, prediction, told)
     assert len(found) == len(reference)
     for mine, other in zip(found, reference, strict=True):
@@ -176,7 +176,7 @@ def test_dmd2_and_one_step_models_noise_again_at_fixed_timesteps(
 def test_tcd_is_their_scheduler(
     gamma: float, steps: int, prediction: PredictionType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Their last step lands on the first trained timestep, as ours does by such a config."""
+    """diffusers' last step lands on the first trained timestep, as ours does with such a config."""
     draws(monkeypatch, scheduling_tcd)
     scheduler = precise(TCDScheduler(prediction_type=prediction, **BETAS))
     scheduler.set_timesteps(steps)
@@ -217,7 +217,7 @@ def test_hyper_sd_of_fixed_steps_is_ddim_trailing(
 
 
 def in_picture_space(points: Sequence[Tensor], plan: Plan) -> list[Tensor]:
-    """Points that Euler's schedulers keep over alpha, as ours are."""
+    """Convert points of Euler's schedulers, which are divided by alpha, to ours."""
     return [float(alpha) * x for alpha, x in zip(plan.alpha, points, strict=True)]
 
 
@@ -299,7 +299,7 @@ def test_flow_models_may_noise_again_at_each_level(monkeypatch: pytest.MonkeyPat
 def test_sana_sprint_noises_again_at_even_angles_but_for_two(
     steps: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Their latents are over sigma_data in ours, and so is their network's output."""
+    """In our convention latents and the network's output are divided by sigma_data."""
     scheduler: Any = SCMScheduler()
     sigma_data = scheduler.config.sigma_data
     draws(monkeypatch, scheduling_scm)
@@ -318,7 +318,7 @@ def test_sana_sprint_noises_again_at_even_angles_but_for_two(
             sigma_data * network(x / sigma_data, float(s)), s, x, return_dict=False
         )
         reference.append(x / sigma_data)
-    # What their pipeline decodes is the last picture, over sigma_data.
+    # diffusers' pipeline decodes the last picture divided by sigma_data.
     reference[-1] = picture / sigma_data
     schedule = NoiseSchedule.from_diffusers({**scheduler.config, "_class_name": "SCMScheduler"})
     assert schedule == NoiseSchedule.trigflow()

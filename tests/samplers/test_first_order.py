@@ -1,4 +1,4 @@
-"""DDIM, Euler and their ancestral forms: one family under several names."""
+"""DDIM, Euler and their ancestral forms are one family under several names."""
 
 import numpy as np
 
@@ -33,7 +33,7 @@ def test_dpm_solver_pp_of_order_one_is_ddim(schedule: NoiseSchedule) -> None:
 
 @each_schedule
 def test_sde_dpm_solver_pp_of_order_one_is_ancestral_ddim(schedule: NoiseSchedule) -> None:
-    """The stochastic exponential step and the posterior of the forward noise are one thing."""
+    """The stochastic exponential step equals sampling the posterior of the forward noise."""
     grid = schedule.grid(Trailing(), 9)
     ddim = DDIM(eta=1).plan(grid).tables
     solver = DPMSolverPP(order=1, variant="sde").plan(grid).tables

@@ -1,6 +1,6 @@
-"""Flow matching and EDM against diffusers' schedulers, on exact denoisers in place of a network.
+"""Flow matching and EDM compared with diffusers' schedulers, with exact denoisers as the network.
 
-The grid is made of their own sigmas, so that what is compared is the steps and the preconditioning.
+The grid consists of diffusers' own sigmas, so that steps and preconditioning are compared.
 """
 
 from typing import Any
@@ -54,7 +54,7 @@ def ours(schedule: NoiseSchedule, scheduler: Any, sampler: Sampler, x: Tensor) -
 def test_ancestral_steps_by_level_are_those_of_comfyui_on_flows(
     eta: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """sample_euler_ancestral_RF, as diffusers has it for LTX; on other schedules at eta 1 both."""
+    """sample_euler_ancestral_RF, as in diffusers for LTX; elsewhere the two agree at eta 1."""
     noise = iter(NOISE)
     monkeypatch.setattr(scheduling_ltx, "randn_tensor", lambda *_, **__: next(noise))
     scheduler = LTXEulerAncestralRFScheduler(eta=eta)
@@ -106,7 +106,7 @@ def test_flow_matching_steps_are_those_of_diffusers(scheduler: Any, sampler: Sam
 
 @pytest.mark.parametrize(("shift", "steps"), spread([1.0, 3.0], [1, 4, 28]))
 def test_trailing_levels_are_those_of_flow_matching_pipelines(shift: float, steps: int) -> None:
-    """The pipelines hand Euler's scheduler ``linspace(1, 1 / N, N)``, to be shifted."""
+    """The pipelines pass ``linspace(1, 1 / N, N)`` to Euler's scheduler, which shifts it."""
     scheduler: Any = FlowMatchEulerDiscreteScheduler(shift=shift)
     scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps))
     schedule = NoiseSchedule.from_diffusers(scheduler.config)
@@ -121,13 +121,13 @@ def test_trailing_levels_are_those_of_flow_matching_pipelines(shift: float, step
 def test_linspace_levels_are_theirs_but_for_a_second_shift_of_the_last(
     kind: Any, shift: float
 ) -> None:
-    """Left to themselves their schedulers shift the smallest trained level, already shifted."""
+    """By default diffusers' schedulers shift the smallest trained level a second time."""
     scheduler = kind(shift=shift)
     scheduler.set_timesteps(STEPS)
     schedule = FlowMatching(shift)
     levels = list(dict.fromkeys(scheduler.sigmas.double().tolist()))
     last = float(schedule.shifted(np.array(schedule.t_end)))
-    # Between two levels the same number of steps is spaced alike.
+    # Between two given levels, the same number of steps has the same spacing.
     grid = schedule.grid(Linspace(), STEPS - 1, t_end=last)
     np.testing.assert_allclose(grid.sigma, levels[:-1], rtol=1e-5)
     assert (last > 2 * schedule.t_end) == (shift > 1)
@@ -164,7 +164,7 @@ def test_whole_flow_runs_over_our_own_grids_are_those_of_diffusers(
 
 
 def _at_timesteps(scheduler: Any) -> list[float]:
-    """Sigma at each evaluation; some round the timestep that the network is told."""
+    """Sigma at each evaluation; some schedulers round the timestep that the network is given."""
     return scheduler.sigmas[: len(scheduler.timesteps)].double().tolist()
 
 

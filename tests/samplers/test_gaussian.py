@@ -1,4 +1,4 @@
-"""The truth itself: denoisers against sampled posteriors, flows against an integrator."""
+"""The ground truth: denoisers compared with posteriors, and flows with an integrator."""
 
 import numpy as np
 import pytest

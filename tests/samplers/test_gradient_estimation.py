@@ -1,4 +1,4 @@
-"""Gradient estimation against ComfyUI's sampler, written out."""
+"""Gradient estimation compared with ComfyUI's sampler, written out."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""The points of a run, from nothing and part way."""
+"""The points of a run, complete or starting part way."""
 
 from typing import Any
 
@@ -133,7 +133,7 @@ def test_too_low_a_strength_says_how_much_is_needed() -> None:
 
 
 class TwoTimes(Trailing, frozen=True):
-    """A spacing of another package that counts wrongly."""
+    """A spacing of another package that returns the wrong number of times."""
 
     def fill(self, schedule: Any, count: int, t_start: float, t_end: float) -> Any:
         return np.array([t_start, t_end])

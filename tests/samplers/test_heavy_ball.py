@@ -1,4 +1,4 @@
-"""Momentum samplers beyond what every sampler promises."""
+"""Momentum samplers, beyond the contract of all samplers."""
 
 from itertools import pairwise, product
 from typing import Any, TypeAlias
@@ -30,7 +30,7 @@ ADAMS_BASHFORTH = {
 
 
 def published_ghvb(v: list[Tensor], order: int, beta: float) -> Tensor:
-    """Algorithm 2, its coefficients as printed; ``v`` is newest first."""
+    """Algorithm 2 with its printed coefficients; ``v`` is newest first."""
     b = beta
     rows = {
         1: (2 * b,),
@@ -146,7 +146,7 @@ def test_slots_are_no_more_than_the_history_that_is_used(kind: Kind) -> None:
 
 
 def even_tables(sampler: Sampler, steps: int) -> tuple[Grid, Any]:
-    """A plan over even steps of sigma, one long, where alpha is 1."""
+    """A plan over even steps of sigma of length one, where alpha is 1."""
     grid = Grid.on_times(EDM, np.arange(steps + 20.0, 19.0, -1.0), clean=False)
     return grid, sampler.plan(grid).tables
 
@@ -178,7 +178,7 @@ def test_order_is_kept_on_even_steps_with_a_warm_history(order: int, beta: float
 
 
 def last_weights(sampler: GHVB) -> Any:
-    """Weights of the velocities in a step over even steps, newest first, read off a plan."""
+    """Weights of the velocities in a step over even steps, newest first, derived from a plan."""
     grid, tables = even_tables(sampler, 12)
     r, beta, i = sampler.slopes, sampler.damping, 10
     moved = of_slopes(grid, tables, i)[0]
@@ -187,7 +187,7 @@ def last_weights(sampler: GHVB) -> Any:
     newest = -moved[-1] / beta
     weights = [newest, *kept]
     if beta < 1:
-        # The newest also holds 1 - beta of the one before.
+        # The newest also contains 1 - beta times the one before.
         weights[1] -= (1 - beta) * newest
     return weights[:r]
 
@@ -227,7 +227,7 @@ LIMITS: list[tuple[MomentumSampler, float]] = [
     ("sampler", "limit"), LIMITS, ids=[f"{one.name}-{one.order}" for one, _ in LIMITS]
 )
 def test_real_axis_stability_limits_are_the_papers(sampler: MomentumSampler, limit: float) -> None:
-    """Eigenvalues of a stage on d y / d s = lam y, of which the steps fall in s: lam h > 0."""
+    """Eigenvalues of a stage on d y / d s = lam y, where steps decrease s: lam h > 0."""
     grid, tables = even_tables(sampler, 12)
     linear = of_slopes(grid, tables, 10)
 

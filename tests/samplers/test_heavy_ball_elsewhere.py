@@ -1,4 +1,4 @@
-"""Heavy ball momentum on DPM-Solver++ and UniPC."""
+"""Heavy ball momentum in DPM-Solver++ and UniPC."""
 
 from typing import Any
 
@@ -60,7 +60,7 @@ def test_dpm_solver_pp_of_first_order_blends_every_step_but_the_landing() -> Non
 
 
 def test_unipc_is_a_blend_in_predictor_and_corrector_from_the_point_before() -> None:
-    """Each step is predicted from the velocity before, and made again with the corrector's."""
+    """Each step is predicted with the previous velocity, and repeated with the corrector's."""
     D: list[Tensor] = [DATA(START, GRID.t[0])]
     x, v = START, None
 
@@ -107,7 +107,7 @@ def test_momentum_of_a_stochastic_run_is_refused() -> None:
 
 
 def test_momentum_keeps_a_stiff_run_bounded() -> None:
-    """At 1.2 on the real axis: beyond the limit of Adams-Bashforth 2, within heavy ball's."""
+    """At 1.2 on the real axis, beyond the limit of Adams-Bashforth 2 but within heavy ball's."""
     grid = EDM.grid("linspace", 12, t_start=20.0, t_end=8.0)
     lam = 1.2 / float(grid.sigma[0] - grid.sigma[1])
 

@@ -1,4 +1,4 @@
-"""Heun's method against the algorithm box it is from."""
+"""Heun's method compared with the published algorithm."""
 
 import pytest
 import torch
@@ -41,7 +41,7 @@ def test_on_flow_matching_it_is_heun_on_the_velocity() -> None:
 
 
 class FlowAlongNoise(FlowMatching):
-    """Flow matching's levels, with the line of the other kinds."""
+    """Flow matching's levels, with the line of the other schedules."""
 
     def line_scale(self, alpha: F64) -> F64:
         return alpha
@@ -49,7 +49,7 @@ class FlowAlongNoise(FlowMatching):
 
 @pytest.mark.parametrize("sampler", [Heun(), GHVB(), PLMS()], ids=lambda sampler: sampler.name)
 def test_solvers_follow_the_line_of_the_schedule_and_ask_for_no_kind(sampler: Sampler) -> None:
-    """On the levels of flow matching x / alpha over sigma / alpha is another, equally good line."""
+    """For flow matching's levels, x / alpha over sigma / alpha is another, equally valid line."""
     data = GaussianMixtureDenoiser(FLOW)
     x = torch.linspace(-2, 2, 7, dtype=torch.float64)[None]
     exact = data.transport(x, 0.95, 0.05)

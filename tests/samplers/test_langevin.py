@@ -59,9 +59,9 @@ def test_a_row_that_is_not_a_number_stays_so_and_alone() -> None:
 
 @pytest.mark.parametrize("snr", [0.16, 0.4])
 def test_a_gaussian_keeps_its_mean_and_its_variance_to_the_fourth_power_of_snr(snr: float) -> None:
-    """The exact score of N(m, v): one move gives the variance v (1 + 4 snr^4), many v (1 + snr^2).
+    """For the exact score of N(m, v), one move gives variance v (1 + 4 snr^4), many v (1 + snr^2).
 
-    Exact where the norms are at their means, as they nearly are over many elements.
+    This is exact where the norms equal their means, as they nearly do over many elements.
     """
     rows, size, mean, variance = 16, 16_384, 0.3, 0.7
     alpha, sigma = 0.8, 0.6
@@ -77,7 +77,7 @@ def test_a_gaussian_keeps_its_mean_and_its_variance_to_the_fourth_power_of_snr(s
     once = moved(x, 1)
     assert abs(float(once.mean()) - mean) < 5 * (variance / x.numel()) ** 0.5
     assert abs(float(once.var()) / variance - (1 + 4 * snr**4)) < 5 * error
-    # Each move takes the variance 4 snr^2 nearer to where it stays.
+    # Each move brings the variance nearer to its limit by a fraction of 4 snr^2.
     moves = int(2 / snr**2)
     for seed in range(2, 2 + moves):
         x = moved(x, seed)
@@ -87,7 +87,7 @@ def test_a_gaussian_keeps_its_mean_and_its_variance_to_the_fourth_power_of_snr(s
 
 @pytest.mark.parametrize("size", [1, 2])
 def test_in_few_dimensions_the_length_of_a_move_has_a_heavy_tail(size: int) -> None:
-    """``P(length > r)`` falls as r^-d, as the score is shorter than 1 / r as rarely as that."""
+    """``P(length > r)`` falls as r^-d, as does the probability of a score shorter than 1 / r."""
     rows = 400_000
     x, z = drawn(rows, size), drawn(rows, size, seed=1)
     columns = torch.stack([x, torch.zeros_like(x), z], 1)

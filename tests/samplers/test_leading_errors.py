@@ -1,11 +1,11 @@
-"""What the error tends to, in closed form on Gaussian data: the power of the step and its factor.
+"""The leading error in closed form on Gaussian data: the power of the step size and its factor.
 
-Slopes over the steps that a test can afford may lie between two powers, where a small factor of
-the lower one is still hidden. A factor that is known exactly leaves no doubt.
+Slopes over the numbers of steps that a test can afford may lie between two powers, while a small
+factor of the lower one is still hidden. A factor that is known exactly removes the doubt.
 
 ``y = x / alpha``, ``s = sigma / alpha``, ``lam = -log(s)``, data N(mean, c^2), from the point one
 deviation above the mean: ``y = mean + sqrt(c^2 + s^2)``. An error at s grows by
-``sqrt((c^2 + S^2) / (c^2 + s^2))`` until the end S. Steps are even in lam, h long.
+``sqrt((c^2 + S^2) / (c^2 + s^2))`` until the end S. Steps are even in lam, of length h.
 """
 
 from dataclasses import dataclass
@@ -47,22 +47,22 @@ class Course:
 
     @property
     def length(self) -> float:
-        """In lam."""
+        """Length of the run in lam."""
         first, last = self.schedule.half_log_snr(np.array([self.t_start, self.t_end]))
         return float(last - first)
 
     @property
     def first_step(self) -> float:
-        """What a first step that holds D, and that nothing corrects, leaves at the end, over h^2.
+        """Error at the end, divided by h^2, of an uncorrected first step with constant D.
 
-        It misses ``D' / 2``. Along the flow ``D' = c^2 s^2 / (c^2 + s^2)^(3/2)``.
+        The step's error is ``D' / 2``. Along the flow ``D' = c^2 s^2 / (c^2 + s^2)^(3/2)``.
         """
         first, last = self.squares
         slope = DEVIATION**2 * (first - DEVIATION**2) / first**1.5
         return -slope / 2 * sqrt(last / first)
 
     def error(self, sampler: Sampler, steps: int) -> float:
-        """Of y at the end, with its sign."""
+        """Signed error of y at the end."""
         data = GaussianDenoiser(self.schedule, MEAN, DEVIATION)
         alpha = self.schedule.level(np.array([self.t_start, self.t_end]))[0]
         start = alpha[0] * (MEAN + sqrt(self.squares[0]))
@@ -74,7 +74,7 @@ class Course:
         return float(missed) / float(alpha[1])
 
     def factor(self, sampler: Sampler, power: int) -> float:
-        """Limit of the error over h^power: the next two powers taken out of three runs."""
+        """Limit of the error over h^power, from three runs with the next two powers eliminated."""
         few, more, most = (
             self.error(sampler, steps) * (steps / self.length) ** power for steps in STEPS
         )
@@ -112,13 +112,13 @@ COURSES = {
 def test_velocities_lag_by_so_many_steps_and_by_nothing_else_of_first_order(
     course: str, lagging: tuple[type[HB] | type[Nesterov], float, float], weights: Weights
 ) -> None:
-    """Heavy ball's v is a mean of slopes of ``1 / beta - 1`` steps ago, and Nesterov takes
+    """Heavy ball's v is a mean of slopes that lags by ``1 / beta - 1`` steps, and Nesterov uses
     ``1 - beta`` of it.
 
-    So the slope eps of ``dy/ds`` is one of ``steps_behind h s`` ago. As
-    ``d eps/ds = c^2 / (c^2 + s^2)^(3/2)``, what that adds up to is
-    ``-steps_behind h c^2 sqrt(c^2 + S^2) * integral of s / (c^2 + s^2)^2 ds``. Neither r nor the
-    weights nor how a run starts are in it.
+    So the slope eps of ``dy/ds`` lags by ``steps_behind h s``. As
+    ``d eps/ds = c^2 / (c^2 + s^2)^(3/2)``, the accumulated error is
+    ``-steps_behind h c^2 sqrt(c^2 + S^2) * integral of s / (c^2 + s^2)^2 ds``. It depends neither
+    on r nor on the weights nor on the start of a run.
     """
     kind, order, steps_behind = lagging
     first, last = COURSES[course].squares
@@ -136,10 +136,10 @@ def test_velocities_lag_by_so_many_steps_and_by_nothing_else_of_first_order(
 def test_dpm_solver_v3_of_order_two_misses_by_the_square_of_the_step(
     name: str, of: tuple[Correction, float, float]
 ) -> None:
-    """Its steps integrate ``exp(lam) D`` with a line in place of D, and miss
-    ``of_curvature h^3 D''`` each: 5/12 by the line through the last two points, -1/12 by that
-    through both ends, and -1/4 by the divided differences, whose first is the slope at the middle
-    of the step and not at its start. The first step adds its own where nothing corrects it.
+    """Its steps integrate ``exp(lam) D`` with a line in place of D, with an error of
+    ``of_curvature h^3 D''`` each: 5/12 for the line through the last two points, -1/12 for that
+    through both ends, and -1/4 for divided differences, the first of which is the slope at the
+    middle of the step and not at its start. An uncorrected first step adds its own error.
     """
     course, (corrector, of_curvature, of_first_step) = COURSES[name], of
     c = DEVIATION**2
@@ -163,14 +163,15 @@ def test_dpm_solver_v3_of_order_two_misses_by_the_square_of_the_step(
 def test_of_the_second_power_order_three_has_its_first_step_alone(
     name: str, sampler: Sampler
 ) -> None:
-    """So little, where a run starts at high noise, that order three shows at hundreds of steps."""
+    """It is so small at high noise, where a run starts, that order three shows up to hundreds of
+    steps."""
     course = COURSES[name]
     assert course.factor(sampler, power=2) == pytest.approx(course.first_step, rel=5e-3)
 
 
 @pytest.mark.parametrize("sampler", FAINT, ids=label)
 def test_a_faint_leading_error_shows_in_the_slope_after_hundreds_of_steps(sampler: Sampler) -> None:
-    """On a mixture, whose flow is no line: far from the declared order at 40 steps, then nearer
+    """On a mixture, whose flow is not linear: far from the declared order at 40 steps, and nearer
     with every doubling.
     """
     data = GaussianMixtureDenoiser(VP)

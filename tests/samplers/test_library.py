@@ -1,4 +1,4 @@
-"""The package as a library: its names, its entry points, and runs in every type."""
+"""The package as a library: its names, its entry points, and runs in every dtype."""
 
 import subprocess
 import sys
@@ -145,7 +145,7 @@ def test_a_run_is_in_the_type_of_its_start(dtype: torch.dtype, tolerance: float)
     denoise = GaussianDenoiser(VP, 0.3, 0.5)
     landed = integrate(plan, denoise, start.to(dtype))
     assert landed.dtype == dtype
-    # What the tables say, by hand.
+    # The tables applied by hand.
     x = start.numpy()
     for i, table in enumerate(plan.tables):
         x = table[0, 0] * x + table[0, 1] * denoise(torch.from_numpy(x), plan.t[i]).numpy()

@@ -1,4 +1,4 @@
-"""Weights of slopes, and the start that variable ones make."""
+"""Weights of slopes, and the start of runs with variable weights."""
 
 from typing import Any
 
@@ -52,7 +52,7 @@ def test_variable_weights_of_even_steps_are_the_constant_ones(order: int) -> Non
 def test_variable_weights_follow_polynomials_on_uneven_steps_from_the_start(
     kind: type[HB] | type[GHVB], order: int
 ) -> None:
-    """Steps made before there were slopes enough are made good once there are."""
+    """Steps made with too few slopes are repeated once there are enough."""
     grid = Grid.on_times(EDM, UNEVEN, clean=False)
     plan = kind(order=float(order), weights="variable").plan(grid)
     for degree in range(order):
@@ -73,7 +73,7 @@ def test_steps_are_not_redone_where_their_sizes_differ_much() -> None:
 
 
 def test_a_point_without_signal_is_not_seen() -> None:
-    """Over sigma / alpha, pure noise is infinitely far."""
+    """In sigma / alpha, pure noise is infinitely far away."""
     line = Line.of_noise(FLOW.grid("trailing", 5))
     assert line.s[0] == np.inf
     two, three = (line.mean_weights(2, count, "variable") for count in (2, 3))
@@ -91,7 +91,7 @@ def test_scales_differ_on_flow_matching_alone(schedule: Any) -> None:
 
 @pytest.mark.parametrize("schedule", [VP, FLOW, EDM], ids=["vp", "flow", "edm"])
 def test_a_move_of_x_takes_past_slopes_with_it(schedule: Any) -> None:
-    """Otherwise a constant prediction would not be approached in proportion to sigma."""
+    """Otherwise the distance from a constant prediction would not shrink in proportion to sigma."""
     grid = schedule.grid("logsnr", 6, t_end=0.1)
     plan = GHVB(order=4.0).plan(grid)
     target = torch.zeros(1, 1, dtype=torch.float64)
@@ -108,7 +108,7 @@ def test_a_move_of_x_takes_past_slopes_with_it(schedule: Any) -> None:
 def test_variable_weights_keep_their_order_from_a_start_at_little_noise(
     schedule: NoiseSchedule, t_start: float
 ) -> None:
-    """Where the prediction moves in the first step, which is of first order until it is redone."""
+    """Where the prediction changes in the first step, which has order 1 until it is redone."""
     check_order(GHVB(order=4.0, weights="variable"), SlopeRange(schedule, t_start, 0.05))
 
 

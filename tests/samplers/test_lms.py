@@ -1,4 +1,4 @@
-"""LMS beyond what every sampler promises."""
+"""LMS, beyond the contract of all samplers."""
 
 from samplers.lms import LMS
 from samplers.testing import SlopeRange, measured_order

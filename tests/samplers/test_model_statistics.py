@@ -1,4 +1,4 @@
-"""Statistics computed from a denoiser, against closed forms and against the exact flow."""
+"""Statistics computed from a denoiser, compared with closed forms and with the exact flow."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def drawn(count: int) -> Tensor:
 )
 def test_a_gaussian_gives_its_closed_form(name: str, reach: float) -> None:
     schedule = SCHEDULES[name]
-    # Derivatives are averaged over a window of points, which must lie close.
+    # Derivatives are averaged over a window of points, which must lie close together.
     points = 80 if reach else 160
     (found,) = compute_statistics(
         for_all(gaussian(schedule)), schedule, drawn(8), count=8, points=points, reach=reach
@@ -84,8 +84,8 @@ def test_a_gaussian_gives_its_closed_form(name: str, reach: float) -> None:
     l_slope = -2 * rise * exact**2
     assert np.abs(found.l - exact).max() < 1e-11
     assert np.abs(found.s).max() < 0.02
-    # Differences and moving averages flatten the peak of l', which is 1/2, the more the wider the
-    # range is that the points lie in: that of flow matching by 0.045.
+    # Differences and moving averages flatten the peak of l', which is 1/2, the more so the wider
+    # the range of the points is: by 0.045 for flow matching.
     assert np.abs(found.b + l_slope * MU).max() < (0.01 if reach else 0.05)
     assert found.identity is not None
     assert found.identity.schedule == schedule_fingerprint(schedule)
@@ -106,13 +106,13 @@ def test_hutchinson_finds_the_diagonal_of_a_linear_denoiser() -> None:
     )
     alpha = VP.level(VP.time_of_half_log_snr(found.half_log_snr))[0][:, None]
     exact = 1 - alpha * matrix.diag().numpy()
-    # An element's estimate has the deviation of its row's other entries, over sqrt(4096).
+    # The error of an element is the norm of its row's other entries divided by sqrt(4096).
     assert np.abs(found.l.reshape(3, -1) - exact).max() < 4 / 64
 
 
 @dataclass
 class Mixed:
-    """Statistics of a Gaussian mixture, and the exact flow to hold them to."""
+    """Statistics of a Gaussian mixture, and the exact flow to compare them with."""
 
     schedule: NoiseSchedule
     exact: GaussianMixtureDenoiser
@@ -150,7 +150,7 @@ class Mixed:
         return cls(schedule, exact, found, clean, noise)
 
     def f(self, i: int, distance: float, m: np.ndarray) -> np.ndarray:
-        """f of all samples of point i, carried so far in lam by the exact flow."""
+        """f of all samples of point i, transported by a distance in lam along the exact flow."""
         lam = self.found.half_log_snr[i]
         t, to = (self._time(lam + d) for d in (0.0, distance))
         (alpha, sigma), (alpha_to, _) = (self.schedule.level(np.array(time)) for time in (t, to))
@@ -158,7 +158,7 @@ class Mixed:
         return m * x.numpy() / float(alpha_to) - self.exact(x, to).numpy()
 
     def check(self, i: int, change: np.ndarray, tolerance: float) -> None:
-        """Numpy's line through f and its change, against s and b at point i."""
+        """Compare s and b at point i with numpy's linear fit of the change of f."""
         f = self.f(i, 0.0, 1 - self.found.l[i])
         for place in np.ndindex(*SHAPE):
             s, b = np.polyfit(f[:, *place], change[:, *place], 1)
@@ -185,7 +185,7 @@ def test_derivatives_along_the_flow_are_those_of_the_exact_flow(schedule: NoiseS
 
 @each_kind
 def test_differences_along_the_flow_are_those_of_the_exact_flow(schedule: NoiseSchedule) -> None:
-    """Between the very points; what is left is the step with D held in place of the flow."""
+    """Between the same points; the remaining error is from the step with constant D."""
     mixed = Mixed.of(schedule, reach=0.2)
     m, lam = 1 - mixed.found.l, mixed.found.half_log_snr
     reach = lam[1] - lam[0]
@@ -196,7 +196,7 @@ def test_differences_along_the_flow_are_those_of_the_exact_flow(schedule: NoiseS
 
 
 def test_a_ripple_in_time_spoils_derivatives_and_not_differences() -> None:
-    """As of a network between the timesteps that it was trained at."""
+    """The ripple is like that of a network between the timesteps that it was trained at."""
 
     def rippled(x: Tensor, t: Tensor) -> Tensor:
         wave = along_time(DISCRETE, lambda t: np.sin(2 * np.pi * t), t)[:, None, None, None]
@@ -231,7 +231,7 @@ def test_x_moves_as_the_flow_does_at_every_point(schedule: NoiseSchedule) -> Non
         moved = (exact.transport(x, t, high) - exact.transport(x, t, low)) / (2 * h)
         claimed = alpha[i] * exact(x, t) - (1 - places.growth[i]) * x
         assert torch.allclose(claimed, moved, atol=1e-6)
-    # Where the kind of the schedule is known, so is the growth, at the ends too.
+    # If the kind of the schedule is known, so is the growth, including the ends.
     known = {"FlowMatching": sigma, "EDM": np.zeros(9)}.get(type(schedule).__name__, sigma**2)
     assert np.allclose(places.growth, known, atol=1e-4)
 
@@ -280,7 +280,7 @@ def test_mixtures_of_branches_are_the_statistics_of_their_sums(reach: float) -> 
 
 
 def test_each_sample_is_denoised_as_its_own() -> None:
-    """Samples of two kinds, each with its own denoiser, asked for by number."""
+    """Samples of two kinds, each with its own denoiser, requested by index."""
     asked: list[range] = []
 
     def denoiser_of(rows: range) -> Denoise:

@@ -42,7 +42,7 @@ THEIR_SCHEDULE_TYPES = [
     *("Uniform", "Karras", "Exponential", "Polyexponential", "SGM Uniform", "KL Optimal"),
     *("Align Your Steps", "Simple", "Normal", "DDIM", "Beta"),
 ]
-# What Forge has beside them: its sd_samplers_kdiffusion, alter_samplers and sd_schedulers.
+# Forge's additional ones: its sd_samplers_kdiffusion, alter_samplers and sd_schedulers.
 FORGES_SAMPLERS = ["HeunPP2", "IPNDM", "IPNDM_V", "DEIS", "DDPM"]
 FORGES_SCHEDULE_TYPES = [
     *("Turbo", "Align Your Steps GITS", "Align Your Steps 11", "Align Your Steps 32"),
@@ -77,7 +77,7 @@ def test_every_sampler_of_automatic1111_is_mapped_or_named_as_lacking() -> None:
 def test_every_schedule_type_of_automatic1111_is_mapped() -> None:
     for label in THEIR_SCHEDULE_TYPES:
         assert label in SCHEDULE_TYPES, label
-    # The last is what its sampler LCM brings.
+    # The last is the one that its LCM sampler uses.
     assert set(SCHEDULE_TYPES) <= {*THEIR_SCHEDULE_TYPES, "LCM"}
 
 
@@ -278,7 +278,7 @@ def test_names_of_ours_in_the_tables_are_registered() -> None:
 
 
 def written(fields: Any) -> str:
-    """Our side of a row, as a request has it."""
+    """Our side of a row, as in a request."""
     return f"`{fields['name']}`" if len(fields) == 1 else f"`{json.dumps(dict(fields))}`"
 
 

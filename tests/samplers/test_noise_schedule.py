@@ -1,4 +1,4 @@
-"""Levels of the schedules, their inverse, and diffusers' own."""
+"""Levels of the schedules and their inverse, compared with diffusers."""
 
 import re
 from collections.abc import Callable
@@ -36,7 +36,7 @@ def test_alphas_are_those_of_diffusers(config: dict[str, Any]) -> None:
     ours = NoiseSchedule.from_diffusers(config)
     assert isinstance(ours, DiscreteVP)
     alpha, sigma = ours.level(np.arange(float(ours.whole_timesteps)))
-    # Theirs is a product of up to a thousand float32 numbers.
+    # diffusers' is a product of up to a thousand float32 numbers.
     np.testing.assert_allclose(alpha**2, theirs, rtol=3e-5)
     np.testing.assert_allclose(sigma**2, 1 - theirs, rtol=1e-3)
 
@@ -69,17 +69,17 @@ def test_zero_terminal_snr_is_exact_where_that_of_diffusers_is() -> None:
     assert theirs[-1] == 0
     np.testing.assert_allclose(alpha**2, theirs, rtol=3e-4, atol=1e-12)
     assert np.float32(sigma[-1]) == 1
-    # Between trained steps, into the last one and from it.
+    # Between trained steps, also next to the last one.
     t = np.array([0.0, 0.5, 500.2, 997.5, 998.0, 998.9, 999.0])
     np.testing.assert_allclose(ours.time_of_half_log_snr(ours.half_log_snr(t)), t, atol=1e-9)
     np.testing.assert_allclose(ours.time_of_noise_level(ours.noise_level(t)), t, atol=1e-9)
-    # Of noise alone a network that predicts noise says nothing of the picture.
+    # At pure noise, a noise prediction says nothing about the picture.
     of_noise = NoiseSchedule.from_diffusers({**ALL_NOISE, "prediction_type": "epsilon"})
     assert of_noise.level(np.array(999.0))[0] == pytest.approx(2.0**-12)
 
 
 def test_every_sampler_starts_from_noise_alone() -> None:
-    """The data is one picture, which velocities tell at every level and noise does not at all."""
+    """The data is one picture, which follows from velocities at every level, but not from noise."""
     grid = NoiseSchedule.from_diffusers(ALL_NOISE).grid("trailing", 5)
     noise, picture = np.random.default_rng(1).standard_normal((2, 64))
     for kind in SAMPLERS:
@@ -221,7 +221,7 @@ def test_a_count_of_trained_timesteps_that_no_memory_holds_is_refused(
 
 
 def test_what_is_no_number_is_refused_by_the_name_of_its_argument() -> None:
-    """Files of models hold texts, null and truth values where numbers should be."""
+    """Model files may contain strings, null and booleans where numbers are expected."""
     vp = NoiseSchedule.vp_linear()
     kind = NoiseSchedule.from_diffusers
     makers: dict[str, Callable[[Any], object]] = {

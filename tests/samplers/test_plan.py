@@ -136,7 +136,7 @@ def test_the_start_is_left_alone_and_its_type_is_kept() -> None:
 def test_stages_know_their_noise_ratio_and_how_much_of_the_run_is_done() -> None:
     schedule = NoiseSchedule.flow()
     plan = Heun().plan(Grid.on_times(schedule, np.array([1.0, 0.5, 0.25]), clean=True))
-    # On flow matching sigma = t and alpha = 1 - t; Heun evaluates each step twice but the last.
+    # On flow matching sigma = t and alpha = 1 - t; Heun evaluates twice in each step but the last.
     assert plan.noise_ratio == pytest.approx([np.inf, 1, 1, 1 / 3, 1 / 3])
     assert plan.progress == pytest.approx([0, 0, 1 / 3, 1 / 3, 2 / 3])
 

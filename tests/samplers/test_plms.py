@@ -1,4 +1,4 @@
-"""PLMS beyond what every sampler promises."""
+"""PLMS, beyond the contract of all samplers."""
 
 from itertools import pairwise
 from typing import Any

@@ -1,4 +1,4 @@
-"""The scalars from a network's output to the denoised prediction."""
+"""The scalars that convert a network's output to the denoised prediction."""
 
 from typing import get_args
 
@@ -41,7 +41,7 @@ def test_edm_is_table_1_of_karras() -> None:
     sigma = np.array([0.01, 0.5, 40.0])
     alpha, _ = EDM.level(sigma)
     scale_in, skip, out = preconditioning("edm", alpha, sigma, sigma_data=0.5)
-    # Unit variance of inputs and of training targets is what defines the three (appendix B.6).
+    # The three are defined by unit variance of inputs and of training targets (appendix B.6).
     np.testing.assert_allclose(scale_in**2 * (0.25 + sigma**2), 1)
     target_variance = ((1 - skip) ** 2 * 0.25 + skip**2 * sigma**2) / out**2
     np.testing.assert_allclose(target_variance, 1)

@@ -18,7 +18,7 @@ START = torch.linspace(-1.5, 1.5, 9, dtype=torch.float64)[None]
 
 
 def test_a_run_is_algorithm_one_of_the_paper() -> None:
-    """Heun in sigma, written out; levels of a descent even in sigma^(1/7)."""
+    """Heun in sigma, written out, with the levels of a descent even in sigma^(1/7)."""
     steps, restarts, low, high = 8, 2, 0.3, 1.5
     data = GaussianMixtureDenoiser(EDM)
     sigmas = EDM.grid(Karras(), steps).sigma
@@ -101,7 +101,7 @@ def test_a_run_that_starts_at_pure_noise_turns_at_its_second_point_at_worst() ->
 
 @pytest.mark.parametrize("schedule", [VP, FLOW, EDM], ids=["vp", "flow", "edm"])
 def test_restarts_contract_an_error_made_before(schedule: NoiseSchedule) -> None:
-    """A deviation at the start shrinks by the share of the data in the noised state."""
+    """An error at the start shrinks by the fraction of the data in the noised state."""
     data = GaussianDenoiser(schedule, 0.7, 0.6)
     grid = schedule.grid(LogSNR(), 40)
     start = grid.alpha[0] * 0.7 + torch.tensor([[0.0, 0.1]], dtype=torch.float64) * grid.sigma[0]
@@ -110,7 +110,7 @@ def test_restarts_contract_an_error_made_before(schedule: NoiseSchedule) -> None
         plan = Restart(restarts=restarts, high=5.0).plan(grid)
         landed = integrate(plan, data, start, lambda _: torch.zeros(1, 2, dtype=torch.float64))
         left.append(float(landed[0, 1] - landed[0, 0]))
-    # Going up leaves it as it is in x / alpha, where coming down shrinks it with the deviation.
+    # In x / alpha, going up keeps the error; coming down shrinks it with the standard deviation.
     inner = (grid.sigma / grid.alpha)[1:-1]
     bottom = float(inner[np.argmin(np.abs(inner - 0.1))])
     share = (np.hypot(0.6, bottom) / np.hypot(0.6, 5.0)).item()

@@ -1,4 +1,4 @@
-"""Which plans draw paths of the reverse diffusion."""
+"""Which plans sample paths of the reverse diffusion."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SA-Solver beyond what every sampler promises."""
+"""SA-Solver, beyond the contract of all samplers."""
 
 from collections.abc import Sequence
 from itertools import pairwise, product
@@ -41,9 +41,9 @@ def lagrange(nodes: Sequence[float], j: int, at: float) -> float:
 def adams(
     grid: Grid, i: int, x: Tensor, known: list[tuple[int, Tensor]], tau: float, z: Tensor
 ) -> Tensor:
-    """Equation 14 or 17 of the paper from point i, its integrals by quadrature.
+    """Equation 14 or 17 of the paper from point i, with integrals by quadrature.
 
-    ``known`` are the predictions and the points that they were made at.
+    ``known`` holds the predictions and the points at which they were made.
     """
     lam = grid.half_log_snr
     start, end = lam[i], lam[i + 1]
@@ -114,12 +114,12 @@ def test_with_full_noise_and_of_order_one_it_is_ancestral() -> None:
 def test_where_errors_cancel_they_still_fall_as_fast_as_declared(
     sampler: Sampler, flow: SlopeRange
 ) -> None:
-    """The slopes run from 1.7 to 4.2 with the sign of the error: bounded from below alone."""
+    """Slopes range from 1.7 to 4.2 as the error changes sign, so only a lower bound is checked."""
     assert measured_order(sampler, flow) > sampler.convergence_order - 0.35
 
 
 def test_from_exact_history_a_predictor_has_its_order() -> None:
-    """A cold start hides the third: one step from exact predictions has the local order."""
+    """A cold start hides order three: one step from exact predictions has the local order."""
     data = GaussianMixtureDenoiser(VP)
     for order in (1, 2, 3):
         found: list[float] = []
@@ -150,7 +150,7 @@ def test_rounded_weights_overshoot_where_few_steps_are_even_in_log_snr() -> None
 
 @pytest.mark.parametrize("tau", [0.0, 1.0, 1.5])
 def test_rounded_weights_are_those_of_the_authors_code(tau: float) -> None:
-    """Its difference to the exact ones goes from the prediction before to the newest."""
+    """The difference from the exact weights moves from the previous prediction to the newest."""
     grid = VP.grid(LogSNR(), 8)
     lam = np.log(grid.alpha[:5] / grid.sigma[:5])
     exact, rounded = (
@@ -159,7 +159,7 @@ def test_rounded_weights_are_those_of_the_authors_code(tau: float) -> None:
     )
     c, h = 1 + tau**2, lam[4] - lam[3]
     more = c * grid.alpha[4] * (h**2 / 2 - (c * h - 1 + np.exp(-c * h)) / c**2) / (lam[3] - lam[2])
-    # Of x, the three predictions before from the last on, the newest one, fresh noise and one.
+    # Columns: x, the three previous predictions (latest first), the newest one, noise and one.
     moved = [0, -more, 0, 0, more, 0, 0]
     np.testing.assert_allclose(rounded[0] - exact[0], moved, rtol=1e-8, atol=1e-10)
 

@@ -64,7 +64,7 @@ def marginals(sampler: ScoreSDEPC, schedule: NoiseSchedule, data: GaussianDenois
 @pytest.mark.parametrize("schedule", [VP, FLOW, EDM], ids=["vp", "flow", "edm"])
 @pytest.mark.parametrize("snr", [0.08, 0.16])
 def test_point_data_has_its_marginal_at_every_level(snr: float, schedule: NoiseSchedule) -> None:
-    """Exact in the mean; in the variance, one move adds a share 4 snr^4, and none takes it off."""
+    """Exact in the mean; each move adds a fraction 4 snr^4 to the variance, and it stays."""
     sampler = ScoreSDEPC(snr=snr, corrector_steps=2)
     plan = sampler.plan(schedule.grid(Trailing(), 6))
     data = GaussianDenoiser(schedule, 0.7, 0.0)
@@ -73,7 +73,7 @@ def test_point_data_has_its_marginal_at_every_level(snr: float, schedule: NoiseS
         marginals(sampler, schedule, data), plan.alpha[:-1], plan.sigma[:-1], strict=True
     ):
         assert abs(float(x.mean()) - alpha * 0.7) < 5 * sigma / DRAWS**0.5
-        # What a level inherits shrinks with (alpha sigma' / alpha' sigma)^2 < 1.
+        # The error inherited from a level shrinks with (alpha sigma' / alpha' sigma)^2 < 1.
         assert -error < float(x.var()) / sigma**2 - 1 < error + 3 * 4 * snr**4 + snr**2 * 0.2
 
 
@@ -81,7 +81,7 @@ def test_point_data_has_its_marginal_at_every_level(snr: float, schedule: NoiseS
 def test_the_corrector_mends_what_the_predictor_misses_of_gaussian_data(
     schedule: NoiseSchedule,
 ) -> None:
-    """Ancestral steps lose variance; Langevin moves at each level win it back."""
+    """Ancestral steps lose variance; Langevin moves at each level restore it."""
     data = GaussianDenoiser(schedule, 0.7, 0.6)
     grid = schedule.grid(LogSNR(), 10)
     missed: list[float] = []

@@ -1,4 +1,4 @@
-"""Spacings by noise level, published tables and listed times, each against its source."""
+"""Spacings by noise level, published tables and listed times, each compared with its source."""
 
 from typing import Any
 
@@ -48,7 +48,7 @@ def test_levels_are_those_of_euler(option: str, spacing: Spacing, steps: int) ->
     scheduler: Any = EulerDiscreteScheduler(**options)
     scheduler.set_timesteps(steps)
     grid = DISCRETE.grid(spacing, steps)
-    # Theirs interpolates log(sigma / alpha) between trained steps, ours log(alpha).
+    # diffusers interpolates log(sigma / alpha) between trained steps, ours log(alpha).
     sigmas = scheduler.sigmas.double().numpy()
     np.testing.assert_allclose(grid.sigma / grid.alpha, sigmas, rtol=2e-4)
     np.testing.assert_allclose(grid.t[:-1], scheduler.timesteps.numpy(), atol=0.1)

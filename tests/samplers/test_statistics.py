@@ -1,4 +1,4 @@
-"""The statistics' file, their other shapes, and what they refuse."""
+"""The statistics' file, their other shapes, and invalid values."""
 
 import stat
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""The order of the last steps: lowered for what they cost, or as other programs do."""
+"""The order of the last steps: lowered by their length, or as in other programs."""
 
 from itertools import product
 
@@ -25,7 +25,7 @@ MULTISTEP: list[Sampler] = [
 
 
 def errors(sampler: Sampler, spacing: str, steps: range) -> list[float]:
-    """Root mean square distance from where the exact flow lands, on the mixture."""
+    """Root mean square distance from the result of the exact flow, on the mixture."""
     data = GaussianMixtureDenoiser(DISCRETE)
     x = torch.linspace(-1.6, 1.6, 17, dtype=torch.float64)[None]
     exact = data.transport(x, 999.0, 0.0)
@@ -37,7 +37,7 @@ def errors(sampler: Sampler, spacing: str, steps: range) -> list[float]:
 
 
 def told_apart_by(cell: tuple[Sampler, str]) -> tuple[str, tuple[type[Sampler], str]]:
-    """Each sampler is tried, and each kind of sampler with each spacing."""
+    """The values to cover: each sampler, and each kind of sampler with each spacing."""
     sampler, spacing = cell
     return label(sampler), (type(sampler), spacing)
 
@@ -50,12 +50,12 @@ def told_apart_by(cell: tuple[Sampler, str]) -> tuple[str, tuple[type[Sampler], 
     ),
 )
 def test_more_steps_are_never_much_worse(sampler: Sampler, spacing: str) -> None:
-    """With a count of steps below which the order is lowered, 15 steps were 2.6 times worse."""
+    """If the order were lowered only below 15 steps, 15 steps would be 2.6 times worse."""
     found = np.array(errors(sampler, spacing, range(5, 41) if EVERY_CELL else range(10, 24)))
     assert (found[1:] / np.minimum.accumulate(found)[:-1]).max() < 1.25, found
 
 
-# DEIS of order 2 loses by it here, and gains on guided images (docs/samplers.md).
+# DEIS of order 2 gets worse by it here, but better on guided images (docs/samplers.md).
 @pytest.mark.parametrize("sampler", [one for one in MULTISTEP if one != DEIS()], ids=label)
 def test_lowering_pays_where_the_last_step_is_long(sampler: Sampler) -> None:
     kept = sampler.model_copy(update={"lower_order_final": False})

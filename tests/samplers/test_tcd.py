@@ -25,7 +25,7 @@ def test_without_noise_it_is_ddim() -> None:
 
 @pytest.mark.parametrize("gamma", [0.3, 0.75, 1.0])
 def test_each_step_jumps_below_the_next_time_and_noises_up_to_it(gamma: float) -> None:
-    """Algorithm 4, with the cumulative products of a linear schedule of betas written out."""
+    """Algorithm 4, with the cumulative products of a linear beta schedule written out."""
     bar = np.cumprod(1 - np.linspace(0.0001, 0.02, 1000))
     times = [999, 759, 499, 259]
     generator = torch.Generator().manual_seed(3)
@@ -48,9 +48,9 @@ def test_each_step_jumps_below_the_next_time_and_noises_up_to_it(gamma: float) -
 
 
 def test_exact_jumps_give_the_data_at_any_gamma() -> None:
-    """A trajectory consistency function lands on the flow; here it is told where to.
+    """A trajectory consistency function lands on the flow, which is known here.
 
-    In the place of D stands what makes the step from t to s land there.
+    D is replaced by the value with which the step from t to s lands there.
     """
     data = GaussianDenoiser(DISCRETE, 0.7, 0.6)
     generator = torch.Generator().manual_seed(5)
@@ -100,7 +100,7 @@ def test_gamma_sampling_of_ctm_shares_out_the_noise_level(gamma: float) -> None:
 def test_gamma_shares_out_the_noise_level_on_whole_timesteps_too() -> None:
     grid = DISCRETE.grid(Trailing(), 4)
     plan = TCD(gamma=0.4, measure="noise").plan(grid)
-    # Of x, the denoised prediction, fresh noise and one.
+    # Columns: x, the denoised prediction, fresh noise and one.
     fresh = plan.tables[:-1, 0, 2]
     np.testing.assert_allclose(fresh, 0.4 * grid.sigma[1:-1], rtol=1e-12)
 
@@ -120,6 +120,6 @@ def test_on_continuous_time_a_jump_is_to_a_share_of_the_next_time() -> None:
     grid = FLOW.grid(Trailing(), 4)
     [first, *_] = TCD(gamma=0.25).plan(grid).tables
     s, after = 0.75 * 0.75, 0.75
-    # From pure noise x is eps; what s keeps of D grows or shrinks to what .75 does.
+    # From pure noise x is eps; the part of D at time s is scaled to that at .75.
     eps = s * (1 - after) / (1 - s)
     np.testing.assert_allclose(first, [[eps, 1 - after, (after**2 - eps**2) ** 0.5, 0]])

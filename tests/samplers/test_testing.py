@@ -1,4 +1,4 @@
-"""The checks for authors of samplers: each finds the defect that it is for, and says it."""
+"""The checks for authors of samplers: each detects its defect and reports it."""
 
 from typing import ClassVar, Literal
 
@@ -24,7 +24,7 @@ from samplers.testing import SlopeRange, check_sampler, check_spacing
 
 
 class Broken(Sampler, frozen=True):
-    """Euler's method with one defect of choice."""
+    """Euler's method with a selectable defect."""
 
     summary: ClassVar[str] = "Broken."
     source: ClassVar[str] = "None."
@@ -97,7 +97,7 @@ def test_samplers_that_keep_their_promises_pass() -> None:
 
 
 class Bent(Trailing, frozen=True):
-    """Even steps with one defect of choice."""
+    """Even steps with a selectable defect."""
 
     summary: ClassVar[str] = "Bent."
     defect: ClassVar[str] = ""

@@ -1,4 +1,4 @@
-"""Spacings against diffusers' timesteps, where both mean the same by a name."""
+"""Spacings compared with diffusers' timesteps, where a name means the same in both."""
 
 from itertools import product
 from typing import Any
@@ -40,7 +40,7 @@ def diffusers_times(scheduler: Any, steps: int) -> list[float]:
 
 
 def levels(scheduler: Any) -> NDArray[np.float64]:
-    """Their sigma is ours over alpha."""
+    """Levels of diffusers, whose sigma is sigma / alpha here."""
     return scheduler.sigmas.double().numpy()
 
 
@@ -79,8 +79,8 @@ def test_karras_is_that_of_euler(steps: int) -> None:
     np.testing.assert_allclose(grid.sigma / grid.alpha, levels(scheduler), rtol=2e-4)
 
 
-# At more steps a time comes to lie so near a half that theirs and ours round apart, by the
-# interpolation named above.
+# With more steps some time lies so near a half that diffusers and Weft round differently, due to
+# the interpolation mentioned above.
 @pytest.mark.parametrize("steps", few_of([2, 3, 8, 20], [3, 20]))
 @pytest.mark.parametrize(
     ("spacing", "scheduler"),

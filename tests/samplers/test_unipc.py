@@ -1,4 +1,4 @@
-"""UniPC beyond what every sampler promises."""
+"""UniPC, beyond the contract of all samplers."""
 
 import numpy as np
 import pytest
@@ -35,7 +35,7 @@ def test_predictor_is_ddim_at_order_one() -> None:
 
 
 def test_corrector_is_algorithm_5_from_the_point_before() -> None:
-    """UniC redoes the step from the corrected point with the prediction at the point reached."""
+    """UniC repeats the step from the corrected point with the prediction at the point reached."""
     grid = VP.grid(LogSNR(), 3, t_end=0.05)
     data = GaussianMixtureDenoiser(VP)
     x0 = torch.linspace(-1.5, 1.5, 7, dtype=torch.float64)[None]

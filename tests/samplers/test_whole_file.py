@@ -1,4 +1,4 @@
-"""A file is the old one or the new one, and readable as the umask says."""
+"""A file has either the old or the new content, and its mode follows the umask."""
 
 import stat
 from pathlib import Path
@@ -20,7 +20,7 @@ def test_the_mode_is_the_umasks_whatever_a_stopped_run_left(
     (tmp_path / ".numbers.writing").touch(0o600)
     write_whole(file, b"new")
     assert stat.S_IMODE(file.stat().st_mode) == mode_of_files
-    # Also in the place of one that others could not read.
+    # Also when it replaces a file that others could not read.
     file.chmod(0o600)
     write_whole(file, b"newer")
     assert stat.S_IMODE(file.stat().st_mode) == mode_of_files

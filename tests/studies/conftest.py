@@ -1,4 +1,4 @@
-"""Plots of the studies, of which rendering takes the most time."""
+"""Fixtures for the studies, whose plots take most of the time to render."""
 
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 @pytest.fixture
 def sketches(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """The plots that are drawn, of which only the first is rendered: the others are empty files."""
+    """The plots drawn, of which only the first is rendered; the others are empty files."""
     save, drawn = Figure.savefig, []
 
     def save_the_first(figure: Figure, path: Path, **options: Any) -> None:

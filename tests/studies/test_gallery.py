@@ -1,4 +1,4 @@
-"""The gallery shows every sampler and rule, and each grid stands on its page."""
+"""The gallery shows every sampler and rule, and its page contains each grid."""
 
 from pathlib import Path
 

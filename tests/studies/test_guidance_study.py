@@ -1,4 +1,4 @@
-"""The guidance study at a tiny size: it draws by the engine, resumes, and writes its page."""
+"""The guidance study at a tiny size: it draws with the engine, resumes, and writes its page."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -34,12 +34,12 @@ SIZES = Sizes(
     rounds=1,
 )
 FEW = 2
-"""Steps of a run here."""
+"""Number of steps of a run in these tests."""
 
 
 @pytest.fixture(scope="module", autouse=True)
 def quick() -> Iterator[None]:
-    """Engines that do not measure first what their ticks cost, and few resamples."""
+    """Engines that do not measure the cost of ticks first, and few resamples."""
     with full_ticks(), patch("studies.guidance.measures.RESAMPLES", 20):
         yield
 
@@ -66,7 +66,7 @@ def test_what_is_saved_is_what_the_engine_did_without(study: Study) -> None:
 
 def test_a_policy_that_saves_nothing_draws_the_same_pictures(study: Study) -> None:
     same = study.run(Cell(by(BASE, "reuse", every=1), steps=4))
-    # The rows of a forward are other ones at each tick, so the last bits may differ.
+    # The rows of a forward pass differ between ticks, so the last bits may differ.
     assert min(same["psnr"]) > 60
 
 
@@ -90,7 +90,7 @@ def test_prompts_of_a_cell_are_filled_in_with_the_things_of_a_caption(study: Stu
 def test_a_classifier_aims_at_what_the_caption_shows(study: Study) -> None:
     towards = study.run(Cell(cells.BACKGROUND["cfg 4, elucd 8"], "aimed", 4))
     alone = study.run(Cell(cells.BACKGROUND["cfg 4"], "aimed", 4))
-    # The captions say nothing of the background, so only the classifier can lead there.
+    # The captions do not mention the background, so only the classifier can lead to it.
     assert towards["attributes"]["background"][0] > alone["attributes"]["background"][0]
     assert towards["evaluations"] == alone["evaluations"]
 
@@ -108,7 +108,7 @@ def test_images_of_a_request_are_compared_with_one_another(study: Study) -> None
 
 
 def test_particles_take_one_another_s_place(study: Study) -> None:
-    """Resampled images share a past, so they are more alike than as many of their own."""
+    """Resampled images share a past, so they are more alike than independent ones."""
     sitting: dict[str, Any] = {"steps": 4, "sampler": cells.ANCESTRAL, "each": 3}
     apart, alike = (
         np.mean(study.run(Cell(cells.PARTICLES[name], **sitting))["apart"])
@@ -180,7 +180,7 @@ def test_the_study_resumes_and_writes_its_page(
     lines = data.read_text().splitlines()
     assert len(lines) == cells.BLOCKS + 4
     capsys.readouterr()
-    # A run that was cut off goes on where it ended.
+    # An interrupted run continues where it ended.
     data.write_text("\n".join(lines[:-2]) + "\n" + lines[-1] + "\n")
     monkeypatch.setattr("studies.guidance.__main__.write", lambda *_: None)
     main([str(argument) for argument in arguments])
@@ -194,7 +194,7 @@ def test_the_study_resumes_and_writes_its_page(
 
 
 def test_only_captions_that_every_cell_was_drawn_for_are_compared(tmp_path: Path) -> None:
-    """The second block is whole but for its last cell, then whole."""
+    """The second block is first complete except for its last cell, and then complete."""
     drawn = [cell for cell in all_cells() if cell.block < 2]
     records = Records(tmp_path / "results.jsonl")
     for cell in drawn[:-1]:
@@ -209,7 +209,7 @@ def test_only_captions_that_every_cell_was_drawn_for_are_compared(tmp_path: Path
 
 
 def test_the_page_does_without_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Rendering takes the most time and knows nothing of results.
+    # Rendering takes most of the time and does not affect results.
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda *_, **__: None)
     write(Records(tmp_path / "none.jsonl"), tmp_path / "page.md", tmp_path / "images")
     assert (tmp_path / "page.md").read_text().startswith("# Guidance")
@@ -225,7 +225,7 @@ def test_saturation_contrast_and_clipping_are_those_of_the_picture_shown() -> No
     stripes = torch.ones(1, 3, 4, 4)
     stripes[..., ::2] = -1
     assert measures.contrast(stripes) == pytest.approx([np.std([0, 1] * 8, ddof=1)])
-    # An error of a tenth of the range is 20 decibels; what is cut off is no error.
+    # An error of a tenth of the range is 20 decibels; clipped values are not errors.
     assert measures.psnr(grey + 0.2, grey) == pytest.approx([20.0], abs=1e-3)
     assert measures.psnr(beyond, red) == [measures.MOST_PSNR]
 

@@ -1,4 +1,4 @@
-"""The samplers study at a tiny size: it measures what it says, resumes, and writes its page."""
+"""The samplers study at a tiny size: it measures correctly, resumes, and writes its page."""
 
 import argparse
 import json
@@ -168,7 +168,7 @@ def test_the_study_writes_its_page_and_resumes(
     assert "$" not in text
     assert sorted(images.glob("*.png")) == sorted(sketches)
     assert len(sketches) == 5
-    # What stands in the file is not measured again, and what is missing is.
+    # Results in the file are not measured again; missing ones are.
     wanted = Wanted(("error",), ("ddim",), (1.0,), (5, 6))
     records = Records(data)
     capsys.readouterr()
@@ -190,7 +190,7 @@ def test_the_tables_do_without_results(tmp_path: Path) -> None:
 
 
 def test_what_slopes_are_of_is_left_to_no_preset() -> None:
-    """Else a change of the preset would put old figures under new settings."""
+    """Otherwise a change of the preset would list old figures under new settings."""
     fitted = [one for one in solvers() if isinstance(one, DPMSolverV3)]
     assert {one.corrector for one in fitted} >= {"none", "exact", "pseudo"}
     assert all(getattr(one, flag) is not None for one in fitted for flag in Flags._fields)
