@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any, TypeAlias
 
 import torch
@@ -25,7 +26,7 @@ from server.models.hosted import HostedModel
 from server.models.image_prompts.row_image_prompts import RowImagePrompt
 from server.models.inputs import RowInputs
 from server.models.unet_model import TEXT
-from tests.server.models.adapters.low_rank import adapter, changes
+from tests.server.models.adapters.low_rank import adapter, changes, norm_changes
 from tests.server.models.controls.tiny_controls import of_unet
 from tests.server.models.image_prompts.tiny_image_prompts import cross_attention
 
@@ -54,9 +55,10 @@ def given(model: HostedModel, rows: int, seed: int, **more: Any) -> Given:
 
 
 def ink(model: HostedModel, rank: int = 4, within: str = "attn") -> Weighted:
-    """An adapter of the layers whose names match."""
-    parts = {"unet": changes(model.modules()["unet"], rank, seed=rank, within=within)}
-    return Weighted(adapter("ink", parts), 0.7)
+    """An adapter of the layers whose names match, and of all norms."""
+    unet = model.modules()["unet"]
+    low_rank = adapter("ink", {"unet": changes(unet, rank, seed=rank, within=within)})
+    return Weighted(replace(low_rank, norms={"unet": norm_changes(unet, seed=rank)}), 0.7)
 
 
 def last_layer(model: HostedModel) -> str:

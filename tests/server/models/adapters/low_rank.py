@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from server.models.adapters.adapter import Adapter, LowRank, Weighted
+from server.models.adapters.norms import NormChange, is_norm
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -37,6 +38,17 @@ def changes(
         elif isinstance(layer, nn.Conv2d) and layer.groups == 1:
             down = drawn(rank, layer.in_channels, *layer.kernel_size)
             made[name] = LowRank(down, drawn(layer.out_channels, rank))
+    return made
+
+
+def norm_changes(network: nn.Module, seed: int = 0, size: float = 0.3) -> dict[str, NormChange]:
+    """Of all norms."""
+    generator = torch.Generator().manual_seed(seed)
+    made: dict[str, NormChange] = {}
+    for name, norm in network.named_modules():
+        if is_norm(norm):
+            both = size * torch.randn(2, len(norm.weight), generator=generator)
+            made[name] = NormChange(*both.to(norm.weight.device))
     return made
 
 
