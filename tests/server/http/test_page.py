@@ -283,6 +283,33 @@ def test_the_page_draws_the_defaults_of_the_chosen_model(tab: Tab, client: httpx
     assert again == first
 
 
+FROM_A_FILE = """
+const asked = window.fetch;
+window.fetch = async (...request) => {
+  const answer = await asked(...request);
+  if (request[0] !== "/v1/catalog") return answer;
+  const catalog = await answer.json();
+  catalog.samplers.find(({ name }) => name === "ddim").plugin = "mine.py";
+  return Response.json(catalog);
+};
+"""
+"""A sampler of the catalog that a plug-in file defines."""
+
+
+def test_the_page_says_which_file_a_sampler_is_from(tab: Tab, client: httpx2.Client) -> None:
+    tab.open(str(client.base_url), FROM_A_FILE)
+    shown = tab.run(
+        """
+        await until(() => selects().length === titles.length);
+        return ["ddim", "euler"].map((name) => {
+          pick("samplers", name);
+          return select("samplers").closest("fieldset").textContent.includes("(from mine.py)");
+        });
+        """
+    )
+    assert shown == [True, False]
+
+
 def test_the_page_shows_what_has_no_effect(tab: Tab) -> None:
     said = tab.run(
         """
