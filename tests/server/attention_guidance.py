@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 
 class AgainstText:
-    """Plain cross-attention, told prompts and then negative prompts, as the paper writes it."""
+    """The paper's guidance on plain cross-attention, for prompts followed by negative prompts."""
 
     def __init__(self, scale, tau, alpha):
         self.scale, self.tau, self.alpha, self.shortened = scale, tau, alpha, []
@@ -36,7 +36,7 @@ class AgainstText:
 
 
 def guided_attention(network, scale, tau, alpha):
-    """The network with all cross-attentions changed; it is told ``[2 rows, tokens, features]``."""
+    """The network with all cross-attentions changed, for texts ``[2 rows, tokens, features]``."""
     changed, processor = copy.deepcopy(network), AgainstText(scale, tau, alpha)
     for name, module in changed.named_modules():
         if name.endswith(".attn2"):
@@ -46,5 +46,5 @@ def guided_attention(network, scale, tau, alpha):
 
 @torch.no_grad()
 def predicted(network, x, t, told, against):
-    """The network's output for rows that are all led away."""
+    """The network's output for rows that are all guided away from their negative prompts."""
     return network(x, t, torch.cat([told, against]), return_dict=False)[0]

@@ -1,4 +1,4 @@
-"""Images of the toy model: as tasks, and by hand, which a run in the engine is held to."""
+"""Images of the toy model: as tasks, and computed by hand, to which engine runs are compared."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ TOGETHER = [
     for policy in (*(kind.model_validate({}) for kind in POLICIES), Residual(mode="onetime"))
     if policy.refuses(rule) is None
 ]
-"""Every rule with every policy that goes with it."""
+"""Every rule with every policy that it can be combined with."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -97,7 +97,7 @@ def task(
 
 
 class ByHand:
-    """An image, one row after another, as the rules, policies and perturbations read."""
+    """An image computed one row at a time, as the rules, policies and perturbations are written."""
 
     def __init__(self, model: Toy, task: Asked) -> None:
         self.model, self.task, self.plan = model, task, task.plan

@@ -1,4 +1,4 @@
-"""A real server on the embedded model, reached over a socket; and one without an engine."""
+"""A real server of the embedded model, reached over a socket, and a server without an engine."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Running:
         return f"http://{host}:{port}"
 
     def start(self) -> None:
-        # What its forwards cost is measured in seconds, and no test here asks for it.
+        # Measuring what its forwards cost takes seconds, and no test here needs it.
         with full_ticks():
             self._thread.start()
             self.wait(lambda: self._server.started)
@@ -70,7 +70,7 @@ class Running:
             time.sleep(0.01)
 
     def settle(self) -> None:
-        """Wait until what was cancelled or left is gone from the engine."""
+        """Wait until the engine has dropped what was cancelled or abandoned."""
         self.wait(lambda: self.app.state.service.engine.measurements.pending == 0)
 
     def put_adapter(self, path: Path) -> None:
@@ -86,38 +86,38 @@ class Running:
 
 @pytest.fixture(scope="module")
 def young_garbage() -> Iterator[None]:
-    """Who unloads a model looks for its cycles alone, not through the imports of all tests."""
+    """Keep the collector, which runs when a model is unloaded, from visiting all tests' imports."""
     with patch("server.models.memory.collect_all", gc.collect):
         yield
 
 
 @pytest.fixture(scope="session")
 def adapters_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of the running server, which sees new files at once."""
+    """The adapters folder of the running server, which sees new files at once."""
     return tmp_path_factory.mktemp("adapters")
 
 
 @pytest.fixture(scope="session")
 def controls_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of the running server, which sees new ControlNets at once."""
+    """The ControlNets folder of the running server, which sees new files at once."""
     return tmp_path_factory.mktemp("controls")
 
 
 @pytest.fixture(scope="session")
 def embeddings_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of the running server, which sees new embeddings at once."""
+    """The embeddings folder of the running server, which sees new files at once."""
     return tmp_path_factory.mktemp("embeddings")
 
 
 @pytest.fixture(scope="session")
 def image_prompts_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of the running server, which sees new IP-Adapters at once."""
+    """The IP-Adapters folder of the running server, which sees new files at once."""
     return tmp_path_factory.mktemp("image_prompts")
 
 
 @pytest.fixture(scope="session")
 def thin_models(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
-    """As a setting names them: those that ship with Weft, with thin networks."""
+    """The models that ship with Weft, with thin networks, as values of the setting."""
     folder = tmp_path_factory.mktemp("thin")
     for name, trained in embedded_folders().items():
         put_thin_model(folder / name, trained)

@@ -18,7 +18,7 @@ def saved(image: Image.Image, file_format: str, **options: object) -> bytes:
 
 
 def png(width: int, height: int, depth: int, kind: int, rows: bytes, **chunks: bytes) -> bytes:
-    """A PNG of these packed rows; further chunks stand before the data."""
+    """A PNG of these packed rows; further chunks come before the data."""
     header = struct.pack(">IIBBBBB", width, height, depth, kind, 0, 0, 0)
     each = len(rows) // height
     filtered = b"".join(b"\0" + rows[k * each : (k + 1) * each] for k in range(height))
@@ -34,12 +34,12 @@ def _checksum(data: bytes) -> bytes:
 
 
 def thin_png(height: int) -> bytes:
-    """One pixel wide: a few kilobytes that a decoder gives a pointer for each row."""
+    """A PNG one pixel wide: a few kilobytes, for which a decoder allocates a pointer per row."""
     return png(1, height, 1, GREY, bytes(height))
 
 
 def repeated_scans(width: int, height: int, times: int) -> bytes:
-    """A progressive JPEG that repeats its last scan: each visits the whole picture again."""
+    """A progressive JPEG that repeats its last scan; each scan covers the whole picture again."""
     data = saved(Image.new("RGB", (width, height), (100, 150, 200)), "JPEG", progressive=True)
     begin, end = data.rindex(b"\xff\xda"), data.rindex(b"\xff\xd9")
     return data[:end] + data[begin:end] * times + data[end:]

@@ -1,4 +1,4 @@
-"""Pictures of every kind come out right; what is hostile is refused by its header."""
+"""Pictures of every kind are decoded correctly; hostile files are refused by their header."""
 
 import base64
 import struct

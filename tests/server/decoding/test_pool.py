@@ -1,4 +1,4 @@
-"""Uploads are decoded elsewhere, and a file that is too much for that ends nothing else."""
+"""Uploads are decoded in other processes; a file that breaks its decoder harms nothing else."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def processes(pool: DecodePool) -> list[int]:
 
 
 def children() -> set[str]:
-    """Processes that were started here and have not been ended."""
+    """Child processes of this one that have not ended."""
     found: set[str] = set()
     for thread in Path("/proc/self/task").iterdir():
         # Threads of other tests may end meanwhile.
@@ -165,7 +165,7 @@ def test_a_picture_has_its_seconds_however_busy_the_processor_is() -> None:
     pool.close()
 
 
-# A pipe takes all of the first at once, and not of the second.
+# The first fits in a pipe's buffer; the second does not.
 @pytest.mark.parametrize("picture", [RED, bytes(2**20)], ids=["small", "large"])
 def test_a_process_that_gets_no_time_is_ended_and_its_picture_may_come_again(
     picture: bytes,
@@ -174,7 +174,7 @@ def test_a_process_that_gets_no_time_is_ended_and_its_picture_may_come_again(
     asyncio.run(pool.picture(RED, "image"))
     process = pool._idle[0]._process
     process.send_signal(signal.SIGSTOP)
-    # Without a limit it would end in another error, of a process that is gone.
+    # Without a limit the test would end in another error, since the process is gone.
     rescue = Timer(5, process.kill)
     rescue.start()
     with pytest.raises(Overloaded, match=r"^The processor was too busy to decode"):
@@ -264,7 +264,7 @@ def test_a_pool_that_nobody_closes_leaves_no_process() -> None:
     del pool
     until = time.monotonic() + 10
     while Path(f"/proc/{process}").exists() and time.monotonic() < until:
-        # Its thread may be about to let go of it still.
+        # Its thread may still be about to release it.
         time.sleep(0.01)
         gc.collect()
     assert not Path(f"/proc/{process}").exists()

@@ -1,4 +1,4 @@
-"""Uploads get the size that is asked for, or one that the model draws, without distortion."""
+"""Uploads get the requested size, or one that the model can draw, without distortion."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_other_proportions_are_stretched_cropped_or_filled(mode: ResizeMode, bla
 
 
 def test_what_is_cropped_lies_outside_and_what_is_filled_is_the_edge() -> None:
-    """A mark at the left edge: stretched it is thinner, cropped it is gone, filled it stays."""
+    """A mark at the left edge is thinner when stretched, gone when cropped, kept when filled."""
     image = Image.new("L", (256, 64))
     image.paste(255, (0, 0, 16, 64))
     bright = {

@@ -1,4 +1,4 @@
-"""Frames of streams do not wait for uploads, and uploads do not wait for ever."""
+"""Frames of streams do not wait behind uploads, and uploads do not wait forever."""
 
 from __future__ import annotations
 

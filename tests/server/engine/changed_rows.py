@@ -1,4 +1,4 @@
-"""Forwards of a Stable Diffusion whose rows change something inside it, on its device."""
+"""Forwards of a Stable Diffusion whose rows change something inside the network."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ SIDE = 64
 
 
 def drawn(model: HostedModel, seed: int, *shape: int) -> Tensor:
-    """Noise of the model's type on its device."""
+    """Noise of the model's data type, on its device."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(shape, generator=generator).to(model.device, model.dtype)
 
@@ -55,21 +55,21 @@ def given(model: HostedModel, rows: int, seed: int, **more: Any) -> Given:
 
 
 def ink(model: HostedModel, rank: int = 4, within: str = "attn") -> Weighted:
-    """An adapter of the layers whose names match, and of all norms."""
+    """An adapter for the layers whose names match, and for all norms."""
     unet = model.modules()["unet"]
     low_rank = adapter("ink", {"unet": changes(unet, rank, seed=rank, within=within)})
     return Weighted(replace(low_rank, norms={"unet": norm_changes(unet, seed=rank)}), 0.7)
 
 
 def last_layer(model: HostedModel) -> str:
-    """Of those whose attention edits change."""
+    """The last of the layers whose attention edits can change."""
     return [name for name in model.layers() if name.startswith("up_blocks")][-1]
 
 
 def edits_of_all_kinds(
     model: HostedModel, sigma: float, strength: float, scale: float
 ) -> list[Edits]:
-    """Of 8 rows, all but those that refer to another row; numbers are given, places are not."""
+    """Edits of 8 rows: all kinds that refer to no other row, in fixed layers with given numbers."""
     up = last_layer(model)
     return [
         (),
@@ -100,7 +100,7 @@ def steered(model: HostedModel, depth: Control, seed: int) -> RowControls:
 
 
 def shown(model: HostedModel, seed: int, tokens: int) -> RowImagePrompt:
-    """A picture beside a text, in a part of the image."""
+    """An image prompt beside a text, for a part of the image."""
     region = {queries: drawn(model, seed, queries, 1) for queries in (4, 16)}
     # Keys and values of all layers of cross-attention.
     features = sum(2 * int(layer.inner_dim) for layer in cross_attention(model.modules()["unet"]))

@@ -1,4 +1,4 @@
-"""A real engine on the embedded model, and somebody who listens to it."""
+"""A real engine on the embedded model, and a listener that collects its answers."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from tests.server.thin_model import put_thin_model, thin_model
 
 PATIENCE_S = 120
 SIDE = 96
-"""Of a picture, in pixels. The model was trained at 128; below 96 it often draws a plain ground."""
+"""Of a picture, in pixels; trained at 128, the model often draws a plain ground below 96."""
 
 
 @dataclass
 class Hearing:
-    """Collects what the engine says of one submission."""
+    """Collects what the engine reports of one submission."""
 
     images: int
     results: dict[int, ImageResult] = field(default_factory=dict)
@@ -71,7 +71,7 @@ class Hearing:
         return self
 
     def pixels(self) -> list[NDArray[np.uint8]]:
-        """Of all images in order, when all were to succeed."""
+        """Pixels of all images in order; for submissions whose images must all succeed."""
         self.wait()
         assert not self.errors, self.errors
         return [self.results[i].pixels for i in range(self.images)]
@@ -86,7 +86,7 @@ def thin_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def model(thin_folder: Path) -> HostedModel:
-    """For what does not depend on what pictures show."""
+    """A model with thin networks, for tests that do not depend on what pictures show."""
     return thin_model(thin_folder)
 
 
@@ -148,7 +148,7 @@ def named(registry: tuple[type[Any], ...], name: str) -> type[Any]:
 
 
 def by_name(sampler: str) -> Sampler:
-    """The sampler's defaults, but for statistics of the model, which these tests have none of."""
+    """The sampler with its defaults, except that it uses no model statistics."""
     kind = named(SAMPLERS, sampler)
     return kind(statistics="none") if "statistics" in kind.model_fields else kind()
 
@@ -187,7 +187,7 @@ def task(model: HostedModel) -> Callable[..., ImageTask]:
         told = {name: given[name] for name in ("prompt", "negative_prompt")}
         given.setdefault("terms", terms_for(settings, plan, model, rule=guided_by, **told))
         when = named(POLICIES, policy)() if isinstance(policy, str) else policy
-        # Nobody fitted anything to these runs: the estimate is the mean of what is known.
+        # Nothing was fitted for these runs: the estimate is the mean of the known branches.
         numbers = len(guided_by.branches) * when.fitted
         fitted = np.full((plan.evaluations, numbers), 1 / max(1, when.fitted))
         return ImageTask(
@@ -203,7 +203,7 @@ def task(model: HostedModel) -> Callable[..., ImageTask]:
 
 @pytest.fixture(scope="session")
 def run() -> Callable[[Engine, list[ImageTask]], Hearing]:
-    """Submits and waits."""
+    """Submits tasks and waits for them."""
 
     def submit(engine: Engine, tasks: list[ImageTask]) -> Hearing:
         hearing = Hearing(len(tasks))

@@ -1,7 +1,7 @@
-"""Makes of a forward on a CPU what a CUDA graph makes of it on a GPU.
+"""Records and replays a forward on a CPU as a CUDA graph does on a GPU.
 
-All operations of the forward are written down with the memory that they read and write, and run
-again on that memory: without Python in between, and with every number that the host put in at the
+All operations of the forward are recorded with the memory that they read and write, and repeated
+on that memory, without Python in between and with every number that the host passed at the time of
 recording.
 """
 
@@ -17,7 +17,7 @@ from server.engine.operands import tensors_in
 
 
 class Operations(TorchDispatchMode):
-    """Writes down all operations of a thread."""
+    """Records all operations of a thread."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -32,11 +32,11 @@ class Operations(TorchDispatchMode):
 
     @property
     def names(self) -> set[str]:
-        """Of the operations."""
+        """Names of the operations."""
         return {func.overloadpacket.__name__ for func, *_ in self.written}
 
     def repeat(self) -> None:
-        """Run them again, each into the memory that it wrote to before."""
+        """Repeat the operations, each into the memory that it wrote to before."""
         for func, args, kwargs, before in self.written:
             for old, new in zip(before, tensors_in(func(*args, **kwargs)), strict=True):
                 if old.untyped_storage().data_ptr() != new.untyped_storage().data_ptr():
@@ -55,7 +55,7 @@ class Repeated:
             self._raw = evaluate(*self._given)
 
     def __call__(self, *given: Tensor) -> Tensor:
-        """What the forward puts out for other tensors."""
+        """The forward's outputs for other input tensors."""
         assert not self.released
         self.calls += 1
         for mine, theirs in zip(self._given, given, strict=True):

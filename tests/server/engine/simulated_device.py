@@ -1,4 +1,4 @@
-"""The engine's choice of ordinary ticks against curves of cost: exact device time, no waiting."""
+"""Simulates the engine's choice of ordinary ticks with known costs, in exact device time."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Choose = Callable[["Device", list[Candidate]], list[int]]
 
 
 def cpu(rows: int) -> float:
-    """As the embedded model on one core: 22 ms for a row, 8.2 ms a row in large ticks."""
+    """Like the embedded model on one core: 22 ms for one row, 8.2 ms a row in large ticks."""
     return 0.0138 + 0.0081 * rows
 
 
@@ -38,7 +38,7 @@ def gpu(rows: int) -> float:
 
 
 def large(rows: int) -> float:
-    """Of large pictures, which fill the device one by one."""
+    """Cost of large pictures, each of which fills the device."""
     return 0.7 * rows
 
 
@@ -51,7 +51,7 @@ def least_s(curve: Curve, share: float) -> float:
 
 @dataclass
 class Request:
-    """Images of one size, which each need some stages of ``rows``."""
+    """Images of one size, each of which needs some stages of ``rows`` rows."""
 
     client: Client
     lane: int
@@ -67,7 +67,7 @@ class Request:
 
 @dataclass
 class Sender:
-    """Keeps ``at_once`` requests under way, and pauses before it sends the next one."""
+    """Keeps ``at_once`` requests in progress, and pauses before it sends the next one."""
 
     client: Client
     at_once: int = 1
@@ -80,14 +80,14 @@ class Sender:
 
 @dataclass
 class Device:
-    """A device that runs ticks, and what it did.
+    """A device that runs ticks, with a record of what it did.
 
     Attributes:
-        curves: seconds of a tick by its rows, of each lane.
-        areas: of the latents of each lane, where the lanes can share a forward.
-        latencies: of finished requests, by sender.
-        seconds: of the device, by client.
-        rows: that were evaluated, by lane.
+        curves: of each lane, seconds of a tick by its rows.
+        areas: area of the latents of each lane, where lanes can share a forward.
+        latencies: latencies of finished requests, by sender.
+        seconds: seconds of the device, by client.
+        rows: rows that were evaluated, by lane.
     """
 
     senders: Sequence[Sender]
@@ -102,7 +102,7 @@ class Device:
     lanes_run: list[int] = field(default_factory=list[int])
 
     def run(self, seconds: float) -> Device:
-        """So many seconds."""
+        """Simulate this many seconds."""
         under_way: list[tuple[int, Request]] = []
         next_at = [deque([self.now] * sender.at_once) for sender in self.senders]
         until = self.now + seconds
@@ -124,7 +124,7 @@ class Device:
         return self
 
     def cost(self, lane: int) -> LaneCosts:
-        """As the engine has it."""
+        """The costs of a lane, as the engine computes them."""
         curve = self.curves[lane]
         fair_s = min(LONGEST_TICK_S, max(FAIR_TICK_S, least_s(curve, FAIR_THROUGHPUT)))
         longest_s = fair_s if self.turns.contended else LONGEST_TICK_S
@@ -132,7 +132,7 @@ class Device:
         return LaneCosts(MOST, curve, longest_s, self.areas.get(lane, 0), mixes)
 
     def rows_of(self, load: Load) -> int:
-        """As the engine chooses it."""
+        """The number of rows, as the engine chooses it."""
         costs = self.cost(load.lane)
         return rows_of_tick(load, MOST, costs.seconds, costs.longest_s, tick=1)
 
@@ -169,13 +169,13 @@ class Device:
 
 
 def fairly(device: Device, candidates: list[Candidate]) -> list[int]:
-    """As the engine does."""
+    """The candidates of the next tick, as the engine chooses them."""
     lanes = {lane: device.cost(lane) for lane in device.curves}
     return fair_tick(candidates, device.turns, lanes, device.rows_of)
 
 
 def first_come(device: Device, candidates: list[Candidate]) -> list[int]:
-    """First come, first served, in as large ticks as pay: what fairness is measured against."""
+    """First come, first served, in ticks as large as pays; fairness is measured against this."""
     lane = candidates[0].lane
     here = [i for i, one in enumerate(candidates) if one.lane == lane]
     wide = [candidates[i].rows for i in here]
@@ -185,5 +185,5 @@ def first_come(device: Device, candidates: list[Candidate]) -> list[int]:
 
 
 def jain(values: Sequence[float]) -> float:
-    """Jain's index of fairness: 1 where all have the same, 1 / n where one has all."""
+    """Jain's index of fairness: 1 if all have the same, 1 / n if one has everything."""
     return sum(values) ** 2 / (len(values) * sum(value**2 for value in values))

@@ -1,4 +1,4 @@
-"""Images with adapters, beside those of a model that has the same adapters in its weights."""
+"""Images with adapters equal those of a model that has the same adapters in its weights."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ Make = Callable[..., ImageTask]
 
 @pytest.fixture(scope="module")
 def styles(model: HostedModel) -> tuple[Weighted, Weighted]:
-    """One changes the U-Net alone, the other one its attention and the text encoder."""
+    """Two adapters: one changes only the U-Net, the other its attention and the text encoder."""
     unet, text = (model.adaptable()[part] for part in ("unet", "text_encoder"))
     pastel = adapter("pastel", {"unet": changes(unet, 4, seed=1, size=0.6)})
     both = {
@@ -63,7 +63,7 @@ def pixels(engine: Engine, tasks: list[ImageTask]) -> list[NDArray[np.uint8]]:
 
 
 def apart(ours: NDArray[np.uint8], theirs: NDArray[np.uint8]) -> float:
-    """The mean difference in levels of 255: rounding moves a few pixels by a level or two."""
+    """The mean difference in levels of 255; rounding moves a few pixels by a level or two."""
     return float(np.abs(ours.astype(int) - theirs).mean())
 
 
@@ -78,7 +78,7 @@ def assert_unlike(ours: NDArray[np.uint8], theirs: NDArray[np.uint8]) -> None:
 def test_all_rows_of_an_image_are_adapted_and_those_of_others_are_not(
     engine: Engine, restyled: Engine, task: Make, styles: tuple[Weighted, ...]
 ) -> None:
-    """Prompt, negative prompt and a perturbed row; and the same prompt encoded with and without."""
+    """Prompt, negative prompt and a perturbed row; the prompt is encoded with and without it."""
     plain = task(settings=(PAG(),))
     ours, bare = pixels(engine, [replace(plain, adapters=styles), plain])
     assert_alike(ours, *pixels(restyled, [plain]))
@@ -123,7 +123,7 @@ def test_an_image_is_bit_identical_alone_and_among_images_with_other_adapters(
 def test_an_adapter_is_let_go_of_with_the_last_image_that_has_it(
     engine: Engine, model: HostedModel, task: Make
 ) -> None:
-    """Whatever the engine keeps of it, its prompts among it, must not keep its weights."""
+    """What the engine keeps of it, such as its prompts, must not keep its weights in memory."""
     networks = model.adaptable()
     passing = adapter("passing", {part: changes(one, 1) for part, one in networks.items()})
     gone = weakref.ref(passing)
@@ -135,7 +135,7 @@ def test_an_adapter_is_let_go_of_with_the_last_image_that_has_it(
 
 
 class Overheard(Toy):
-    """Remembers the adapters of the rows of its forwards."""
+    """Records the adapters of the rows of its forwards."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -148,7 +148,7 @@ class Overheard(Toy):
 
 
 def test_rows_keep_their_order_whoever_is_served_first() -> None:
-    """What is kept for rows with the same adapters is of use only in the same order."""
+    """What is kept for rows with the same adapters can be used again only in the same order."""
     model = Overheard()
     engine = toy_model.started(model, 16)
     ears = [toy_model.Ear(1) for _ in range(8)]
@@ -165,7 +165,7 @@ def test_rows_keep_their_order_whoever_is_served_first() -> None:
 
 
 def test_rows_of_the_same_adapters_have_one_order_whichever_images_came_first() -> None:
-    """And so one recording, and one stack of their factors."""
+    """So they need one recording, and one stack of their factors."""
     model = Overheard()
     engine = toy_model.started(model, 16)
     styles = [Weighted(Adapter(name, "", {}), 1.0) for name in ("ink", "pastel", "storybook")]

@@ -1,4 +1,4 @@
-"""A rule or a policy that is at fault is named, and costs its own image alone."""
+"""A faulty rule or policy is named in the error, and only its own image fails."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class WrongShape(Faulty, frozen=True):
 
 
 class OneForAll(Faulty, frozen=True):
-    """Would be broadcast over the rows of every request that has this rule."""
+    """Returns what would be broadcast over the rows of every request that has this rule."""
 
     @classmethod
     def combine(cls, rows: Rows, parameters: Mapping[str, Tensor]) -> Guided:
@@ -87,7 +87,7 @@ class TooMuchMemory(Faulty, frozen=True):
 
 
 class Doubled(Faulty, frozen=True):
-    """Would fit where it is alone, so that ticks of several images were repeated for ever."""
+    """Returns what fits when alone, so that ticks of several images would be repeated forever."""
 
     @classmethod
     def combine(cls, rows: Rows, parameters: Mapping[str, Tensor]) -> Guided:

@@ -1,4 +1,4 @@
-"""Frames of live streams pass the others in the queue; groups stay together."""
+"""Frames of live streams overtake other images in the queue; groups stay together."""
 
 from __future__ import annotations
 

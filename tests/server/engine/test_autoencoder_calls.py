@@ -1,4 +1,4 @@
-"""Calls of an autoencoder that are recorded, and give the bits of the call."""
+"""Recorded calls of an autoencoder give the same bits as the calls themselves."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.server.toy_model import SIDE, Toy, run, started
 
 @pytest.fixture(autouse=True)
 def kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Recordings, whatever time they save, as a CPU saves none."""
+    """Keep recordings whatever time they save, since on a CPU they save none."""
     monkeypatch.setattr("server.engine.graphs.PAYS", 1e9)
 
 
@@ -35,7 +35,7 @@ def model() -> HostedModel:
 
 
 class Tapes:
-    """Makes a recorder for each that asks, and keeps them."""
+    """Makes a recorder for each caller, and keeps them."""
 
     def __init__(self) -> None:
         self.made: list[OperationTape] = []
@@ -46,7 +46,7 @@ class Tapes:
 
     @property
     def calls(self) -> list[int]:
-        """Replays of all recordings of each."""
+        """Number of replays of all recordings, by recorder."""
         return [sum(one.calls for one in tape.made) for tape in self.made]
 
 

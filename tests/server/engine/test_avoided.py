@@ -1,4 +1,4 @@
-"""Images that keep away from a picture: its row, their rows, and what that costs."""
+"""Images that avoid a picture: its row, their rows, and what that costs."""
 
 from __future__ import annotations
 
@@ -53,13 +53,13 @@ def picture(seed: int, side: int = SIDE) -> Tensor:
 
 
 def avoiding(seed: int = 1, beside: tuple[Any, ...] = (), **fields: Any) -> dict[str, Any]:
-    """What a task is asked for that keeps away from a picture."""
+    """Fields of a task that avoids a picture."""
     negtome = NegToMe.model_validate({"stop": 0.5, **fields})
     return {"settings": (*beside, negtome), "reference": picture(seed)}
 
 
 class AwayByHand(ByHand):
-    """Each prediction in a batch of two, whose first is the picture."""
+    """Each prediction in a batch of two, of which the first is the picture."""
 
     def denoised(self, i: int, x: Tensor, text: str | None, *edits: Edit) -> Tensor:
         task, changes = self.task, (*self.edits, *edits)
@@ -164,7 +164,7 @@ def test_the_picture_goes_in_at_the_level_of_each_stage_in_the_window(
     assert 0 < sum(inside) < len(inside)
     assert [rows[2:] for rows in shown] == [[True] if open_ else [] for open_ in inside]
     if not fields:
-        # Where there is noise alone the image's own rows are all but the same.
+        # At pure noise the image's own rows are nearly the same.
         assert [any(rows[:2]) for rows in shown[1:]] == [False] * (len(inside) - 1)
 
 
@@ -267,7 +267,7 @@ def part_way(
 def test_rows_equal_a_batch_of_their_own_under_an_ordinary_hook(
     embedded: HostedModel, unet: UNet2DConditionModel, fixed_rows: int | None
 ) -> None:
-    """The picture first, then the row, in the network whose attentions are all changed."""
+    """A batch of the picture, then the row, in the network with all attentions changed."""
     layers = tuple(name for name in embedded.layers() if name.startswith("up_blocks"))
     assert embedded.classifier is not None
     shapes = embedded.classifier.heads["shape"]

@@ -1,4 +1,4 @@
-"""What may wait: by seconds of the device and bytes, and each client with room of its own."""
+"""How much may wait, in seconds of the device and in bytes, with a reserve for each client."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def admit(
     images: int = 1,
     nbytes: int = 0,
 ) -> Holding:
-    """A request, of 1 s unless told otherwise."""
+    """Admit a request, by default of 1 s."""
     holding = queue.reserve(client, images)
     try:
         queue.claim(holding, Counter({kind: rows}), nbytes)
@@ -148,7 +148,7 @@ def test_an_image_that_is_drawn_twice_is_one_of_those_that_its_key_may_have():
     queue.reserve(few, 1)
     with pytest.raises(Overloaded, match="has 3 images waiting or running; at most 3 are allowed"):
         queue.reserve(few, 1)
-    # Both have been drawn once.
+    # Each has been drawn once.
     queue.end_image(first)
     queue.end_image(first)
     queue.reserve(few, 1)

@@ -1,4 +1,4 @@
-"""An image of blended prompts, held to one whose conditioning was mixed by hand."""
+"""An image of blended prompts equals one whose conditioning was mixed by hand."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Run = Callable[[Engine, list[ImageTask]], Any]
 
 
 class Mixing:
-    """The real model, to which "half" means the mean of two prompts' hidden states."""
+    """The real model, in which "half" stands for the mean of two prompts' hidden states."""
 
     def __init__(self, model: HostedModel) -> None:
         self._model = model

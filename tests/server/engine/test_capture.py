@@ -1,4 +1,4 @@
-"""What the recordings of a model are said to hold, on a device whose memory is counted here."""
+"""The memory that recordings of a model are reported to hold, on a simulated device."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from server.engine import capture
 from server.engine.capture import CudaRecorder
 
 POOL = 1 << 20
-"""Bytes of the pool, all of which the first recording takes and the others use again."""
+"""Bytes of the pool, all of which the first recording takes and the others reuse."""
 
 
 class Graph:
@@ -65,7 +65,7 @@ def test_what_recordings_hold_does_not_grow_as_others_come_and_go(
 def test_a_recording_uses_no_workspace_that_was_there_before(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """It would be freed with the first recording that is released, while the others use it."""
+    """It would be freed with the first recording released, while the others still use it."""
     told = list[str]()
 
     def graph(*_: Any, **__: Any) -> nullcontext[None]:
@@ -95,7 +95,7 @@ def test_a_recording_uses_no_workspace_that_was_there_before(
 def test_recordings_that_may_be_replayed_at_once_are_made_on_streams_of_their_own(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Those of one stream share what libraries keep of it."""
+    """Recordings of one stream share what libraries keep for that stream."""
 
     class Stream:
         def __init__(self, device: str = "here") -> None:

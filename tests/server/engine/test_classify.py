@@ -1,4 +1,4 @@
-"""Guidance by the model's classifier inside the engine: gradients, references, and company."""
+"""Guidance by the model's classifier in the engine: gradients, references, other images."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ CLOSE = 2
 
 
 class Linear(nn.Module):
-    """Logits that are linear in the latent, and in its level where it is noisy."""
+    """Logits that are linear in the latent, and, where it is noisy, in its noise level."""
 
     def __init__(self, shape: tuple[int, int, int]) -> None:
         super().__init__()
@@ -160,7 +160,7 @@ def test_the_reference_is_told_the_likeliest_wrong_class_and_weighed_by_doubt(
 @torch.inference_mode()
 @pytest.mark.parametrize("fixed", [None, 2 * FIXED_ROWS_MULTIPLE])
 def test_a_row_is_as_if_it_were_alone(model, packed, task, fixed):
-    """With the model's own classifier, of every kind and in every company."""
+    """With the model's own classifier, for rows of every kind beside any others."""
     heads = model.classifier.heads
     shapes, rare = [*heads].index("shape"), [*heads].index("minority")
 
@@ -234,7 +234,7 @@ def test_a_model_without_a_classifier_cannot_be_asked(model):
 
 @pytest.fixture
 def led(trained: Any, task: Any) -> Callable[..., list[Any]]:
-    """Tasks that ask the model's own classifier, as requests make them."""
+    """Tasks guided by the model's own classifier, as requests make them."""
 
     def make(term: Any, seeds: range, prompt: str) -> list[Any]:
         plain = task("dpm_solver_pp", steps=8, prompt=prompt, width=128, height=128)
@@ -245,7 +245,7 @@ def led(trained: Any, task: Any) -> Callable[..., list[Any]]:
 
 
 def seen_by(model: Any, pictures: list[Any], attribute: str) -> Tensor:
-    """What the classifier makes of finished pictures, as probabilities."""
+    """The classifier's probabilities for finished pictures."""
     pixels = torch.stack([torch.tensor(one).permute(2, 0, 1) for one in pictures])
     with torch.inference_mode():
         latents = model.encode_image(pixels / 127.5 - 1)
@@ -254,7 +254,7 @@ def seen_by(model: Any, pictures: list[Any], attribute: str) -> Tensor:
 
 
 def test_elucd_shows_what_the_prompt_leaves_unsaid(trained, trained_engine, led, run):
-    """Measured over more pictures, and other attributes, in docs/mathematics.md."""
+    """See docs/mathematics.md for measurements over more pictures and other attributes."""
     aim, prompt = {"background": "sunset"}, "a red circle on the left"
     number = trained.classifier.heads["background"].index("sunset")
     plain, towards = (

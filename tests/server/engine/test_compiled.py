@@ -14,7 +14,7 @@ from tests.server.toy_model import Toy
 
 
 def spread(plan, side):
-    """The same coefficients, written out for each element."""
+    """The same coefficients, expanded to each element."""
     tables = plan.tables[..., None, None, None]
     return replace(plan, tables=np.broadcast_to(tables, (*plan.tables.shape, 4, side, side)).copy())
 

@@ -1,4 +1,4 @@
-"""What a recording reads and must keep alive is found while it is made."""
+"""Tensors that a recording reads and must keep alive are found while it is made."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ticks' costs are found through heavy noise, and the rows chosen from them are near the best."""
+"""Costs of ticks are learned despite heavy noise; the rows chosen by them are near the best."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def steep(rows: int) -> float:
 
 
 def cached(rows: int) -> float:
-    """Beyond 16 rows a cache is too small."""
+    """Above 16 rows the working set does not fit in a cache."""
     return 0.01 + 0.004 * rows + 0.004 * max(0, rows - 16)
 
 
@@ -65,11 +65,11 @@ CURVES = (h100, steep, cached)
 
 
 class Noisy:
-    """A machine that others use: busy spells, jitter, and now and then a tick three times as long.
+    """A shared machine: busy spells, jitter, and an occasional tick that takes three times as long.
 
     Args:
         curve: true seconds by rows.
-        seed: of the noise.
+        seed: seed of the noise.
     """
 
     def __init__(self, curve, seed):
@@ -93,13 +93,13 @@ def long_queue(rows: int = 400) -> Load:
 
 @cache
 def share_of_best(curve, rows: int) -> float:
-    """Throughput beside the best that ticks within the bound allow."""
+    """Throughput as a fraction of the best that ticks within the bound allow."""
     allowed = [n for n in range(1, MOST_ROWS + 1) if curve(n) <= LONGEST_TICK_S]
     return (rows / curve(rows)) / max(n / curve(n) for n in allowed)
 
 
 def throughput(curve, cost: TickCost, machine: Noisy, ticks: int, since: int = 0) -> float:
-    """Of a long queue, beside the best there could be on a quiet machine."""
+    """Throughput of a long queue, as a fraction of the best possible on a quiet machine."""
     shares: list[float] = []
     for tick in range(ticks):
         rows = rows_of_tick(long_queue(), MOST_ROWS, cost.seconds, LONGEST_TICK_S, tick)
@@ -121,7 +121,7 @@ def test_cold_starts_on_a_busy_machine_are_within_a_tenth_of_the_best_throughput
 
 @pytest.mark.parametrize("curve", CURVES)
 def test_a_cost_that_is_wrong_at_first_is_found_while_work_goes_on(curve):
-    """As if everything beyond four rows had been measured three times too long."""
+    """The first costs of more than four rows are three times too high."""
     for seed in range(5):
         cost = TickCost({1: curve(1), 4: curve(4), 16: 3 * curve(16), 64: 3 * curve(64)})
         machine = Noisy(curve, seed)
@@ -133,7 +133,7 @@ def test_samples_that_disagree_are_taken_again_and_the_longest_discarded():
 
     def time_of(rows: int) -> float:
         taken[rows] = taken.get(rows, 0) + 1
-        # Two warm up. All of the next round is slow, and of the two after that one size.
+        # Two rounds warm up; the next one is slow throughout, the two after it at one size.
         spell = 2 if taken[rows] == 3 else 1
         return 0.01 * rows * spell * (3 if rows == 4 and taken[rows] in (4, 5) else 1)
 
@@ -152,7 +152,7 @@ def test_sizes_that_do_not_fit_in_memory_are_left_out():
 
 def test_a_real_model_is_measured_up_to_the_bound_and_within_its_memory(model):
     class Cramped:
-        """The real model on a device whose memory ends at three rows."""
+        """The real model on a device with memory for only three rows."""
 
         def __getattr__(self, name):
             return getattr(model, name)
@@ -180,7 +180,7 @@ def test_between_and_beyond_what_was_measured_the_cost_is_linear():
 
 
 def test_the_shortest_tick_of_a_given_throughput_is_found():
-    """12 ms and 4 ms a row: a row costs 4.75 ms at 16 rows, and 5.5 ms at 8, which is .86 of it."""
+    """At 12 ms and 4 ms a row, a row costs 4.75 ms at 16 rows and 5.5 ms at 8: a ratio of .86."""
     cost = TickCost({rows: 0.012 + 0.004 * rows for rows in NODES})
     assert cost.seconds_at(0.86, 16) == pytest.approx(0.012 + 0.004 * 8)
     assert cost.seconds_at(1.0, 16) == pytest.approx(0.012 + 0.004 * 16)

@@ -1,4 +1,4 @@
-"""CFG norm in the engine: what it makes of a run, and in company."""
+"""CFG norm in the engine: what it does to a run, alone and beside other images."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.server.toy_model import Toy, run, started
 
 
 class LengthsByHand(ByHand):
-    """CFG and a perturbation by hand, then the lengths of its cells."""
+    """CFG and a perturbation by hand, then the norm of each cell."""
 
     def guided(self, i: int, x: Tensor) -> tuple[Tensor, Tensor]:
         guided, moved = super().guided(i, x)

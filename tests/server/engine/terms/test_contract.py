@@ -1,4 +1,4 @@
-"""What every registered term must hold: declared points, company, and one call for all."""
+"""The contract of all terms: declared points, independence of other images, one call for all."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_every_term_is_bit_identical_alone_and_among_all_others(fixed_engine: En
 
 
 class Shifted(BaseModel, frozen=True):
-    """A setting of a package's own."""
+    """A setting of another package."""
 
     by: float
 
@@ -110,7 +110,7 @@ class Shift(Term):
 
     made_from = Shifted
     applies = True
-    called: list[int] = []  # noqa: RUF012 - of all instances
+    called: list[int] = []  # noqa: RUF012 - shared by all instances
 
     def __init__(self, by: float) -> None:
         self.by = by

@@ -1,4 +1,4 @@
-"""Where stages stand in the diffusion that a model was trained on."""
+"""Where stages lie in the diffusion process that a model was trained on."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def test_levels_of_a_trained_schedule_are_its_betas() -> None:
     plan = DDIM().plan(schedule.grid("trailing", 100))
     found = levels_of(plan, schedule)
     betas = np.linspace(1e-4, 0.02, 1000)
-    # beta of step k is spent between the times k - 1 and k.
+    # beta of step k is the change between the times k - 1 and k.
     expected = np.interp(plan.t[:-1] + 0.5, np.arange(1000), betas / betas.max())
     assert np.allclose(found.variance, expected, rtol=0.01)
     assert np.allclose(found.time, plan.t[:-1] / 999)

@@ -33,7 +33,7 @@ def unet(thin_folder: Path) -> UNet2DConditionModel:
 
 
 def drawn(model: Any, unet: Any, one: Any, setting: NAG, scale: float) -> Any:
-    """A run by hand, every evaluation in a batch of its own."""
+    """A run by hand, with every evaluation in its own batch."""
     guided, _ = guided_attention(unet, setting.scale, setting.tau, setting.alpha)
     plan, schedule = one.plan, model.default_schedule
     prompt, negative = model.encode_prompts(
@@ -66,7 +66,7 @@ def drawn(model: Any, unet: Any, one: Any, setting: NAG, scale: float) -> Any:
 def test_a_picture_is_that_of_the_published_processor(
     model: Any, engine: Any, task: Any, run: Any, unet: Any, rule: Any, scale: float, stop: float
 ) -> None:
-    # A bound that some tokens reach, and others do not.
+    # A bound that some tokens reach and others do not.
     setting = NAG(scale=4.0, tau=4.0, stop=stop)
     one = task("dpm_solver_pp", rule, steps=4, negative_prompt=NEGATIVE, settings=(setting,))
     company = [task(rule="cfg", negative_prompt=NEGATIVE, settings=(PAG(),), seed=8)]

@@ -1,4 +1,4 @@
-"""Which terms a request's guidance is turned into, and what they say of each stage."""
+"""The terms that a request's guidance is turned into, and what they declare for each stage."""
 
 from __future__ import annotations
 
