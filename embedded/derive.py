@@ -268,7 +268,7 @@ def main() -> int:
             part.make(model, options)
     stale = [sentence for part in chosen for sentence in part.stale(model, options.model)]
     for sentence in stale:
-        print(f"{sentence} `python -m embedded.derive` makes it anew.")
+        print(f"{sentence} `python -m embedded.derive` makes it again.")
     return 1 if stale else 0
 
 

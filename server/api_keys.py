@@ -57,30 +57,30 @@ class KeyEntry(BaseModel):
     name: str | None = Field(
         default=None,
         pattern=r"^[A-Za-z0-9._-]{1,64}$",
-        description="Under which the metrics count it; by default `key-1`, `key-2` and so on.",
+        description="Name under which metrics count it; by default `key-1`, `key-2` and so on.",
     )
     weight: float = Field(
         default=1,
         ge=0.01,
         le=100,
-        description="Its share of the device beside those of other keys with work.",
+        description="Weight of its share of the device among keys with work.",
     )
     images: int | None = Field(
-        default=None, ge=1, description="Images that it may have waiting or running."
+        default=None, ge=1, description="Maximum images that it may have waiting or running."
     )
     device_s: float | None = Field(
         default=None,
         gt=0,
-        description="Seconds of the device that these may need, as estimated.",
+        description="Maximum device seconds that these may need, as estimated.",
     )
     priority: Literal["interactive", "batch"] = Field(
         default="interactive",
-        description="`batch` makes all its requests batch ones, after all interactive ones.",
+        description="`batch` gives all its requests batch priority, behind all interactive ones.",
     )
     unload: bool | None = Field(
         default=None,
-        description="Whether it may unload models that nothing uses just now; by default only "
-        "where it is the only key.",
+        description="Whether it may unload models that are not in use; by default only if it is "
+        "the only key.",
     )
 
 
@@ -103,7 +103,9 @@ def keys_of(value: Any) -> Any:
     names = Counter(key.client.name for key in keys if isinstance(key, ApiKey))
     for name, count in names.items():
         if count > 1:
-            raise ValueError(f"{count} keys have the name {name!r}; a name is for one key.")
+            raise ValueError(
+                f"{count} keys have the name {name!r}; each key needs a name of its own."
+            )
     return keys
 
 
@@ -146,7 +148,7 @@ def _explained(number: int, refusal: ValidationError) -> str:
         # A field name as long as a key may be one by mistake.
         name = f"the field `{field}`" if len(field) < FEWEST_CHARACTERS else "a field"
         allowed = ", ".join(KeyEntry.model_fields)
-        return f"key {number} has {name}, which is not known; allowed are {allowed}."
+        return f"key {number} has {name}, which is unknown; allowed are {allowed}."
     value = (
         "a `key` that is not allowed" if field == "key" else f"the {field} {shown(error['input'])}"
     )

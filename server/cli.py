@@ -263,7 +263,7 @@ def generate(
         ),
     ] = None,
     cache: Annotated[
-        str | None, typer.Option(help=f"Step cache, which leaves out evaluations: {Described}")
+        str | None, typer.Option(help=f"Step cache, which skips evaluations: {Described}")
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Number of sampling steps.")] = None,
     seed: Annotated[
@@ -281,12 +281,12 @@ def generate(
         Path | None, typer.Option(help="Inpainting mask: white is repainted, black is kept.")
     ] = None,
     reference: Annotated[
-        Path | None, typer.Option(help="Image to stay away from, for guidance.negtome.")
+        Path | None, typer.Option(help="Image to move away from, for guidance.negtome.")
     ] = None,
     reference_image: Annotated[
         list[Path] | None,
         typer.Option(
-            help="Picture that the prompt is about, for models that edit; repeat it for several."
+            help="Picture that the prompt refers to, for models that edit; repeat it for several."
         ),
     ] = None,
     strength: Annotated[
@@ -295,7 +295,7 @@ def generate(
     ] = None,
     resize_mode: Annotated[
         str | None,
-        typer.Option(help="What becomes of --image of other proportions: stretch, crop or fill."),
+        typer.Option(help="How to fit an --image of other proportions: stretch, crop or fill."),
     ] = None,
     mask_content: Annotated[
         str | None,
@@ -307,13 +307,15 @@ def generate(
     hires: Annotated[
         str | None,
         typer.Option(
-            help="Draw each image once more, larger: by what factor, or a JSON object with the "
+            help="Draw each image again at a larger size: the factor, or a JSON object with the "
             "fields of `hires`."
         ),
     ] = None,
     clip_skip: Annotated[
         int | None,
-        typer.Option(help="Layer of the CLIP text encoders to read, counted from the last, as 1."),
+        typer.Option(
+            help="Layer of the CLIP text encoders to read, counted from the last, which is 1."
+        ),
     ] = None,
     adapter: Annotated[
         list[str] | None,
@@ -328,7 +330,7 @@ def generate(
     image_prompt: Annotated[
         list[str] | None,
         typer.Option(
-            help=f"IP-Adapter and a picture to be like, as {Pictured}; repeat it for several."
+            help=f"IP-Adapter and a picture to resemble, as {Pictured}; repeat it for several."
         ),
     ] = None,
     more: Annotated[
@@ -527,7 +529,8 @@ def linear_ag(
         typer.Option(help="Guidance scale, of --guidance or of the server's default rule."),
     ] = None,
     every: Annotated[
-        int, typer.Option(min=2, help="Evaluate the second prediction every so many steps.")
+        int,
+        typer.Option(min=2, help="Steps from one evaluation of the second prediction to the next."),
     ] = 2,
     runs: Annotated[int, typer.Option(min=1, help="Number of fully guided runs to fit to.")] = 128,
     prompts: Annotated[

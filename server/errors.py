@@ -234,7 +234,7 @@ class UnknownJob(WeftError):
     code = "prediction_not_found"
 
     def __init__(self, identifier: str) -> None:
-        super().__init__(f"There is no prediction {identifier[:64]!r} of yours.", field="id")
+        super().__init__(f"You have no prediction {identifier[:64]!r}.", field="id")
 
 
 class UnknownResult(WeftError):
@@ -270,7 +270,7 @@ class CaptionsOff(WeftError):
     code = "captions_off"
 
     def __init__(self) -> None:
-        super().__init__("There is no model here that describes images.")
+        super().__init__("There is no model on this server that describes images.")
 
 
 class ReusedKey(InvalidRequest):
@@ -281,8 +281,8 @@ class ReusedKey(InvalidRequest):
     def __init__(self, key: str) -> None:
         super().__init__(
             "idempotency-key",
-            f"idempotency-key is {key[:60]!r}, which came with another body before; choose a new "
-            "key for a new prediction.",
+            f"idempotency-key is {key[:60]!r}, which was used with another body before; choose a "
+            "new key for a new prediction.",
         )
 
 

@@ -22,4 +22,4 @@ def json_list(text: str) -> Any:
         reason = f"{error.msg} at character {error.pos}"
     except ValueError:
         reason = "a number in it is too long"
-    raise ValueError(f"it begins with [ and is no JSON list: {reason}.")
+    raise ValueError(f"it begins with [ but is not a JSON list: {reason}.")

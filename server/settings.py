@@ -78,7 +78,7 @@ def _origins(texts: tuple[str, ...]) -> tuple[str, ...]:
     for text in texts:
         if text != "null" and not _ORIGIN.fullmatch(text):
             raise ValueError(
-                f"{text[:200]!r} is no origin, as browsers send them; write each like "
+                f"{text[:200]!r} is not an origin as browsers send it; write each like "
                 "'https://app.example', without a path or a slash at its end."
             )
     return tuple(text.lower() for text in texts)
@@ -705,7 +705,7 @@ class Settings(BaseSettings):
             return []
         if not os.path.isdir(self.models_folder):
             raise ValueError(
-                f"models_folder is {str(self.models_folder)[:200]!r}, which is no folder."
+                f"models_folder is {str(self.models_folder)[:200]!r}, which is not a folder."
             )
         return sorted(index.parent for index in self.models_folder.glob("*/model_index.json"))
 

@@ -292,7 +292,7 @@ class _Worker:
             ) from None
         except Overloaded:
             self.end()
-            log.error("decoding %s got no time of the processor", job.field)
+            log.error("decoding %s got no processor time", job.field)
             raise
         except (OSError, EOFError, ValueError):
             self.end()

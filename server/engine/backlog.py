@@ -157,7 +157,7 @@ class Backlog:
         if client.most_seconds is not None and seconds > client.most_seconds:
             raise InvalidRequest(
                 _largest_field(holding),
-                f"The request needs about {seconds:.0f} s of the device; at most "
+                f"The request needs about {seconds:.0f} s of device time; at most "
                 f"{client.most_seconds:g} s of this key may wait or run at once, so ask for fewer "
                 "images, fewer steps or a smaller size.",
             )

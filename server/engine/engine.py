@@ -336,7 +336,7 @@ class Engine:
 
     def _check_open(self) -> None:
         if not self.ready or self._stop_at is not None:
-            raise self._refusal("The server takes no work now; it is starting or stopping.")
+            raise self._refusal("The server does not accept work now; it is starting or stopping.")
 
     def _refusal(self, otherwise: str) -> NotReady:
         """The error that says why work is no longer done."""
@@ -360,7 +360,7 @@ class Engine:
             try:
                 self._end_everything()
             except BaseException as error:
-                log.critical("what was under way could not be ended", exc_info=error)
+                log.critical("running work could not be ended", exc_info=error)
                 self.failure = self.failure or error
             if self.failure is not None and self._on_failure is not None:
                 self._on_failure()

@@ -458,7 +458,7 @@ class Graphs:
                 # The image had become NaN; later passes of this shape should still be recorded.
                 return False
             if not (made(*given) - expected).abs().max() <= self._close * expected.abs().max():
-                self._give_up(shape, "its recording gives other numbers", None)
+                self._give_up(shape, "its recording gives different results", None)
                 return False
             yield
         return True

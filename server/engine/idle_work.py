@@ -148,7 +148,7 @@ class IdleWork:
             self._do(piece)
         for model in models:
             sizes = ", ".join(map(str, self.prepared(model).rows))
-            log.info("%s: forward passes have run at %s rows", model.facts.name, sizes or "no")
+            log.info("%s: forward passes are warmed up at %s rows", model.facts.name, sizes or "no")
 
     def until(self, wait: Callable[[float | None], bool], live: Callable[[], bool]) -> None:
         """Prepare in quiet moments until there is other work.
@@ -199,7 +199,7 @@ class IdleWork:
     def _do(self, piece: Callable[[], object]) -> None:
         failed = attempt(piece, self._device)
         if isinstance(failed, Exception):
-            log.warning("what was tried before it was needed failed", exc_info=failed)
+            log.warning("a warm-up ahead of its use failed", exc_info=failed)
             free_memory(self._device)
 
 

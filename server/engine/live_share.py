@@ -141,7 +141,7 @@ def share_tick(
 
 def _stream(unit: Candidate) -> int:
     if unit.stream is None:
-        raise ValueError("an ordinary image is of no stream")
+        raise ValueError("an ordinary image belongs to no stream")
     return unit.stream
 
 

@@ -270,8 +270,8 @@ class Reception:
                 fewer = "images, branches" if images > 1 else "branches"
                 raise InvalidRequest(
                     "guidance",
-                    f"guidance needs {rows} rows of a forward at once{together}; at most {budget} "
-                    f"are allowed here, so ask for fewer {fewer} or perturbations.",
+                    f"guidance needs {rows} rows of a forward pass at once{together}; at most "
+                    f"{budget} are allowed here, so ask for fewer {fewer} or perturbations.",
                 )
             for member in members:
                 member.rows_at_once = rows

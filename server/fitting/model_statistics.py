@@ -161,7 +161,7 @@ def _files(order: Order) -> list[Path]:
             statistics_file(order.folder, mixture_of(scale).rule, scale) for scale in order.scales
         ]
     if len(order.scales) > 1:
-        raise InvalidRequest("out", "out names one file; leave it out, or ask for one scale.")
+        raise InvalidRequest("out", "out names one file; leave it out, or give one scale.")
     check_name("out", order.out)
     return [order.out]
 

@@ -77,7 +77,7 @@ def read_pictures(model: HostedModel, folder: Path, count: int, chunk: int) -> S
     """
     files = sorted(file for file in folder.glob("*") if file.suffix.lower() in PICTURES)[:count]
     if not files:
-        raise InvalidRequest("data", f"data is {str(folder)!r}, which holds no pictures.")
+        raise InvalidRequest("data", f"data is {str(folder)!r}, which contains no pictures.")
     for file in files:
         if not file.with_suffix(".txt").is_file():
             raise InvalidRequest(
@@ -107,7 +107,7 @@ def prompts_for(folder: Path, file: Path | None) -> Sequence[str]:
     chosen = file or own
     lines = [line.strip() for line in _text("prompts", chosen).splitlines()]
     if not any(lines):
-        raise InvalidRequest("prompts", f"prompts is {str(chosen)!r}, which holds no lines.")
+        raise InvalidRequest("prompts", f"prompts is {str(chosen)!r}, which contains no lines.")
     return [line for line in lines if line]
 
 
@@ -115,7 +115,9 @@ def _text(field: str, file: Path) -> str:
     try:
         return file.read_text("utf-8")
     except UnicodeDecodeError:
-        raise InvalidRequest(field, f"{field} has {str(file)!r}, which is no UTF-8 text.") from None
+        raise InvalidRequest(
+            field, f"{field} has {str(file)!r}, which is not UTF-8 text."
+        ) from None
     except OSError as error:
         reason = error.strerror or error
         raise InvalidRequest(

@@ -298,7 +298,7 @@ def check_text(meter: TextMeter) -> None:
     if meter.too_costly:
         raise TooLarge(
             None,
-            f"The body has more than {TEXT_BYTES} bytes, or {QUOTES // 2} strings, beside its "
+            f"The body has more than {TEXT_BYTES} bytes, or {QUOTES // 2} strings, besides its "
             "images, which is more than a request needs.",
         )
 

@@ -99,7 +99,7 @@ class Connection(HttpToolsProtocol):
             self._refuse(
                 Overloaded(
                     RETRY_AFTER_S,
-                    f"{most} connections are open, the most that are allowed; try again in "
+                    f"{most} connections are open, which is the maximum; try again in "
                     f"{RETRY_AFTER_S:.0f} s.",
                 )
             )

@@ -71,8 +71,8 @@ class DrainingServer(uvicorn.Server):
         if not self._service.leaving.is_set():
             self._service.drain()
             log.info(
-                "stopping: new requests are refused, %d under way may finish; "
-                "another signal ends them",
+                "stopping: new requests are refused, %d running ones may finish; another signal "
+                "ends them",
                 len(self.server_state.tasks),
             )
         now = monotonic()
@@ -115,5 +115,5 @@ class Farewell:
         except asyncio.CancelledError:
             # uvicorn cancels requests only when the time for the shutdown is over.
             if not started:
-                error = NotReady("The server stopped before it had the whole request.")
+                error = NotReady("The server stopped before the whole request had arrived.")
                 await self._answer(error, scope["path"])(scope, receive, send)

@@ -130,7 +130,7 @@ def _of_http(request: Request, error: HTTPException) -> JSONResponse:
     sentences = {
         400: "The body cannot be read as JSON.",
         404: f"There is nothing at {request.url.path}.",
-        405: f"{request.url.path} does not take {request.method}.",
+        405: f"{request.url.path} does not accept {request.method}.",
     }
     message = sentences.get(error.status_code, f"{error.detail}.")
     body = body_of(InvalidRequest(None, message))

@@ -39,7 +39,7 @@ async def readyz(service: ServiceDep, request: Request) -> JSONResponse:
 @router.get(
     "/metrics",
     response_class=PlainTextResponse,
-    responses={200: {"description": "Metrics, one a line.", "content": {"text/plain": {}}}},
+    responses={200: {"description": "Metrics, one per line.", "content": {"text/plain": {}}}},
 )
 def metrics(request: Request) -> Response:
     """Counters and histograms in the Prometheus text format."""

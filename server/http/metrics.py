@@ -101,7 +101,7 @@ def _engine(counted: EngineMeasurements) -> Iterable[Metric]:
     )
     yield _labelled(
         "weft_evaluations_saved",
-        "Denoiser rows left out, by the guidance policy or step cache that did so.",
+        "Denoiser rows skipped, by the guidance policy or step cache that did so.",
         "policy",
         dict(counted.saved),
     )
@@ -127,12 +127,12 @@ def _clients(engine: Engine) -> Iterable[Metric]:
     for name, documentation, values in (
         (
             "weft_waiting_images",
-            "Images queued or running, frames of live streams apart, by API key.",
+            "Images queued or running, except frames of live streams, by API key.",
             {client: float(amounts.images) for client, amounts in waiting.items()},
         ),
         (
             "weft_waiting_device_seconds",
-            "Seconds of the device that these images still need, as estimated.",
+            "Device seconds that these images still need, as estimated.",
             {client: amounts.seconds for client, amounts in waiting.items()},
         ),
         (
@@ -147,7 +147,7 @@ def _clients(engine: Engine) -> Iterable[Metric]:
         yield family
     yield _labelled(
         "weft_device_seconds",
-        "Seconds of the device that images had, frames of live streams apart.",
+        "Device seconds that images used, except frames of live streams.",
         "key",
         {client.name: seconds for client, seconds in engine.spent().items()},
     )

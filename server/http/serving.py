@@ -56,7 +56,7 @@ def listen(host: str, port: int) -> list[socket.socket]:
                 opened.close()
             raise _unusable(port, address, error) from None
     if absent is not None and not listeners:
-        raise CannotListen("host", f"host is {host!r}, which is no address of this machine.")
+        raise CannotListen("host", f"host is {host!r}, which is not an address of this machine.")
     return listeners
 
 

@@ -224,5 +224,5 @@ def _migrate(engine: Engine) -> None:
             upgrade(config, "head")
         except CommandError as error:
             raise NotReady(
-                f"the database of the jobs is not one of this version of Weft: {error}."
+                f"the database of jobs does not belong to this version of Weft: {error}."
             ) from None

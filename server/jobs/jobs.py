@@ -117,7 +117,7 @@ class Jobs:
         if self._settings.webhook_secret is None:
             raise InvalidRequest(
                 "webhook",
-                "webhook is given, and this server sends none; the operator can set "
+                "webhook is given, but this server sends none; the operator can set "
                 "WEFT_JOBS__WEBHOOK_SECRET.",
             )
         check_url(url, private=self._settings.webhook_private)
@@ -225,7 +225,7 @@ async def _for_ever(work: Callable[[], Coroutine[Any, Any, None]]) -> None:
             # The database has said so.
             await asyncio.sleep(AGAIN_S)
         except Exception:
-            log.exception("durable jobs: something failed, and is tried again")
+            log.exception("durable jobs: an operation failed and will be retried")
             await asyncio.sleep(AGAIN_S)
 
 

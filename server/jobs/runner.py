@@ -55,7 +55,7 @@ LONGEST_WAIT_S: Final = 10.0
 than estimated."""
 
 KEY_REMOVED: Final = {
-    "message": "The API key that asked for this is not accepted any more.",
+    "message": "The API key of this request is no longer accepted.",
     "code": "key_removed",
     "param": None,
 }
@@ -199,14 +199,14 @@ class Runner:
             now,
         )
         if ended:
-            log.warning("jobs of keys that are not accepted any more failed: %s", ", ".join(ended))
+            log.warning("jobs of keys that are no longer accepted failed: %s", ", ".join(ended))
             for identifier in ended:
                 self._watches.tell(identifier)
 
     def _ended(self, job: Job, task: asyncio.Task[None]) -> None:
         if not task.cancelled() and task.exception() is not None:
             # Its lease is no longer renewed, so it is begun again after the lease ends.
-            log.error("what came of job %s was not stored", job.id, exc_info=task.exception())
+            log.error("the outcome of job %s was not stored", job.id, exc_info=task.exception())
         del self._under_way[job.id]
         self._watches.tell(job.id)
         self.wake()
@@ -214,7 +214,9 @@ class Runner:
     async def _attempt(self, job: Job) -> None:
         """Run a job to its end, or let it wait for another attempt."""
         if job.attempt - job.spared > self._settings.attempts:
-            await self._fail(job, "interrupted", "The server ended while it worked on this, again.")
+            await self._fail(
+                job, "interrupted", "The server ended while it ran this job, in every attempt."
+            )
             return
         try:
             made = await self._made(job)

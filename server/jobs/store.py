@@ -74,7 +74,7 @@ def add(connection: Connection, new: NewJob, waiting: int, now: float) -> Job:
     if connection.execute(count).scalar_one() >= waiting:
         raise Overloaded(
             RETRY_AFTER_S,
-            f"{waiting} predictions of yours are waiting, and no more may; try again in "
+            f"You have {waiting} predictions waiting, which is the maximum; try again in "
             f"{RETRY_AFTER_S:.0f} s.",
         )
     row = {name: getattr(new, name) for name in NewJob.__dataclass_fields__}

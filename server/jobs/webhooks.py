@@ -55,8 +55,8 @@ def check_url(url: str, *, private: bool) -> None:
     if not private and _is_address(host) and not is_public(host):
         raise InvalidRequest(
             "webhook",
-            f"webhook is {url[:60]!r}, and {host} is no public address; webhooks go to addresses "
-            "of the internet only.",
+            f"webhook is {url[:60]!r}, but {host} is not a public address; webhooks are sent to "
+            "public addresses only.",
         )
 
 

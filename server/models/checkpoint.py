@@ -242,9 +242,9 @@ def _kind(file: Path, weights: Mapping[str, Tensor]) -> str:
     if kind not in TEMPLATES or not stands:
         other = "" if kind in TEMPLATES else f" (diffusers takes it for {kind})"
         raise ModelMismatch(
-            f"model file {str(file)!r} is no complete checkpoint of Stable Diffusion 1.x, 2.x or "
-            f"XL{other}; models of other families are hosted as folders in the diffusers layout, "
-            "whose transformer `--denoiser name=path` replaces by one in a file."
+            f"model file {str(file)!r} is not a complete checkpoint of Stable Diffusion 1.x, 2.x "
+            f"or XL{other}; models of other families are hosted as folders in the diffusers "
+            "layout, whose transformer `--denoiser name=path` replaces by one in a file."
         )
     known = (*NETWORKS, V_PREDICTION, ZERO_TERMINAL_SNR)
     strange = sorted(name for name in weights if not name.startswith(known))

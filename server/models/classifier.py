@@ -102,7 +102,7 @@ class LatentClassifier(nn.Module):
             with safe_open(file, "pt") as content:
                 metadata: dict[str, str] = content.metadata() or {}
             if metadata.get("format") != FORMAT:
-                raise ModelMismatch(f"{str(file)!r} holds no classifier of the form {FORMAT}.")
+                raise ModelMismatch(f"{str(file)!r} contains no classifier in the format {FORMAT}.")
             identity: dict[str, Any] = json.loads(metadata["identity"])
             heads = {name: tuple(classes) for name, classes in identity["heads"].items()}
             classifier = cls(int(identity["channels"]), heads, str(identity["model"]))
@@ -120,8 +120,8 @@ class LatentClassifier(nn.Module):
         """
         if self.model != revision:
             raise ModelMismatch(
-                f"its classifier is of model revision {self.model}, and the weights are of "
-                f"{revision}; `{REMAKE}` makes it anew."
+                f"its classifier is for model revision {self.model}, but the weights are "
+                f"{revision}; `{REMAKE}` makes it again."
             )
 
 

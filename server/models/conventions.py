@@ -78,7 +78,7 @@ class Convention:
 CONVENTIONS: Final[Mapping[str, Convention]] = MappingProxyType(
     {
         "lcm": Convention(
-            "latent consistency models that are told a guidance scale, their LoRAs",
+            "latent consistency models with a guidance scale as an input, and their LoRAs",
             "arXiv 2310.04378; diffusers' `LatentConsistencyModelPipeline`",
             LCM(),
             LCMSpacing(),
@@ -88,7 +88,7 @@ CONVENTIONS: Final[Mapping[str, Convention]] = MappingProxyType(
             policy=Embedded(),
         ),
         "lcm_lora": Convention(
-            "latent consistency models that are told no scale, models with a fused LCM LoRA",
+            "latent consistency models without such an input, and models with a fused LCM LoRA",
             "arXiv 2311.05556",
             LCM(),
             LCMSpacing(),

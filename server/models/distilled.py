@@ -81,8 +81,8 @@ def stated(
     if convention.policy.embeds and not embeds_scale:
         lacks = "guidance_embeds" if flow else "time_cond_proj_dim"
         raise ModelMismatch(
-            f"{where} names the convention {said.convention!r}, for models that are told a "
-            f"guidance scale; this one has no {lacks}."
+            f"{where} names the convention {said.convention!r}, for models with a guidance scale "
+            f"as an input; this one has no {lacks}."
         )
     counts = convention.counts
     if said.steps is None and convention.weights_of_counts:
@@ -98,7 +98,7 @@ def stated(
     if said.scale is not None and not convention.policy.embeds:
         raise ModelMismatch(
             f"{where} has the scale {said.scale:g}; models of the convention {said.convention!r} "
-            "are told none."
+            "do not take one."
         )
     steps, spacing = said.steps, None
     if convention.spacing.name == "lcm":
@@ -121,7 +121,7 @@ def _explained(refusal: ValidationError) -> str:
         return f"has no {field}; allowed are {', '.join(CONVENTIONS)}"
     if error["type"] == "extra_forbidden":
         known = ", ".join(_Stated.model_fields)
-        return f"has the field {shown(field)}, which is not known; allowed are {known}"
+        return f"has the field {shown(field)}, which is unknown; allowed are {known}"
     return f"has the {field} {shown(error['input'])}; it {demand_of(error)}"
 
 
@@ -194,7 +194,8 @@ def _distilled_by_scheduler(
     match scheduler.get("_class_name"):
         case "LCMScheduler":
             if embeds_scale:
-                reason = "its scheduler is an LCMScheduler and its U-Net is told a guidance scale"
+                reason = "its scheduler is an LCMScheduler and its U-Net takes a guidance scale as "
+                "an input"
                 return _by_config("lcm", reason, scheduler)
             return _by_config("lcm_lora", "its scheduler is an LCMScheduler", scheduler)
         case "TCDScheduler":

@@ -245,8 +245,8 @@ def _defaults_of(folder: Path, *, guided: bool, edits: bool) -> ModelDefaults | 
     if edits and guided:
         return defaults_by("flux_kontext", "it is a FluxKontextPipeline")
     if guided:
-        return defaults_by("flux_dev", "its transformer is told a guidance scale")
+        return defaults_by("flux_dev", "its transformer takes a guidance scale as an input")
     if not scheduler.get("use_dynamic_shifting"):
-        reason = "its transformer is told no guidance scale and its shift is the same for all sizes"
+        reason = "its transformer takes no guidance scale and its shift is the same for all sizes"
         return defaults_by("flux_schnell", reason)
     return None

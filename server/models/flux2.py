@@ -226,7 +226,8 @@ def load_flux2_klein(
     if encoder.config.num_hidden_layers <= LAYERS[-1]:
         raise ModelMismatch(
             f"text_encoder of model folder {str(folder)!r} has {encoder.config.num_hidden_layers} "
-            f"layers; the transformer reads what is behind layer {LAYERS[-1]} of more."
+            f"layers; the transformer needs more than {LAYERS[-1]}, since it reads hidden states "
+            "up to that layer."
         )
     tokenizer = load_tokenizer(folder, "tokenizer", Qwen2Tokenizer, LENGTH)
     text = Qwen3Layers(encoder, tokenizer, device)

@@ -59,7 +59,9 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
             f"{name} of model folder {str(folder)!r} is not valid JSON: {error}."
         ) from None
     if not isinstance(value, dict):
-        raise ModelMismatch(f"{name} of model folder {str(folder)!r} holds no JSON object.")
+        raise ModelMismatch(
+            f"{name} of model folder {str(folder)!r} does not contain a JSON object."
+        )
     return value
 
 

@@ -109,8 +109,8 @@ def give_autoencoder(model: HostedModel, path: Path) -> None:
     }
     if wrong:
         raise ModelMismatch(
-            f"vae {path.name!r} does not fit model {model.facts.name!r}: in one of them alone, or "
-            f"of another shape, are {', '.join(sorted(wrong)[:NAMES_SHOWN])}."
+            f"vae {path.name!r} does not fit model {model.facts.name!r}: these tensors are in only "
+            f"one of them or have different shapes: {', '.join(sorted(wrong)[:NAMES_SHOWN])}."
         )
     network.load_state_dict(weights)
     model.facts = replace(model.facts, vae=path.stem)
@@ -145,5 +145,5 @@ def _check_latents(folder: Path, network: Any) -> None:
         if entry in config and told != own:
             raise ModelMismatch(
                 f"vae {folder.name!r} has the {entry} {str(told)[:60]}, but the model's "
-                f"autoencoder has {str(own)[:60]}: its latents are others."
+                f"autoencoder has {str(own)[:60]}, so that its latents differ."
             )

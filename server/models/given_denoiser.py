@@ -40,7 +40,7 @@ def with_denoiser(folder: Path, file: Path, cache: Path) -> Path:
         OSError: the cache cannot be written.
     """
     if not file.is_file() or file.suffix not in WEIGHTS:
-        raise ModelMismatch(f"denoiser {file.name!r} is no {' or '.join(WEIGHTS)} file.")
+        raise ModelMismatch(f"denoiser {file.name!r} is not a {' or '.join(WEIGHTS)} file.")
     part = next((one for one in parts_of(folder) if one in DENOISERS), None)
     if part is None:
         raise ModelMismatch(

@@ -282,7 +282,7 @@ class HostedModel(ABC):
         Raises:
             RuntimeError: the model accepts none; its facts say so beforehand.
         """
-        raise RuntimeError(f"model {self.facts.name!r} reads no pictures beside a prompt")
+        raise RuntimeError(f"model {self.facts.name!r} does not read reference images")
 
     def inputs(
         self, prompts: Sequence[str | None], width: int | None = None, height: int | None = None

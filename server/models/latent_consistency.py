@@ -40,7 +40,7 @@ def load_latent_consistency(
     if read_json(folder, "unet/config.json").get("time_cond_proj_dim") is None:
         raise ModelMismatch(
             f"unet of model folder {str(folder)!r} has no time_cond_proj_dim; latent consistency "
-            "models are told a guidance scale through it."
+            "models read a guidance scale through it."
         )
     scheduler = read_json(folder, SCHEDULER)
     defaults = _defaults_of(folder, scheduler)

@@ -186,4 +186,4 @@ def _defaults_of(folder: Path) -> ModelDefaults:
         steps = min(CONVENTIONS["lcm_lora"].steps, spacing.distilled_steps)
         reason = "its scheduler is an LCMScheduler"
         return defaults_by("lcm_lora", reason, spacing=spacing, steps=steps)
-    return defaults_by("pixart", "it is a PixArt pipeline whose scheduler is no LCMScheduler")
+    return defaults_by("pixart", "it is a PixArt pipeline whose scheduler is not an LCMScheduler")

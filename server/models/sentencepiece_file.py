@@ -66,7 +66,7 @@ def t5_tokenizer(folder: Path, name: str, kind: Any) -> Any:
     except Exception as error:
         # The tokenizer's library raises various exceptions for pieces that form no vocabulary.
         raise ModelMismatch(
-            f"{name} of model folder {str(folder)!r} is no SentencePiece model of T5's kind."
+            f"{name} of model folder {str(folder)!r} is not a SentencePiece model of T5's kind."
         ) from error
 
 

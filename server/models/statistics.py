@@ -51,7 +51,7 @@ class ModelStatistics:
             try:
                 identity = read_identity(file)
                 if identity is None:
-                    raise ValueError(f"statistics file {file.name!r} is of no model.")
+                    raise ValueError(f"statistics file {file.name!r} belongs to no model.")
                 identity.check(revision, schedule_fingerprint(schedule))
             except ValueError as error:
                 logger.warning("%s is left out: %s", file, error)
@@ -115,7 +115,7 @@ class ModelStatistics:
             raise InvalidRequest(
                 "sampler.statistics",
                 f"{without_folder(error, file)} `{_command(identity.rule, identity.scale)}` makes "
-                "it anew.",
+                "it again.",
             ) from None
 
     def refusal(self, guidance: str) -> InvalidRequest:

@@ -291,7 +291,7 @@ def _tensors_of_file(folder: Path, name: str) -> list[tuple[str, _Tensor]]:
         sum(tensor.nbytes(FLOAT32) for _, tensor in tensors)
     except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError):
         raise ModelMismatch(
-            f"{name} of model folder {str(folder)!r} is no safetensors file."
+            f"{name} of model folder {str(folder)!r} is not a safetensors file."
         ) from None
     return tensors
 

@@ -122,6 +122,6 @@ class WeightMemory(Generic[Weights]):
                 return
         raise Overloaded(
             FULL_RETRY_S,
-            f"The {self._what} of the requests under way fill the memory for {self._what}; "
-            f"try again in {FULL_RETRY_S:.0f} s.",
+            f"The {self._what} of running requests fill the memory for {self._what}; try again in "
+            f"{FULL_RETRY_S:.0f} s.",
         )

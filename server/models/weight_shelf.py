@@ -139,7 +139,8 @@ class WeightShelf(ABC, Generic[Here, Weights, Wanted]):
         if path is None:
             known = ", ".join(one.name for one in self.available()) or "none"
             raise self.mismatch(
-                f"{name[:128]!r} is no {self.what} of model {self._model!r}; there are: {known}."
+                f"{name[:128]!r} is not among the {self.what}s of model {self._model!r}; these "
+                f"are: {known}."
             )
         outcome = self._outcome(name, path)
         if isinstance(outcome, str):

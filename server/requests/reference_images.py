@@ -50,7 +50,7 @@ def check_references(count: int, facts: ModelFacts) -> None:
         )
     raise InvalidRequest(
         "reference_images",
-        f"reference_images: model {facts.name!r} reads no pictures beside a prompt. Send one as "
+        f"reference_images: model {facts.name!r} does not read reference images; send one as "
         "`image` to start from it, or leave reference_images out.",
     )
 

@@ -225,9 +225,11 @@ class _Folders:
             vae=(vae := self.settings.vae_of(name)),
             tell=tell,
         )
-        log.info("%s: attention by %s, memory in %s", name, model.attention, model.memory_format)
+        log.info(
+            "%s: attention by %s, memory format %s", name, model.attention, model.memory_format
+        )
         if vae is not None:
-            log.info("%s: autoencoder of %s", name, vae)
+            log.info("%s: autoencoder from %s", name, vae)
         if (denoiser := self.settings.denoiser_of(name)) is not None:
             model.facts = replace(model.facts, given_denoiser=denoiser.stem)
         if model.gguf_types:
@@ -357,7 +359,7 @@ def _folder_of(name: str, place: Path | HubModel, settings: Settings, tell: Tell
     folder = _own_folder_of(place, settings, tell, () if denoiser is None else DENOISERS)
     if denoiser is None:
         return folder
-    log.info("%s: denoiser of %s", name, denoiser)
+    log.info("%s: denoiser from %s", name, denoiser)
     return with_denoiser(folder, denoiser, settings.cache.expanduser())
 
 

@@ -55,16 +55,16 @@ def check_source(settings: StreamSettings, facts: ModelFacts) -> None:
     if beside and not most:
         raise InvalidRequest(
             "reference_images",
-            f"reference_images has {beside}, but model {facts.name!r} reads no pictures beside a "
-            "prompt; leave it out, or send a picture as an input frame with source 'frames'.",
+            f"reference_images has {beside}, but model {facts.name!r} does not read reference "
+            "images; leave it out, or send a picture as an input frame with source 'frames'.",
         )
     if settings.source != "references":
         return
     if not most:
         raise InvalidRequest(
             "source",
-            f"source is 'references', but model {facts.name!r} reads no pictures beside a prompt; "
-            "use 'frames' to start from each frame.",
+            f"source is 'references', but model {facts.name!r} does not read reference images; use "
+            "'frames' to start from each frame.",
         )
     if beside >= most:
         raise InvalidRequest(

@@ -33,11 +33,11 @@ def test_what_is_not_compiled_in_time_is_told_once_and_no_longer_wanted() -> Non
     for name in ("in time", "late"):
         hurried.ask(JOB, name, lambda *told, name=name: heard.append((name, told[0])))
     in_time, late = by_hand.asked["in time"], by_hand.asked["late"]
-    in_time[0]([].append, "2 ms in place of 3")
+    in_time[0]([].append, "2 ms instead of 3")
     assert late[1]()
     assert hurried.stop() == 1
     assert not late[1]()
-    late[0]([].append, "2 ms in place of 3")
+    late[0]([].append, "2 ms instead of 3")
     assert [(name, program is None) for name, program in heard] == [
         ("in time", False),
         ("late", True),

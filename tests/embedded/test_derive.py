@@ -73,7 +73,7 @@ def test_statistics_are_remade_by_one_command_and_go_stale_with_the_weights(
     folder: Path, derive: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert derive("--check") == 1
-    assert "`python -m embedded.derive` makes it anew" in capsys.readouterr().out
+    assert "`python -m embedded.derive` makes it again" in capsys.readouterr().out
     assert derive() == 0
     assert "statistics: 6 of 6" in capsys.readouterr().out
     assert derive("--check") == 0
@@ -126,8 +126,8 @@ def test_a_classifier_is_made_by_one_command_and_goes_stale_with_the_weights(
     made.model = "0123456789abcdef"
     made.save(classifier_file(folder))
     [sentence] = stale_classifier(model, folder)
-    assert sentence.startswith("its classifier is of model revision 0123456789abcdef, and the")
-    assert "`python -m embedded.derive classifier` makes it anew" in sentence
+    assert sentence.startswith("its classifier is for model revision 0123456789abcdef, but the")
+    assert "`python -m embedded.derive classifier` makes it again" in sentence
 
 
 def test_unknown_parts_are_refused(

@@ -136,7 +136,7 @@ def test_generate_reads_reference_images_from_files(tmp_path: Path) -> None:
     two = ("--reference-image", str(picture)) * 2
     done = weft("generate", PROMPT, *two, "-o", str(tmp_path / "out.png"))
     assert done.exit_code == 2
-    assert "model 'embedded' reads no pictures beside a prompt" in done.output.replace("\n", " ")
+    assert "model 'embedded' does not read reference images" in done.output.replace("\n", " ")
 
 
 def test_generate_evaluates_the_model_for_its_own_image_alone(

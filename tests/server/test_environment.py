@@ -18,8 +18,12 @@ from server.environment import unknown_variables
         ("WEFT_HOST", "0.0.0.0", "host is '0.0.0.0', which other machines can reach; set"),  # noqa: S104
         ("WEFT_LIMITS", "steps=9", "WEFT_LIMITS is not valid JSON; it must be an object of"),
         ("WEFT_LIMITS", "[" * 100_000, "WEFT_LIMITS is not valid JSON; it must be an object of"),
-        ("WEFT_API_KEYS", "[5", "api_keys: it begins with [ and is no JSON list: Expecting"),
-        ("WEFT_MODELS", "[" * 100_000, "models: it begins with [ and is no JSON list: it is nest"),
+        ("WEFT_API_KEYS", "[5", "api_keys: it begins with [ but is not a JSON list: Expecting"),
+        (
+            "WEFT_MODELS",
+            "[" * 100_000,
+            "models: it begins with [ but is not a JSON list: it is nest",
+        ),
     ],
 )
 def test_a_setting_that_is_not_allowed_is_refused_in_one_sentence(

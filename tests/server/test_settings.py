@@ -57,10 +57,10 @@ def test_the_environment_takes_lists_both_ways(monkeypatch: pytest.MonkeyPatch) 
         ),
         (
             f'[{{"key": "{KEY}", "shares": 2}}]',
-            "key 1 has the field `shares`, which is not known; allowed are key, name, ",
+            "key 1 has the field `shares`, which is unknown; allowed are key, name, ",
         ),
         (f'[{{"{KEY}": 1}}]', "key 1 has no `key`, which is required"),
-        (f'[{{"key": "{KEY}", "{KEY}": 2}}]', "key 1 has a field, which is not known; allowed are"),
+        (f'[{{"key": "{KEY}", "{KEY}": 2}}]', "key 1 has a field, which is unknown; allowed are"),
         (
             f'[{{"key": ["{KEY}"]}}]',
             r"key 1 has a `key` that is not allowed; it must be a string\.$",
@@ -69,8 +69,11 @@ def test_the_environment_takes_lists_both_ways(monkeypatch: pytest.MonkeyPatch) 
         (f'[{{"key": "{KEY}", "images": 1.5}}]', "the images 1.5; it must be a whole number"),
         (f'[{{"key": "{KEY}", "priority": "low"}}]', "'low'; it must be one of 'interactive', 'ba"),
         ("[5]", "key 1 is 5; it must be a string or an object"),
-        (f'["{KEY}"', "it begins with . and is no JSON list: Expecting ',' delimiter at character"),
-        ("[" * 100_000, "it begins with . and is no JSON list: it is nested too deeply"),
+        (
+            f'["{KEY}"',
+            "it begins with . but is not a JSON list: Expecting ',' delimiter at character",
+        ),
+        ("[" * 100_000, "it begins with . but is not a JSON list: it is nested too deeply"),
         ('[{"key": "tiny"}]', "key 1 has 4 characters"),
         (f'["{KEY}2", {{"key": "{KEY}", "name": "key-1"}}]', "2 keys have the name 'key-1'"),
         (f"sha256:{'0' * 63}", "key 1 begins with 'sha256:'; 64 hexadecimal digits must follow"),
@@ -174,7 +177,7 @@ def test_a_path_that_is_none_is_refused(field: str) -> None:
 
 @pytest.mark.parametrize("text", ["*", "https://app.example/", "https://app.example/page", "app"])
 def test_an_origin_that_no_browser_sends_is_refused(text: str) -> None:
-    with pytest.raises(ValidationError, match="is no origin, as browsers send them"):
+    with pytest.raises(ValidationError, match="is not an origin as browsers send it"):
         Settings.model_validate({"allowed_origins": text})
 
 

@@ -37,7 +37,7 @@ class State(BaseModel):
     job: str = ""
     job_count: int = Field(default=0, description="Images of the job; 0 if there is none.")
     job_timestamp: str = "0"
-    job_no: int = Field(default=0, description="Images of it that are finished.")
+    job_no: int = Field(default=0, description="Finished images of the job.")
     sampling_step: int = 0
     sampling_steps: int = 0
 
@@ -46,12 +46,12 @@ class ProgressAnswer(BaseModel):
     """The progress of a client's oldest job."""
 
     progress: float = Field(default=0.0, description="From 0 to 1; 0 if there is no job.")
-    eta_relative: float = Field(
-        default=0.0, description="Seconds that are left; 0 while nothing is known of them."
-    )
+    eta_relative: float = Field(default=0.0, description="Estimated seconds left; 0 while unknown.")
     state: State = State()
     current_image: str | None = Field(default=None, description="A preview, PNG in base64.")
-    textinfo: str | None = Field(default=None, description="How many requests it waits for.")
+    textinfo: str | None = Field(
+        default=None, description="How many requests are ahead of it, as text."
+    )
 
 
 LEAST: float = 0.01
@@ -95,7 +95,8 @@ def _of_the_queue(position: int | None) -> str | None:
     """Return the text that clients show while a job waits."""
     if not position:
         return None
-    return f"Waiting: {position} {'request is' if position == 1 else 'requests are'} before this."
+    requests = "request is" if position == 1 else "requests are"
+    return f"Waiting: {position} {requests} ahead of this one."
 
 
 def answered(

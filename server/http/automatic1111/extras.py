@@ -39,13 +39,16 @@ class Enlargement(BaseModel):
         default=0, ge=0, le=1, description="0 takes `upscaling_resize`, 1 the width and height."
     )
     upscaling_resize: float = Field(
-        default=2, gt=0, le=10**4, description="By what the sides are multiplied."
+        default=2, gt=0, le=10**4, description="Factor for width and height."
     )
-    upscaling_resize_w: int = Field(default=512, ge=1, le=10**5, description="Width to get.")
-    upscaling_resize_h: int = Field(default=512, ge=1, le=10**5, description="Height to get.")
+    upscaling_resize_w: int = Field(default=512, ge=1, le=10**5, description="Width of the result.")
+    upscaling_resize_h: int = Field(
+        default=512, ge=1, le=10**5, description="Height of the result."
+    )
     upscaling_crop: bool = Field(
         default=True,
-        description="Whether an image of other proportions is cropped; otherwise it is fitted in.",
+        description="Whether an image of other proportions is cropped; otherwise it is made to fit "
+        "in.",
     )
     gfpgan_visibility: float = 0
     codeformer_visibility: float = 0
@@ -77,7 +80,7 @@ class NamedImage(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore")
 
     data: Upload = Field(repr=False, description="PNG, JPEG or WebP in base64.")
-    name: str = Field(default="", max_length=1024, description="Is not looked at.")
+    name: str = Field(default="", max_length=1024, description="Ignored.")
 
 
 class BatchRequest(Enlargement):
@@ -99,7 +102,7 @@ class EnlargedImages(BaseModel):
     """The enlarged images."""
 
     html_info: str = ""
-    images: list[str] = Field(description="PNGs in base64, in the order in which they came.")
+    images: list[str] = Field(description="PNG images in base64, in the order of the request.")
 
 
 @router.post("/extra-single-image", responses=ERRORS)
@@ -160,7 +163,7 @@ def _check(body: Enlargement) -> None:
     for name in ("gfpgan_visibility", "codeformer_visibility", "extras_upscaler_2_visibility"):
         if getattr(body, name):
             raise InvalidRequest(
-                name, f"{name} is {getattr(body, name)}; there is none here, so leave it at 0."
+                name, f"{name} is {getattr(body, name)}, which is not supported; leave it at 0."
             )
 
 

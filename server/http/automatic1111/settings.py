@@ -68,9 +68,9 @@ class Interrogation(BaseModel):
 class PngInfoAnswer(BaseModel):
     """The generation settings that an image file contains."""
 
-    info: str = Field(description="Its text; empty if it has none.")
-    items: dict[str, str] = Field(description="Its other texts by their names.")
-    parameters: dict[str, str] = Field(description="The fields of the text.")
+    info: str = Field(description="Its infotext; empty if it has none.")
+    items: dict[str, str] = Field(description="Its other texts, by name.")
+    parameters: dict[str, str] = Field(description="The fields of the infotext.")
 
 
 @router.get("/sdapi/v1/options")

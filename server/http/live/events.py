@@ -139,13 +139,13 @@ def _of_text(body: StreamSettings) -> dict[str, Any]:
     if "source" in given and body.source != "text":
         raise InvalidRequest(
             "source",
-            f"source is {body.source!r}; input frames need a socket, so open one at /v1/stream or "
-            "leave source out.",
+            f"source is {body.source!r}; input frames need a WebSocket, so open one at /v1/stream "
+            "or leave source out.",
         )
     for field in WITHOUT_EFFECT:
         if getattr(body, field):
             raise InvalidRequest(
-                field, f"{field} has no effect without a socket at /v1/stream; leave it out."
+                field, f"{field} has no effect without a WebSocket at /v1/stream; leave it out."
             )
     if "seed_step" in given and body.seed_step == 0:
         raise InvalidRequest(

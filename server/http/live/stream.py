@@ -161,7 +161,7 @@ class Conversation:
             raise TooLarge(
                 None,
                 f"The message has more than {MOST_SETTINGS_CHARACTERS} characters; only pictures "
-                "in base64 may make it so long.",
+                "in base64 may make it longer.",
             )
         return await asyncio.to_thread(message_fields, text)
 

@@ -29,12 +29,10 @@ class ImageOut(BaseModel):
     """One image."""
 
     b64_json: str | None = Field(
-        default=None, description="The image file in base64, unless a URL was asked for."
+        default=None, description="The image file in base64, unless a URL was requested."
     )
-    url: str | None = Field(default=None, description="Where it is, if that was asked for.")
-    expires_at: int | None = Field(
-        default=None, description="Unix time from which on it is not at its URL."
-    )
+    url: str | None = Field(default=None, description="URL of the image, if requested.")
+    expires_at: int | None = Field(default=None, description="Unix time at which the URL expires.")
     seed: int = Field(
         description="This seed with n = 1 makes this image again, unless the images of the "
         "request depend on each other through `guidance.particles`, or through "
@@ -107,8 +105,8 @@ class QueuedEvent(BaseModel):
     settings: dict[str, Any]
     queue_position: int | None = Field(
         default=None,
-        description="How many requests that came before it have not begun either; null if it has "
-        "begun. Keys take turns, so that requests of other keys may begin before those.",
+        description="Number of earlier requests that have not begun either; null if it has begun. "
+        "Keys take turns, so that requests of other keys may begin before those.",
     )
     statistics: str | None = Field(default=None, description="As in the answer.")
     warnings: list[str] = Field(description="As in the answer.")

@@ -28,9 +28,9 @@ class CompilationCard(BaseModel):
 
     compiled: int = Field(description="Shapes of blocks that run compiled.")
     waiting: int = Field(description="Shapes of blocks that are being compiled.")
-    eager: int = Field(description="Shapes of blocks that run as ever, as compiling did not help.")
+    eager: int = Field(description="Shapes of blocks that run eagerly, as compiling did not help.")
     reason: str | None = Field(
-        description="Why the last of these runs as ever, or why none is compiled."
+        description="Why the last of these runs eagerly, or why none is compiled."
     )
 
 
@@ -41,34 +41,37 @@ class ModelCard(BaseModel):
 
     id: str = Field(description="Its name in a request.")
     object: Literal["model"] = "model"
-    created: int = Field(description="When its files were made, in seconds of Unix time.")
+    created: int = Field(description="Unix time at which its files were made.")
     owned_by: Literal["weft"] = "weft"
     default: bool = Field(description="Whether requests that name no model get this one.")
     loaded: bool = Field(
-        description="Whether it is in memory; a request for one that is not waits until it is."
+        description="Whether it is in memory; a request for a model that is not waits until it is "
+        "loaded."
     )
     loading: float | None = Field(
-        description="Share of its weights that is read, from 0 to 1, while it is being loaded."
+        description="Share of its weights that has been read, from 0 to 1, while it is being "
+        "loaded."
     )
     memory_bytes: int = Field(
-        description="Memory of the device that its weights take; 0 if it is not loaded."
+        description="Device memory that its weights take; 0 if it is not loaded."
     )
     offloaded_bytes: int = Field(description="Host memory that its offloaded weights take.")
-    loaded_since: float | None = Field(description="Seconds of Unix time; null if not loaded.")
+    loaded_since: float | None = Field(
+        description="Unix time at which it was loaded; null if it is not."
+    )
     device: str | None = Field(description="Device that it is on; null if it is not loaded.")
-    dtype: str | None = Field(description="Type of its weights; null if it is not loaded.")
+    dtype: str | None = Field(description="Dtype of its weights; null if it is not loaded.")
     quantization: str | None = Field(
         description="`none`, or the type of the weights in the blocks of its denoiser and text "
         "encoders: `int8`, `fp8` or `nf4`; null if it is not loaded."
     )
     gguf_types: tuple[str, ...] = Field(
-        description="Types of the blocks that weights of its denoiser are in, by ggml's names, as "
-        "its GGUF file has them, that of most weights first; empty where there are none, or if it "
-        "is not loaded."
+        description="Types of the blocks in the GGUF file of its denoiser, by ggml's names, the "
+        "type of most weights first; empty without such a file, or if it is not loaded."
     )
     denoiser: str | None = Field(
-        description="Name of the file of the U-Net or transformer that it was given in place of "
-        "its own; null for its own, or if it is not loaded."
+        description="Name of the file of the U-Net or transformer that replaces its own; null for "
+        "its own, or if it is not loaded."
     )
     offload: str | None = Field(
         description="What stays in host memory and is copied to the device as it runs: `none`, "
@@ -79,22 +82,22 @@ class ModelCard(BaseModel):
         "that torch's scaled_dot_product_attention chooses."
     )
     memory_format: str | None = Field(
-        description="How its denoiser's activations lie in memory, by torch's name: "
-        "`channels_last` of U-Nets, whose convolutions are faster so, else `contiguous_format`; "
-        "null if it is not loaded."
+        description="Memory format of its denoiser's activations, by torch's name: `channels_last` "
+        "for U-Nets, whose convolutions are then faster, else `contiguous_format`; null if it is "
+        "not loaded."
     )
     compilation: CompilationCard | None = Field(
-        description="What is compiled of its denoiser; null if it is not loaded, or if the "
+        description="State of compilation of its denoiser; null if it is not loaded, or if the "
         "server was started without `compile`."
     )
     forward_rows: tuple[int, ...] = Field(
-        description="Numbers of rows that its forward passes at its default size are filled up "
-        "to, as the first pass of a number is slow on a GPU; empty on a CPU, where passes have as "
-        "many rows as there are."
+        description="Numbers of rows that its forward passes at its default size are padded to, as "
+        "the first pass with a number is slow on a GPU; empty on a CPU, where passes are not "
+        "padded."
     )
     recorded_rows: tuple[int, ...] = Field(
-        description="Numbers of rows whose forward passes are replayed from CUDA graphs, as that "
-        "was measured to be faster."
+        description="Numbers of rows whose forward passes are replayed from CUDA graphs because "
+        "that was measured to be faster."
     )
 
 

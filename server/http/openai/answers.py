@@ -41,7 +41,7 @@ class ImageData(BaseModel):
 
     b64_json: str | None = Field(default=None, description="The image file in base64.")
     url: str | None = Field(
-        default=None, description="Where it is for a limited time, if that was asked for."
+        default=None, description="URL of the image for a limited time, if requested."
     )
     seed: int = Field(description="As in `POST /v1/generate`.")
 
@@ -58,7 +58,9 @@ class ImagesAnswer(BaseModel):
     id: str
     model: str
     settings: dict[str, Any] = Field(description="As in `POST /v1/generate`.")
-    warnings: list[str] = Field(description="As in `POST /v1/generate`, and what was ignored.")
+    warnings: list[str] = Field(
+        description="As in `POST /v1/generate`, and what was ignored of the request."
+    )
     notes: list[str] = Field(description="As in `POST /v1/generate`.")
 
 
@@ -67,7 +69,9 @@ class Event(BaseModel):
 
     type: str
     b64_json: str
-    partial_image_index: int | None = Field(default=None, description="Of a preview, from 0.")
+    partial_image_index: int | None = Field(
+        default=None, description="Index of a preview, from 0; null for an image."
+    )
     created_at: int = Field(description="Unix time at which the request arrived.")
     size: str
     quality: Literal["auto"] = "auto"

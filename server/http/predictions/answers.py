@@ -44,7 +44,7 @@ class Prediction(BaseModel):
     status: Status
     queue_position: int | None = Field(
         default=None,
-        description="While `starting`: how many are begun before it, if no others come.",
+        description="While `starting`: number of jobs that begin before it, if no others arrive.",
     )
     input: dict[str, Any] = Field(description="As sent, without pictures.")
     output: list[str] | None = Field(
@@ -52,7 +52,7 @@ class Prediction(BaseModel):
     )
     error: str | None = Field(default=None, description="One sentence, if it failed.")
     error_detail: PredictionError | None = None
-    attempts: int = Field(description="How often it was begun.")
+    attempts: int = Field(description="How often it was started.")
     created_at: datetime
     started_at: datetime | None
     completed_at: datetime | None
@@ -73,7 +73,7 @@ class PredictionPage(BaseModel):
     """One page of a key's jobs, the newest first."""
 
     results: list[Prediction]
-    next: str | None = Field(description="Path of the page with older ones, if there are any.")
+    next: str | None = Field(description="Path of the page with older jobs, if there are any.")
 
 
 class Step(BaseModel):

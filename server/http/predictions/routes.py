@@ -60,7 +60,7 @@ Identifier = Annotated[str, Path(max_length=64)]
     response_model=Prediction,
     responses=_ERRORS
     | _MORE_ERRORS
-    | {202: {"model": Prediction, "description": "Accepted, and not at its end yet."}},
+    | {202: {"model": Prediction, "description": "Accepted, but not finished yet."}},
 )
 async def create(
     body: PredictionRequest,
@@ -114,7 +114,8 @@ async def listed(
         found = await jobs.page(owner, cursor, limit + 1)
     except UnknownJob:
         raise InvalidRequest(
-            "cursor", "cursor is of no prediction of yours, or of an expired one; begin again."
+            "cursor",
+            "cursor is not a prediction of yours, or an expired one; begin again without it.",
         ) from None
     page = found[:limit]
     positions = await jobs.positions(page)

@@ -87,7 +87,8 @@ class AdapterFile:
             return cls(name, path, stamp, place(header, target), target, defaults)
         except (OSError, SafetensorError) as error:
             raise AdapterMismatch(
-                f"adapter {name!r} is no readable safetensors file: {without_folder(error, path)}."
+                f"adapter {name!r} is not a readable safetensors file: "
+                f"{without_folder(error, path)}."
             ) from None
         except AdapterMismatch as error:
             raise AdapterMismatch(f"adapter {name!r} {error.message}.") from None
@@ -208,7 +209,7 @@ def _header(path: Path) -> Header:
     large = [name for name, alpha in alphas.items() if not abs(alpha) <= LARGEST_ALPHA]
     if wrong := sorted(set(large) - unused):
         raise AdapterMismatch(
-            f"has the tensor {wrong[0]}, which is no number of at most {LARGEST_ALPHA:g}"
+            f"has the tensor {wrong[0]}, which is not a number of at most {LARGEST_ALPHA:g}"
         )
     return Header(shapes, alphas, metadata, PeftConfig.of_file(config) if config else None)
 

@@ -275,4 +275,4 @@ class CompiledBlocks:
             self._programs = {one: kept for one, kept in self._programs.items() if one != key}
             self._reasons[key] = said
             self.generation += 1
-        log.warning("%s: a %s runs as ever: %s", self._name, block, said)
+        log.warning("%s: a %s runs eagerly: %s", self._name, block, said)

@@ -178,7 +178,7 @@ class BlockCompiler:
             _note(file).unlink(missing_ok=True)
             tell(None, f"its program cannot be loaded: {error}")
             return
-        tell(program, f"{told['program_ms']:.2f} ms in place of {told['block_ms']:.2f}")
+        tell(program, f"{told['program_ms']:.2f} ms instead of {told['block_ms']:.2f}")
 
 
 def _compiled(process: CompilingProcess, job: BlockJob, file: Path) -> dict[str, Any]:

@@ -135,7 +135,7 @@ def export(job: BlockJob, weights: Sequence[Tensor]) -> Exported:
             FlatBlock(job), tuple(sample), dynamic_shapes=dynamic, strict=False
         )
     if len(made.graph_signature.user_inputs) != len(made.graph_signature.input_specs):
-        raise Unsuitable("it reads tensors beside its weights and what it is given")
+        raise Unsuitable("it reads tensors besides its weights and its inputs")
     inline_disabled_autocast(made.graph_module)
     return Exported(made.graph_module, sample)
 
@@ -178,15 +178,13 @@ def check(
             close = CLOSE.get(own.dtype, CLOSE_IN_HALF)
             apart = (own - other).abs().max()
             if own.shape != other.shape or not apart <= close * own.abs().max():
-                raise Unsuitable(f"compiled it gives other numbers, {float(apart):.1e} apart")
+                raise Unsuitable(f"compiled, its results differ by {float(apart):.1e}")
     block_s = program_s = 0.0
     for rows in TIMED_ROWS:
         times = _seconds((block, program), [*weights, *_given(job, rows)])
         block_s, program_s = block_s + times[0], program_s + times[1]
     if program_s >= block_s:
-        raise NoGain(
-            f"compiled it takes {1000 * program_s:.2f} ms in place of {1000 * block_s:.2f}"
-        )
+        raise NoGain(f"compiled it takes {1000 * program_s:.2f} ms instead of {1000 * block_s:.2f}")
     return block_s, program_s
 
 

@@ -148,7 +148,7 @@ def _config_of_file(name: str, path: Path, model: str, kind: ControlKind) -> Map
         with safe_open(path, framework="pt") as opened:
             tensors = [*opened.keys()]
     except (OSError, SafetensorError):
-        raise ControlMismatch(f"ControlNet {name!r} is no safetensors file.") from None
+        raise ControlMismatch(f"ControlNet {name!r} is not a safetensors file.") from None
     config = kind.config_of_file(tensors)
     if config is None:
         raise ControlMismatch(

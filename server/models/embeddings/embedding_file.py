@@ -85,7 +85,7 @@ class EmbeddingFile:
             vectors = _count({part: shapes[key] for part, key in tensors.items()}, target)
         except (OSError, SafetensorError) as error:
             raise EmbeddingMismatch(
-                f"embedding {name!r} is no readable safetensors file: "
+                f"embedding {name!r} is not a readable safetensors file: "
                 f"{without_folder(error, path)}."
             ) from None
         except EmbeddingMismatch as error:
@@ -124,7 +124,7 @@ class EmbeddingFile:
         if not all(bool(one.isfinite().all()) for one in vectors.values()):
             kind = str(dtype).removeprefix("torch.")
             raise EmbeddingMismatch(
-                f"embedding {self.name!r} has values that are no numbers in {kind}."
+                f"embedding {self.name!r} has values that are not numbers in {kind}."
             )
         return Embedding(self.name, revision, vectors)
 

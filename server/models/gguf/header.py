@@ -198,7 +198,7 @@ def _shape(header: _Header, key: str) -> tuple[int, ...]:
     kind, count = header.number("I"), header.number("Q")
     if kind not in INTEGERS or not 1 <= count <= MOST_DIMENSIONS:
         raise _Unreadable(
-            f"has {key[:SHOWN]}, which is no list of 1 to {MOST_DIMENSIONS} whole numbers"
+            f"has {key[:SHOWN]}, which is not a list of 1 to {MOST_DIMENSIONS} whole numbers"
         )
     return tuple(header.number(INTEGERS[kind]) for _ in range(count))
 
@@ -242,7 +242,7 @@ def _tensor(
         )
     if offset % alignment:
         raise _Unreadable(
-            f"has the tensor {name[:SHOWN]} at {offset}, which is no multiple of its alignment "
+            f"has the tensor {name[:SHOWN]} at {offset}, which is not a multiple of its alignment "
             f"{alignment}"
         )
     if kind in PLAIN:

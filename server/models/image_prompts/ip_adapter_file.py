@@ -88,7 +88,7 @@ class IPAdapterFile:
             return cls(name, path, stamp, kind, tokens, numbers, layers, encoder)
         except (OSError, SafetensorError) as error:
             raise ImagePromptMismatch(
-                f"IP-Adapter {name!r} is no readable safetensors file: "
+                f"IP-Adapter {name!r} is not a readable safetensors file: "
                 f"{without_folder(error, path)}."
             ) from None
         except _Misfit as error:

@@ -127,7 +127,7 @@ def test_quotas_of_a_key_say_what_is_used_up_and_what_is_never_allowed():
     with pytest.raises(InvalidRequest, match="n is 4; at most 3 images of this key") as never:
         admit(queue, few, images=4)
     assert never.value.field == "n"
-    with pytest.raises(InvalidRequest, match="needs about 6 s of the device; at most 5 s of this"):
+    with pytest.raises(InvalidRequest, match="needs about 6 s of device time; at most 5 s of this"):
         admit(queue, few, rows=600)
     admit(queue, few, images=2, rows=300)
     with pytest.raises(Overloaded, match="has 2 images waiting or running; at most 3 are allowed"):

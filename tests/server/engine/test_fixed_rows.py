@@ -134,7 +134,7 @@ def test_an_images_time_is_that_of_ticks_of_so_few_rows(timed: Callable[..., Eng
     engine = timed({Toy(): {1: 0.01, 128: 1.28}, Toy(name="flat"): {1: 1.0, 128: 1.0}})
     tasks = [replace(by_hand.task(rule=CFG(), steps=6), model="flat") for _ in range(20)]
     # 240 rows, of which 8 take a second.
-    with pytest.raises(InvalidRequest, match="about 30 s of the device"):
+    with pytest.raises(InvalidRequest, match="about 30 s of device time"):
         engine.submit(tasks, Ear(len(tasks)), Client("short of time", most_seconds=10))
 
 

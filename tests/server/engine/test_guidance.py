@@ -212,7 +212,7 @@ def test_freed_rows_serve_others_in_the_same_tick(narrow: Engine, kind: str) -> 
 def test_an_image_that_no_tick_could_hold_is_refused(narrow: Engine) -> None:
     wide = task(TWO, settings=(PAG(), SEG()))
     sentence = (
-        "guidance needs 5 rows of a forward at once; at most 4 are allowed here, "
+        "guidance needs 5 rows of a forward pass at once; at most 4 are allowed here, "
         "so ask for fewer branches or perturbations."
     )
     with pytest.raises(InvalidRequest) as refusal:
@@ -246,7 +246,9 @@ def test_a_group_larger_than_what_a_tick_admits_comes_in_whole(model: Toy) -> No
 
 def test_a_group_that_no_tick_could_hold_is_refused(narrow: Engine) -> None:
     group = Group()
-    with pytest.raises(InvalidRequest, match="6 rows of a forward at once for the 3 images of its"):
+    with pytest.raises(
+        InvalidRequest, match="6 rows of a forward pass at once for the 3 images of its"
+    ):
         narrow.submit([task(group=group) for _ in range(3)], None)  # type: ignore[arg-type]
 
 

@@ -112,7 +112,9 @@ def test_prompts_come_from_a_file_or_suit_the_model(tmp_path: Path) -> None:
     with pytest.raises(InvalidRequest, match="holds no lines"):
         prompts_for(tmp_path, file)
     file.write_bytes("é".encode("latin-1"))
-    with pytest.raises(InvalidRequest, match=r"prompts has .*prompts.txt', which is no UTF-8 text"):
+    with pytest.raises(
+        InvalidRequest, match=r"prompts has .*prompts.txt', which is not UTF-8 text"
+    ):
         prompts_for(tmp_path, file)
     assert prompts_for(tmp_path, None) == PROMPTS
     own = prompts_for(MODEL_FOLDER, None)

@@ -219,7 +219,7 @@ def test_unfinished_requests_make_way_and_those_being_served_do_not() -> None:
         with server.connect() as client:
             status, answer = answer_of(client)
         assert status == 429
-        assert answer["error"]["message"].startswith("2 connections are open, the most that are")
+        assert answer["error"]["message"].startswith("2 connections are open, which is the maximum")
 
 
 def test_a_request_that_was_sent_ahead_keeps_its_place() -> None:

@@ -246,7 +246,7 @@ def test_frames_of_a_model_that_edits_pictures_may_be_such_a_picture(
     assert first["source"] == "references"
     assert first["reference_images"] == [picture]
     assert "strength" not in first
-    assert "reads no pictures beside a prompt" in said
+    assert "does not read reference images" in said
     assert (second["source"], second["strength"]) == ("frames", 0.75)
 
 

@@ -62,7 +62,7 @@ def test_of_several_keys_only_those_with_the_right_unload_models(server: SmallSe
 def test_more_work_than_the_key_may_ever_have_is_refused_for_good(server: SmallServer) -> None:
     status, error = post(server, FEW, n=2, steps=200, width=1024, height=1024)
     assert (status, error["param"]) == (422, "n")
-    assert "s of the device; at most 20 s of this key may wait or run" in error["message"]
+    assert "s of device time; at most 20 s of this key may wait or run" in error["message"]
 
 
 def test_a_key_whose_quota_is_used_up_waits_and_others_do_not(

@@ -41,7 +41,7 @@ def test_a_port_is_taken_on_every_address_of_a_name_that_is_here(
 @pytest.mark.parametrize(
     ("host", "reason"),
     [
-        (ELSEWHERE, "host is '192.0.2.1', which is no address of this machine"),
+        (ELSEWHERE, "host is '192.0.2.1', which is not an address of this machine"),
         ("no such name", "host is 'no such name', which names no address"),
     ],
 )

@@ -237,7 +237,9 @@ def test_a_database_of_a_later_version_is_refused(tmp_path: Path) -> None:
         await database.run(Connection.execute, later)
 
     with_database(tmp_path, work)
-    with pytest.raises(NotReady, match="not one of this version of Weft: Can't locate revision"):
+    with pytest.raises(
+        NotReady, match="does not belong to this version of Weft: Can't locate revision"
+    ):
         of_folder(tmp_path)
 
 

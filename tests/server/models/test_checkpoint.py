@@ -98,7 +98,7 @@ def test_two_servers_may_convert_a_file_at_once(
             "that its networks do not: model.diffusion_model.odd.weight",
         ),
         ({"model.diffusion_model.label_emb.0.0.weight": None}, "lacks the tensor 'label_emb.0.0."),
-        ({"model.diffusion_model.input_blocks.0.0.weight": None}, "is no complete checkpoint"),
+        ({"model.diffusion_model.input_blocks.0.0.weight": None}, "is not a complete checkpoint"),
         ({"edm_vpred.sigma_max": torch.ones(1)}, "predicts by the preconditioning of EDM"),
         ({"conditioner.embedders.1.model.text_projection": None}, "1.model.text_projection'"),
     ],
@@ -174,7 +174,7 @@ def test_a_gguf_file_is_no_model_by_itself(tmp_path: Path) -> None:
 def test_a_server_is_not_started_on_another_kind_of_file(tmp_path: Path) -> None:
     save_file({"weight": torch.ones(1)}, tmp_path / "other.safetensors")
     settings = Settings(models=(str(tmp_path / "other.safetensors"),), cache=tmp_path / "cache")
-    with pytest.raises(ModelMismatch, match=r"other.safetensors' is no complete checkpoint of"):
+    with pytest.raises(ModelMismatch, match=r"other.safetensors' is not a complete checkpoint of"):
         host(settings)
 
 

@@ -32,7 +32,9 @@ def test_what_holds_no_classifier_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelMismatch, match="cannot be read"):
         LatentClassifier.load(file)
     save_file({"x": torch.zeros(3)}, file)
-    with pytest.raises(ModelMismatch, match=r"holds no classifier of the form weft\.classifier\.1"):
+    with pytest.raises(
+        ModelMismatch, match=r"contains no classifier in the format weft\.classifier\.1"
+    ):
         LatentClassifier.load(file)
     for identity in ("[", "[" * 100_000, "5", '{"channels": 4, "heads": [], "model": ""}'):
         save_file({"x": torch.zeros(3)}, file, {"format": FORMAT, "identity": identity})

@@ -311,16 +311,19 @@ def test_the_network_s_config_may_name_a_turbo_model_too(configs: Path) -> None:
         ({"convention": "hyper", "steps": "2"}, r"has the steps '2'; it must be a whole number\.$"),
         (
             {"convention": "hyper", "steps": 2, "eta": 1},
-            "has the field 'eta', which is not known; allowed are con",
+            "has the field 'eta', which is unknown; allowed are con",
         ),
         ({}, "has no convention; allowed are lcm, lcm_lora"),
         ({"convention": "flux_schnell"}, "which is for flow-matching models; this one predicts"),
-        ({"convention": "lcm"}, "models that are told a guidance scale; this one has no time_cond"),
+        (
+            {"convention": "lcm"},
+            "models with a guidance scale as an input; this one has no time_cond",
+        ),
         ({"convention": "tcd", "scale": 3}, "has the scale 3; models of the convention 'tcd' are"),
         ({"convention": 5}, r"has the convention 5; it must be a string\.$"),
         ({"convention": "lcm", "scale": 30}, r"has the scale 30; it must be at most 20\.$"),
         ({"convention": "hyper", "steps": 0}, r"has the steps 0; it must be at least 1\.$"),
-        ([], "holds no JSON object"),
+        ([], "does not contain a JSON object"),
     ],
     ids=str,
 )

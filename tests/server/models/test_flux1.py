@@ -197,7 +197,9 @@ def test_an_operator_may_state_a_convention_of_flow_matching_models_alone(tmp_pa
     own = stated(tmp_path, {}, embeds_scale=True, flow=True)
     assert own is not None
     assert (own.steps, own.policy.name) == (8, "embedded")
-    with pytest.raises(ModelMismatch, match="guidance scale; this one has no guidance_embeds"):
+    with pytest.raises(
+        ModelMismatch, match="guidance scale as an input; this one has no guidance_embeds"
+    ):
         stated(tmp_path, {}, embeds_scale=False, flow=True)
     file.write_text('{"convention": "lcm_lora"}')
     with pytest.raises(ModelMismatch, match="models that predict noise; this one matches a flow"):

@@ -298,7 +298,7 @@ def refuse_shards_elsewhere(folder):
         (refuse_no_index, "has no model_index.json"),
         (refuse_broken_index, "is not valid JSON"),
         (refuse_unreadable_index, "model_index.json .* cannot be read: Is a directory"),
-        (refuse_list_index, "holds no JSON object"),
+        (refuse_list_index, "does not contain a JSON object"),
         (refuse_remote_code, "names 'Unet' as its unet; allowed are UNet2DConditionModel"),
         (refuse_pickled_weights, "no safetensors weights; other formats are refused"),
         (refuse_pickled_text_encoder, "no file named model.safetensors"),
@@ -458,5 +458,5 @@ def test_what_a_model_takes_is_said_by_its_headers(folder):
     assert whole == pytest.approx(bytes_of(load(MODEL_FOLDER)), rel=0.01)
     assert half < 0.6 * whole
     next(folder.glob("unet/*.safetensors")).write_bytes(b"\xff" * 20)
-    with pytest.raises(ModelMismatch, match=r"unet/.* is no safetensors file"):
+    with pytest.raises(ModelMismatch, match=r"unet/.* is not a safetensors file"):
         bytes_in_memory(folder, torch.float32)

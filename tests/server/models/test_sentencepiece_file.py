@@ -76,7 +76,7 @@ def test_a_prompt_is_cut_into_the_pieces_of_the_file(tmp_path: Path) -> None:
 def test_what_is_no_model_of_pieces_is_refused(tmp_path: Path, content: bytes) -> None:
     folder = saved(tmp_path, content)
     with pytest.raises(
-        ModelMismatch, match=r"tokenizer/spiece\.model .* is no SentencePiece model"
+        ModelMismatch, match=r"tokenizer/spiece\.model .* is not a SentencePiece model"
     ):
         load_tokenizer(folder, "tokenizer", T5Tokenizer, 7)
 

@@ -114,7 +114,7 @@ def test_files_of_other_weights_are_left_out_with_a_warning(
     replace(Statistics.load(stored(tmp_path, "cfg", 3.0)), identity=None).save(closed)
     with caplog.at_level(logging.WARNING):
         found = read(tmp_path)
-    assert "is of no model" in caplog.text
+    assert "belongs to no model" in caplog.text
     assert "for model revision feedfeedfeedfeed, but the model's is 0123" in caplog.text
     assert found.available == ()
     with pytest.raises(

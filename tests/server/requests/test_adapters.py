@@ -103,7 +103,8 @@ def test_what_is_no_list_of_adapters_is_refused(written: Any, says: str) -> None
         (
             ["ink", "attic"],
             "adapters.1.name",
-            "adapters.1.name: 'attic' is no adapter of model 'toy'; there are: ink, pastel, quick.",
+            "adapters.1.name: 'attic' is not among the adapters of model 'toy'; these are: ink, "
+            "pastel, quick.",
         ),
         (["ink", "ink"], "adapters.1.name", "adapters.1.name is 'ink', which is named twice."),
     ],
@@ -117,7 +118,9 @@ def test_an_adapter_must_be_one_of_the_model(
 
 
 def test_a_model_without_adapters_says_that_it_has_none() -> None:
-    with pytest.raises(InvalidRequest, match="no adapter of model 'toy'; there are: none"):
+    with pytest.raises(
+        InvalidRequest, match="not among the adapters of model 'toy'; these are: none"
+    ):
         resolved(Toy(), "pastel")
 
 

@@ -121,7 +121,8 @@ def test_a_control_must_be_one_of_the_model(model: HostedModel) -> None:
         resolved(model, {"name": "edges"}, {"name": "pose"})
     assert refused.value.field == "controls.1.name"
     assert refused.value.message == (
-        "controls.1.name: 'pose' is no ControlNet of model 'toy'; there are: depth, edges."
+        "controls.1.name: 'pose' is not among the ControlNets of model 'toy'; these are: depth, "
+        "edges."
     )
     with pytest.raises(InvalidRequest, match="model 'toy' takes no ControlNets"):
         resolved(Toy(), {"name": "edges"})

@@ -104,7 +104,8 @@ def test_an_adapter_must_be_one_of_the_model(model: HostedModel) -> None:
         resolved(model, {"name": "style"}, {"name": "hand"})
     assert refused.value.field == "image_prompts.1.name"
     assert refused.value.message == (
-        "image_prompts.1.name: 'hand' is no IP-Adapter of model 'tiny'; there are: face, style."
+        "image_prompts.1.name: 'hand' is not among the IP-Adapters of model 'tiny'; these are: "
+        "face, style."
     )
     with pytest.raises(InvalidRequest, match="model 'toy' takes no image prompts"):
         resolved(Toy(), {"name": "style"})

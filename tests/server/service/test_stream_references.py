@@ -240,7 +240,7 @@ def test_more_pictures_than_the_model_reads_with_the_frame_are_refused(service: 
         ),
         (
             {"reference_images": ["AAAA"]},
-            "reference_images has 1, but model 'toy' reads no pictures beside a prompt; leave it "
+            "reference_images has 1, but model 'toy' does not read reference images; leave it "
             "out, or send a picture as an input frame with source 'frames'.",
         ),
     ],

@@ -65,7 +65,7 @@ BAD_SETTINGS: list[tuple[str, str, str | None, str]] = [
     ('{"in_flight": 100}', "invalid_value", "in_flight", "in_flight is 100; at most 8"),
     ('{"width": 130}', "invalid_value", "width", "multiple of"),
     ('{"source": "text", "strength": 0.5}', "invalid_value", "strength", "source 'frames'"),
-    ('{"source": "references"}', "invalid_value", "source", "reads no pictures beside a prompt"),
+    ('{"source": "references"}', "invalid_value", "source", "does not read reference images"),
     ('{"similarity_filter": {"max": 1}}', "invalid_value", "similarity_filter.max", "max_skip"),
     ('{"model": "other"}', "model_not_found", "model", "embedded"),
     (

@@ -130,7 +130,7 @@ def test_a_message_may_be_long_by_its_pictures_alone(
     assert len(large["image"]) > MOST_SETTINGS_CHARACTERS
     assert "settings" in speaker.settings(**SMALL, image_prompts=[large])
     speaker.tell(json.dumps({"prompt": [0] * MOST_SETTINGS_CHARACTERS}))
-    assert "only pictures in base64 may make it so long" in speaker.heard()["error"]["message"]
+    assert "only pictures in base64 may make it longer" in speaker.heard()["error"]["message"]
     most = running.app.state.settings.streams.frame_bytes
     speaker.tell(json.dumps({"image_prompts": [prompt(16) | {"image": "A" * most}]}))
     assert f"at most {most} are allowed" in speaker.heard()["error"]["message"]

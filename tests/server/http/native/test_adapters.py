@@ -77,7 +77,9 @@ def test_an_unknown_name_is_refused_with_those_that_are_known(
     assert answer.status_code == 422
     error = answer.json()["error"]
     assert error["param"] == "adapters.1.name"
-    assert f"{name!r} is no adapter of model 'embedded'; there are: " in error["message"]
+    assert (
+        f"{name!r} is not among the adapters of model 'embedded'; these are: " in error["message"]
+    )
 
 
 def test_the_frames_of_a_stream_have_its_adapters(
@@ -124,7 +126,7 @@ def test_settings_whose_adapters_find_no_room_are_refused_and_the_stream_goes_on
         monkeypatch.setattr(shelf._memory, "most_bytes", room_for_one)
         error = later.settings(**SMALL, adapters=[other.stem], source="text")["error"]
         assert error["code"] == "overloaded"
-        assert error["message"].startswith("The adapters of the requests under way fill the memory")
+        assert error["message"].startswith("The adapters of running requests fill the memory")
         later.settings(**SMALL, source="text")
         assert later.output().header["frame"] == 0
     other.unlink()

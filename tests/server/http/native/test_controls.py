@@ -111,7 +111,8 @@ def test_what_is_wrong_with_a_control_is_said(
     unknown = generate(controls=[control(name="../depth")])
     assert unknown.status_code == 422
     assert unknown.json()["error"]["message"] == (
-        "controls.0.name: '../depth' is no ControlNet of model 'embedded'; there are: depth."
+        "controls.0.name: '../depth' is not among the ControlNets of model 'embedded'; these are: "
+        "depth."
     )
     form = client.post(
         "/v1/images/edits",

@@ -106,7 +106,8 @@ def test_what_is_wrong_with_an_image_prompt_is_said(
     unknown = generate(image_prompts=[prompt(name="../style")])
     assert unknown.status_code == 422
     assert unknown.json()["error"]["message"] == (
-        "image_prompts.0.name: '../style' is no IP-Adapter of model 'embedded'; there are: style."
+        "image_prompts.0.name: '../style' is not among the IP-Adapters of model 'embedded'; these "
+        "are: style."
     )
     models = {one["name"]: one for one in client.get("/v1/catalog").json()["models"]}
     assert {"name": style, "tokens": 4} in models["embedded"]["image_prompts"]

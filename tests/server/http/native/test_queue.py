@@ -105,5 +105,5 @@ def test_automatic1111_s_clients_are_told_too(held: tuple[Held, httpx2.Client]) 
             assert drawing.result().status_code == 200
             waiting.read()
         running.read()
-    assert told["textinfo"] == "Waiting: 1 request is before this."
+    assert told["textinfo"] == "Waiting: 1 request is ahead of this one."
     assert (told["progress"], told["eta_relative"]) == (0.01, 0)

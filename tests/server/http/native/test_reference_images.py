@@ -81,7 +81,7 @@ def test_a_model_that_reads_none_says_so(generate: Callable[..., httpx2.Response
     answer = generate(reference_images=texts(file(1)))
     assert answer.status_code == 422
     assert answer.json()["error"]["message"].startswith(
-        "reference_images: model 'embedded' reads no pictures beside a prompt."
+        "reference_images: model 'embedded' does not read reference images;"
     )
 
 

@@ -318,7 +318,7 @@ REFUSED: dict[str, tuple[dict[str, Tensor], dict[str, str], str]] = {
     ),
     "one factor": (without(B), {}, f"has {A} without its other factor"),
     "whole numbers": ({**factors(), A: torch.ones(2, 6).int()}, {}, "of type I32; allowed are F16"),
-    "no json": (factors(), {"lora_adapter_metadata": "["}, "is no JSON object"),
+    "no json": (factors(), {"lora_adapter_metadata": "["}, "is not a JSON object"),
     "no alpha": (
         factors(),
         {"lora_adapter_metadata": '{"unet.lora_alpha": "much"}'},
@@ -332,7 +332,7 @@ REFUSED: dict[str, tuple[dict[str, Tensor], dict[str, str], str]] = {
     "alphas in a list": (
         factors(),
         {"lora_adapter_metadata": '{"unet.alpha_pattern": [1]}'},
-        "has an alpha_pattern in lora_adapter_metadata that is no JSON object",
+        "has an alpha_pattern in lora_adapter_metadata that is not a JSON object",
     ),
     "convention": (factors(), {"weft.convention": "magic"}, "'magic'; allowed are lcm_lora, tcd"),
     "convention of another kind": (factors(), {"weft.convention": "lcm"}, "'lcm'; allowed are"),
@@ -366,7 +366,7 @@ def test_what_is_no_safetensors_file_is_refused(
     target: Target, tmp_path: Path, data: bytes
 ) -> None:
     (tmp_path / "style.safetensors").write_bytes(data)
-    with pytest.raises(AdapterMismatch, match="is no readable safetensors file"):
+    with pytest.raises(AdapterMismatch, match="is not a readable safetensors file"):
         AdapterFile.read("style", tmp_path / "style.safetensors", target)
 
 

@@ -48,8 +48,8 @@ def test_adapters_are_listed_that_fit_the_model(tmp_path: Path) -> None:
     assert [file.name for file in shelf.available()] == ["line art", "pastel"]
     for name, says in (
         ("of another model", r"weight has the shape \[5, 6\] in model 'small'"),
-        ("broken", "is no readable safetensors file"),
-        ("old", "'old' is no adapter of model 'small'; there are: line art, pastel"),
+        ("broken", "is not a readable safetensors file"),
+        ("old", "'old' is not among the adapters of model 'small'; these are: line art, pastel"),
     ):
         with pytest.raises(AdapterMismatch, match=says):
             shelf.find(name)

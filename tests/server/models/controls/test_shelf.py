@@ -95,7 +95,7 @@ def strange_index(folder: Path) -> None:
         (no_json, "config.json of ControlNet 'depth' is not valid JSON: "),
         (
             no_tensors,
-            "diffusion_pytorch_model.safetensors of ControlNet 'depth' is no safetensors file.",
+            "diffusion_pytorch_model.safetensors of ControlNet 'depth' is not a safetensors file.",
         ),
         (
             no_weights,
@@ -126,7 +126,7 @@ def test_a_controlnet_is_read_once_while_there_is_room_and_again_when_it_changed
     assert shelf.load("a") is first
     held = [shelf.load(name) for name in ("b", "c")]
     assert memory.bytes == 3 * BYTES
-    with pytest.raises(Overloaded, match="The ControlNets of the requests under way fill"):
+    with pytest.raises(Overloaded, match="The ControlNets of running requests fill"):
         shelf.load("d")
     del held
     gc.collect()
@@ -275,7 +275,7 @@ def test_a_single_file_of_another_sort_is_refused(of_unet: UNetControl, tmp_path
     assert [*shelf.unfit()] == ["lllite", "none", "shuffle"]
     assert "control LoRA, LLLite and T2I-Adapters are not supported" in shelf.unfit()["lllite"]
     assert "has global_pool_conditions True" in shelf.unfit()["shuffle"]
-    assert "is no safetensors file" in shelf.unfit()["none"]
+    assert "is not a safetensors file" in shelf.unfit()["none"]
     with pytest.raises(ControlMismatch, match=r"^half\.safetensors of ControlNet 'half' lacks the"):
         shelf.load("half")
 

@@ -86,7 +86,7 @@ def test_other_files_are_no_embeddings_and_a_new_one_is_found_at_once(tmp_path: 
     (tmp_path / "torn.safetensors").write_text("no tensors")
     shelf = shelved(tmp_path, ONE)
     assert list(shelf.unfit()) == ["torn"]
-    assert "no readable safetensors file" in shelf.unfit()["torn"]
+    assert "not a readable safetensors file" in shelf.unfit()["torn"]
     assert str(tmp_path) not in shelf.unfit()["torn"]
     save_file({"emb_params": torch.ones(2, 4)}, tmp_path / "ink.safetensors")
     assert [one.name for one in shelf.named_in("an INK drawing")] == ["ink"]
@@ -123,7 +123,7 @@ def test_of_a_folder_that_has_not_changed_only_what_is_named_is_looked_at(tmp_pa
 
 def test_values_that_are_no_numbers_are_refused_once_they_are_read(tmp_path: Path) -> None:
     save_file({"emb_params": torch.full((1, 4), torch.nan)}, tmp_path / "ink.safetensors")
-    with pytest.raises(EmbeddingMismatch, match="'ink' has values that are no numbers in float32"):
+    with pytest.raises(EmbeddingMismatch, match="'ink' has values that are not numbers in float32"):
         shelved(tmp_path, ONE).load("ink")
 
 

@@ -114,7 +114,10 @@ def test_a_tensor_may_be_stored_in_another_shape(tmp_path: Path) -> None:
         (file_of(Described(dimensions=(1,) * 5)), "has the tensor a of 5 dimensions"),
         (file_of(Described(code=IQ1_S)), "has the tensor a of ggml's type 19; allowed are F32, F1"),
         (file_of(Described(code=I32)), "has the tensor a of ggml's type 26; allowed are F32, F16"),
-        (file_of(Described(offset=8)), "has the tensor a at 8, which is no multiple of its alignm"),
+        (
+            file_of(Described(offset=8)),
+            "has the tensor a at 8, which is not a multiple of its alignm",
+        ),
         (
             file_of(Described(dimensions=(48, 2), code=Q8_0)),
             r"has the tensor a with rows of 48 numbers in blocks of 32 \(Q8_0\)",
@@ -136,9 +139,12 @@ def test_a_tensor_may_be_stored_in_another_shape(tmp_path: Path) -> None:
         ),
         (
             file_of(Described(), **shaped(1, 1, 1, 2, 32)),
-            "orig_shape.a, which is no list of 1 to 4",
+            "orig_shape.a, which is not a list of 1 to 4",
         ),
-        (file_of(Described(), **shaped(2, 32, kind=6)), "orig_shape.a, which is no list of 1 to 4"),
+        (
+            file_of(Described(), **shaped(2, 32, kind=6)),
+            "orig_shape.a, which is not a list of 1 to 4",
+        ),
         (
             file_of(Described(), Described(name=b"b", offset=128), data=512),
             "has the tensor b where another one is",

@@ -160,7 +160,7 @@ def strange_encoder(folder: Path) -> None:
             'Missing key(s) in state_dict: "norm.bias".',
         ),
         (of_faces, " does not fit model 'small': it is neither of the plain kind nor of the kind"),
-        (no_tensors, " is no readable safetensors file: "),
+        (no_tensors, " is not a readable safetensors file: "),
         (
             other_encoder,
             ": it reads 24 features of an image encoder in a folder beside it, and none has as "
@@ -250,7 +250,7 @@ def test_what_never_fits_together_is_refused_for_good_and_what_does_not_now_for_
         tight.check_together(both)
     tight.check_together([both[0], both[0]])
     held = tight.load("plus")
-    with pytest.raises(Overloaded, match="IP-Adapters of the requests under way fill"):
+    with pytest.raises(Overloaded, match="IP-Adapters of running requests fill"):
         tight.load("plain")
     assert held.name == "plus"
     monkeypatch.setattr(device_memory, "measure", lambda _: DeviceMemory(9, 10**9))
