@@ -120,7 +120,7 @@ class Limits(BaseModel):
         default=5,
         gt=0,
         le=600,
-        description="Seconds of the processor that decoding an uploaded image may take.",
+        description="Processor seconds that decoding an uploaded image may take.",
     )
     body_bytes: int = Field(default=32 * 2**20, ge=1024, description="Size of a request body.")
 
@@ -135,7 +135,8 @@ class StreamLimits(BaseModel):
         default=None,
         ge=1,
         le=4096,
-        description="Streams open at once with the same API key. Default: as many as in all.",
+        description="Streams open at once with the same API key. Default: no limit besides that "
+        "for all.",
     )
     in_flight: int = Field(
         default=8, ge=1, le=64, description="Frames of one stream in the engine at once."
@@ -144,7 +145,7 @@ class StreamLimits(BaseModel):
         default=4 * 2**20, ge=1024, le=16 * 2**20, description="Size of one input frame as a file."
     )
     stall_s: float = Field(
-        default=20, gt=0, le=600, description="Seconds that a client may take to read a message."
+        default=20, gt=0, le=600, description="Seconds that a client may take to receive a message."
     )
     idle_s: float = Field(
         default=600,
@@ -172,14 +173,14 @@ class JobSettings(BaseModel):
     )
     pictures: str | None = Field(
         default=None,
-        description="Where the pictures of jobs are, as a path or a URL of fsspec such as "
+        description="Storage for the pictures of jobs: a path, or a URL for fsspec such as "
         "`s3://bucket/jobs`. Default: a subfolder of `folder`.",
     )
     running: int = Field(
         default=32,
         ge=1,
         le=4096,
-        description="Jobs given to the engine at once, in turns of the keys; others wait.",
+        description="Jobs given to the engine at once, with keys taking turns; others wait.",
     )
     waiting: int = Field(
         default=1000,
@@ -191,13 +192,13 @@ class JobSettings(BaseModel):
         default=3,
         ge=1,
         le=100,
-        description="How often a job is begun in all, if the process ends while it runs, memory "
-        "runs out, or its images cannot be stored.",
+        description="Maximum number of attempts at a job, if the process ends while it runs, "
+        "memory runs out, or its images cannot be stored.",
     )
     keep_s: float = Field(
         default=86400,
         gt=0,
-        description="Seconds after its end for which a job and its pictures are kept.",
+        description="Seconds for which a job and its pictures are kept after its end.",
     )
     webhook_secret: SecretStr | None = Field(
         default=None,
@@ -206,7 +207,7 @@ class JobSettings(BaseModel):
     )
     webhook_private: bool = Field(
         default=False,
-        description="Let webhooks go to private and loopback addresses too.",
+        description="Allow webhooks to private and loopback addresses.",
     )
 
     @property
@@ -231,7 +232,7 @@ class JobSettings(BaseModel):
             if scheme not in ("postgresql", "postgres"):
                 raise ValueError("database must be a URL that begins with postgresql://.")
             if self.folder is None and self.pictures is None:
-                raise ValueError("database is given without a place for pictures; set pictures.")
+                raise ValueError("database is set without storage for pictures; set pictures.")
         return self
 
     @model_validator(mode="after")
@@ -242,7 +243,7 @@ class JobSettings(BaseModel):
         lacking = {extra: None for extra, module in needed if self.on and not find_spec(module)}
         if lacking:
             raise ValueError(
-                "durable jobs are on, and packages that they need are not installed; install them "
+                "durable jobs are on, but packages that they need are not installed; install them "
                 f"with: pip install 'weft[{','.join(lacking)}]'."
             )
         return self
@@ -259,7 +260,7 @@ class JobSettings(BaseModel):
         if not 24 <= size <= 64:
             raise ValueError(
                 "webhook_secret must be whsec_ and the base64 of 24 to 64 bytes, for example "
-                "whsec_ and what `openssl rand -base64 32` prints."
+                "whsec_ and the output of `openssl rand -base64 32`."
             )
         return self
 
@@ -271,9 +272,9 @@ class ResultSettings(BaseModel):
 
     place: str | None = Field(
         default=None,
-        description="Where the images behind URLs are, as a path or a URL of fsspec. Default: the "
-        "subfolder `results` of `WEFT_JOBS__FOLDER`, or without that a temporary folder, which "
-        "ends with the process.",
+        description="Storage for the images behind URLs: a path, or a URL for fsspec. Default: the "
+        "subfolder `results` of `WEFT_JOBS__FOLDER`, or without that a temporary folder, which is "
+        "deleted when the process ends.",
     )
     keep_s: float = Field(
         default=3600,
@@ -284,14 +285,14 @@ class ResultSettings(BaseModel):
     total_bytes: int = Field(
         default=2**30,
         ge=2**20,
-        description="Bytes of all images behind URLs; beyond it the oldest ones of the key that "
-        "has most are deleted early.",
+        description="Maximum bytes of all images behind URLs; beyond it the oldest images of the "
+        "key with the most bytes are deleted early.",
     )
     base_url: str | None = Field(
         default=None,
         pattern="^https?://[^/]",
-        description="What URLs begin with, such as `https://images.example`, where a proxy gives "
-        "this server another address. Default: the address that the request was sent to.",
+        description="Beginning of URLs, such as `https://images.example`, if a proxy gives this "
+        "server another address. Default: the address that the request was sent to.",
     )
 
 
@@ -312,9 +313,9 @@ class Settings(BaseSettings):
 
     models: Names = Field(
         default=(),
-        description="Models, each `path` or `name=path` of a folder or a "
-        "`.safetensors` checkpoint, or `org/name@revision` of the Hugging Face hub, loaded at the "
-        "start; the embedded models if empty.",
+        description="Models, each `path` or `name=path` of a folder or a `.safetensors` "
+        "checkpoint, or `org/name@revision` of the Hugging Face hub, loaded at start-up; the "
+        "embedded models if empty.",
     )
     models_folder: Path | None = Field(
         default=None,
@@ -323,15 +324,14 @@ class Settings(BaseSettings):
     )
     cache: Path = Field(
         default=Path("~/.cache/weft"),
-        description="Folder for what single-file checkpoints are converted to, and for compiled "
-        "blocks.",
+        description="Folder for converted single-file checkpoints and for compiled blocks.",
     )
     memory_gib: float | None = Field(
         default=None,
         gt=0,
         description="Memory for the weights of all loaded models and for their CUDA graphs, in "
-        "GiB; beyond it models that were not used for longest are unloaded, and graphs released.  "
-        "Default: what the device has free, of a GPU all but a tenth.",
+        "GiB; beyond it the least recently used models are unloaded, and graphs released. Default: "
+        "the free memory of the device, on a GPU all but a tenth of it.",
     )
     load_s: float = Field(
         default=300,
@@ -347,24 +347,24 @@ class Settings(BaseSettings):
     )
     vaes: Names = Field(
         default=(),
-        description="Autoencoders in place of models' own, each `name=path` of a `.safetensors` "
+        description="Autoencoders that replace models' own, each `name=path` of a `.safetensors` "
         "file, by diffusers' names or the original ones, or of a folder in the diffusers layout.",
     )
     denoisers: Names = Field(
         default=(),
-        description="U-Nets or transformers in place of models' own, each `name=path` of a "
+        description="U-Nets or transformers that replace models' own, each `name=path` of a "
         "`.safetensors` or `.gguf` file, by diffusers' names or the original ones.",
     )
     quantize: Names = Field(
         default=(),
-        description="Weights in fewer bits: `int8`, `fp8` or `nf4` for all models, or "
+        description="Quantisation of weights: `int8`, `fp8` or `nf4` for all models, or "
         "`name=int8` for one, `name=none` to leave it as it is. Needs the extra `quantized`.",
     )
     offload: Literal["auto", "none", "text", "all"] = Field(
         default="auto",
-        description="What of a model stays in host memory and is copied to the GPU block by block "
-        "as it runs: `text` for its text encoders, `all` for the denoiser too. `auto` takes the "
-        "first of `none`, `text` and `all` that fits; on a CPU it is `none`.",
+        description="The parts of a model that stay in host memory and are copied to the GPU block "
+        "by block as it runs: `text` for its text encoders, `all` for the denoiser too. `auto` "
+        "takes the first of `none`, `text` and `all` that fits; on a CPU it is `none`.",
     )
     adapters: Folder | None = Field(
         default=None,
@@ -378,7 +378,7 @@ class Settings(BaseSettings):
     )
     embeddings: Folder | None = Field(
         default=None,
-        description="Folder with embeddings of textual inversion, `NAME.safetensors`, that prompts "
+        description="Folder with textual inversion embeddings, `NAME.safetensors`, that prompts "
         "may name.",
     )
     controls: Folder | None = Field(
@@ -405,22 +405,22 @@ class Settings(BaseSettings):
     deterministic: bool = Field(
         default=False,
         description="Make every image bit-identical whatever else is in its batch. All forward "
-        "passes have as many rows then, for which an image alone waits: at the start the fewest "
-        "are chosen that have most of the best throughput, or as many as `WEFT_ROW_BUDGET` says, "
-        "which keeps the bits after a restart, too. Images that need more rows at once have larger "
-        "passes.",
+        "passes then have the same number of rows, which also slows down a single image: the "
+        "smallest number with most of the best throughput is chosen at start-up, or the number in "
+        "`WEFT_ROW_BUDGET`, which also keeps the bits after a restart. Images that need more rows "
+        "at once have larger passes.",
     )
     compile: bool = Field(
         default=False,
-        description="Compile the repeated blocks of denoisers in the background, in processes of "
-        "their own; passes run as ever until that is done. Needs a C++ compiler, and works neither "
+        description="Compile the repeated blocks of denoisers in the background, in separate "
+        "processes; passes run eagerly until that is done. Needs a C++ compiler, and works neither "
         "with `deterministic` nor for models that are quantised or streamed from host memory.",
     )
     cuda_graphs: Literal["auto", "off"] = Field(
         default="auto",
         description="Whether forward passes on an NVIDIA GPU are recorded as CUDA graphs and "
-        "replayed: `auto` records those that become faster by it, with up to an eighth of the "
-        "memory for each model.",
+        "replayed: `auto` records those that this makes faster, with up to an eighth of the memory "
+        "for each model.",
     )
     row_budget: int | None = Field(
         default=None,
@@ -433,34 +433,34 @@ class Settings(BaseSettings):
         default=0.1,
         gt=0,
         le=10,
-        description="Maximum seconds of one pass, as estimated, while frames of live streams are "
+        description="Maximum estimated seconds of one pass while frames of live streams are "
         "running.",
     )
     max_pending: int = Field(
         default=1024,
         ge=1,
         le=65536,
-        description="Maximum images queued or running, frames of live streams apart; requests "
+        description="Maximum images queued or running, except frames of live streams; requests "
         "beyond it get status 429.",
     )
     max_pending_s: float = Field(
         default=300,
         ge=1,
         le=86400,
-        description="Maximum seconds of the device that these images need, as estimated; requests "
-        "beyond it get status 429. Clients that have nothing queued or running are served anyway.",
+        description="Maximum estimated device seconds that these images need; requests beyond it "
+        "get status 429. Clients with nothing queued or running are served anyway.",
     )
     max_pending_bytes: int = Field(
         default=4 * 2**30,
         ge=2**20,
-        description="Maximum bytes that these images need, as estimated from the sizes of their "
+        description="Maximum bytes that these images need, estimated from the sizes of their "
         "latents, uploads and results; requests beyond it get status 429.",
     )
     decode_processes: int = Field(
         default=2,
         ge=1,
         le=64,
-        description="Uploaded images decoded at once, each in a process of its own.",
+        description="Uploaded images decoded at once, each in its own process.",
     )
     limits: Limits = Limits()
     streams: StreamLimits = StreamLimits()
@@ -469,10 +469,10 @@ class Settings(BaseSettings):
 
     api_keys: Keys = Field(
         default=(),
-        description="Accepted bearer keys, each of 16 to 256 characters or as `sha256:` and the 64 "
-        "hexadecimal digits of its SHA-256, or as an object with `key`, `name`, `weight`, "
-        "`images`, `device_s`, `priority` and `unload`. Without keys, anyone who can reach the "
-        "port is served.",
+        description="Accepted bearer keys, each of 16 to 256 characters, or `sha256:` and the 64 "
+        "hexadecimal digits of its SHA-256, or an object with `key`, `name`, `weight`, `images`, "
+        "`device_s`, `priority` and `unload`. Without keys, anyone who can reach the port is "
+        "served.",
     )
     insecure: bool = Field(
         default=False,
@@ -491,7 +491,7 @@ class Settings(BaseSettings):
         default=512,
         ge=1,
         le=65536,
-        description="Connections at once; beyond them the one that has waited longest for the "
+        description="Maximum open connections; beyond it the one that has waited longest for the "
         "rest of a request is closed, or the new one gets status 429.",
     )
     headers_s: float = Field(
@@ -504,7 +504,7 @@ class Settings(BaseSettings):
         default=30,
         gt=0,
         le=3600,
-        description="Seconds after which a client that reads nothing of its response is dropped.",
+        description="Seconds after which a client that does not read its response is dropped.",
     )
     body_s: float = Field(
         default=60, gt=0, le=3600, description="Seconds within which a request body must arrive."
@@ -520,15 +520,15 @@ class Settings(BaseSettings):
         ge=0,
         le=3600,
         description="Seconds from the signal that stops the server to the end of its process, at "
-        "least about 3. Requests under way may finish until 3 seconds before; then they get "
+        "least about 3. Running requests may finish until 3 seconds before the end; then they get "
         "status 503.",
     )
     lame_duck_s: float = Field(
         default=1,
         ge=0,
         le=600,
-        description="Least seconds from SIGTERM until the listener closes, in which `/readyz` and "
-        "new requests get status 503, so that load balancers notice.",
+        description="Minimum seconds from SIGTERM until the listener closes, in which `/readyz` "
+        "and new requests get status 503, so that load balancers notice.",
     )
 
     @model_validator(mode="after")
@@ -544,8 +544,8 @@ class Settings(BaseSettings):
     def _check_compile(self) -> Self:
         if self.compile and self.deterministic:
             raise ValueError(
-                "compile is on, and deterministic too; an image's bits would depend on whether its "
-                "blocks were compiled by then. Turn one of them off."
+                "compile and deterministic are both on, but an image's bits would depend on "
+                "whether its blocks were compiled by then; turn one of them off."
             )
         return self
 

@@ -104,8 +104,8 @@ class Txt2Img(HiresFields):
     prompt: str = Field(
         default="", description="Describes the image; `<lora:name:weight>` chooses an adapter."
     )
-    negative_prompt: str = Field(default="", description="Describes what is steered away from.")
-    seed: int = Field(default=-1, description="Of the first image; -1 is a random one.")
+    negative_prompt: str = Field(default="", description="Describes what to steer away from.")
+    seed: int = Field(default=-1, description="Seed of the first image; -1 is a random one.")
     subseed: int = Field(
         default=-1, description="Variation seed of the first image; -1 is a random one."
     )
@@ -113,16 +113,18 @@ class Txt2Img(HiresFields):
         default=0,
         ge=0,
         le=1,
-        description="How far the start noise is turned towards that of the variation seed.",
+        description="How far the start noise is rotated towards that of the variation seed.",
     )
     seed_resize_from_w: int = Field(
         default=-1,
         le=16384,
-        description="Width of the picture whose start noise the middle has, with the height.",
+        description="Width of a picture whose start noise is used in the middle; needs the height.",
     )
-    seed_resize_from_h: int = Field(default=-1, le=16384, description="Likewise its height.")
+    seed_resize_from_h: int = Field(default=-1, le=16384, description="Height of that picture.")
     sampler_name: str | None = Field(
-        default=None, max_length=128, description="A name of AUTOMATIC1111, or of this server."
+        default=None,
+        max_length=128,
+        description="Name of a sampler in AUTOMATIC1111 or on this server.",
     )
     sampler_index: str | None = Field(
         default=None, max_length=128, description="Another name for `sampler_name`."
@@ -136,21 +138,29 @@ class Txt2Img(HiresFields):
     cfg_scale: float | None = Field(
         default=None,
         ge=0,
-        description="Scale of classifier-free guidance; up to 1 there is none. Default: the "
+        description="Scale of classifier-free guidance; values up to 1 turn it off. Default: the "
         "model's own guidance.",
     )
     distilled_cfg_scale: float | None = Field(
-        default=None, ge=1, le=20, description="Forge's: the scale that a distilled model is told."
+        default=None,
+        ge=1,
+        le=20,
+        description="Forge's field: guidance scale that a distilled model takes as an input.",
     )
     width: int | None = Field(default=None, ge=1, description="Default: the model's own.")
     height: int | None = Field(default=None, ge=1, description="Default: the model's own.")
-    batch_size: int = Field(default=1, ge=1, le=1024, description="Times `n_iter`: the images.")
-    n_iter: int = Field(default=1, ge=1, le=1024, description="Times `batch_size`: the images.")
+    batch_size: int = Field(
+        default=1, ge=1, le=1024, description="Multiplied by `n_iter`, the number of images."
+    )
+    n_iter: int = Field(
+        default=1, ge=1, le=1024, description="Multiplied by `batch_size`, the number of images."
+    )
     eta: float | None = Field(
-        default=None, description="Of samplers that add noise, and of DDIM; 0 to 1."
+        default=None,
+        description="Amount of fresh noise, for samplers that add noise and for DDIM; 0 to 1.",
     )
     denoising_strength: float | None = Field(
-        default=None, ge=0, le=1, description="Share of the steps that is run from an image."
+        default=None, ge=0, le=1, description="Share of the steps that are run from an image."
     )
     override_settings: dict[str, Any] = Field(
         default={},
@@ -162,9 +172,9 @@ class Txt2Img(HiresFields):
         description="Layer of the text encoders that the model reads, counted from the last; 0 and "
         "1 are the model's own.",
     )
-    send_images: bool = Field(default=True, description="Whether the answer has the images.")
+    send_images: bool = Field(default=True, description="Whether the response contains the images.")
     infotext: str | None = Field(
-        default=None, description="Text of an image, for the fields that are left out."
+        default=None, description="Infotext of an image, which sets the fields that are left out."
     )
     styles: tuple[str, ...] = ()
     restore_faces: bool = False
@@ -218,20 +228,23 @@ class Img2Img(Txt2Img):
         repr=False,
         description="White, or opaque if it has transparency, where the image is repainted.",
     )
-    mask_blur: float = Field(default=4, ge=0, le=512, description="Radius in pixels of the mask.")
+    mask_blur: float = Field(
+        default=4, ge=0, le=512, description="Blur radius of the mask in pixels."
+    )
     mask_blur_x: float | None = Field(default=None, ge=0, le=512)
     mask_blur_y: float | None = Field(default=None, ge=0, le=512)
     inpainting_mask_invert: bool = Field(
         default=False, description="Repaint what the mask keeps, and keep the rest."
     )
     include_init_images: bool = Field(
-        default=False, description="Whether `parameters` of the answer has the images sent."
+        default=False,
+        description="Whether `parameters` of the response has the images that were sent.",
     )
     denoising_strength: float | None = Field(
-        default=0.75, ge=0, le=1, description="Share of the steps that is run."
+        default=0.75, ge=0, le=1, description="Share of the steps that are run."
     )
     resize_mode: int = Field(
-        default=0, description="0 stretches the image, 1 crops it, 2 fits it in and fills up."
+        default=0, description="0 stretches the image, 1 crops it, 2 fits it in and fills the rest."
     )
     inpainting_fill: int = Field(
         default=0,
@@ -242,11 +255,11 @@ class Img2Img(Txt2Img):
     )
     inpaint_full_res: bool = Field(
         default=True,
-        description="With a mask: whether the region around it is drawn at `width` x `height` and "
-        "put back into the image, which keeps its own size.",
+        description="With a mask: whether only the region around it is drawn, at `width` x "
+        "`height`, and put back into the image, which keeps its own size.",
     )
     inpaint_full_res_padding: int = Field(
-        default=0, ge=0, le=4096, description="Pixels around the mask that the region has."
+        default=0, ge=0, le=4096, description="Padding of that region around the mask, in pixels."
     )
     initial_noise_multiplier: float = 1
 
@@ -363,7 +376,9 @@ def translated(
     ignored = [*_without_effect(body, sampler), *steered.ignored]
     ignored += [*tags.others, *negative.others]
     ignored += [f"<lora:{name}>" for name in (tags.loras.keys() - loras.keys())]
-    said = [f"Ignored, because nothing here corresponds: {', '.join(ignored)}."] if ignored else []
+    said = (
+        [f"Ignored, because there is no equivalent here: {', '.join(ignored)}."] if ignored else []
+    )
     composes = len(parts) > 1
     reading = Reading(habitual=True, composes=composes, told_scale=body.distilled_cfg_scale)
     return Translated(

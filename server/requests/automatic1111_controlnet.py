@@ -115,7 +115,7 @@ class ControlNetUnit(BaseModel):
     image: Upload | None = Field(
         default=None,
         repr=False,
-        description="What it reads, in base64. Default: of `img2img`, the image to start from.",
+        description="Input picture in base64. Default: for `img2img`, the image to start from.",
     )
     model: str = Field(
         default="None",
@@ -136,7 +136,9 @@ class ControlNetUnit(BaseModel):
         default="crop", description="`Just Resize`, `Crop and Resize` or `Resize and Fill`, or 0-2."
     )
     effective_region_mask: Upload | None = Field(
-        default=None, repr=False, description="Of an IP-Adapter: white where it acts, in base64."
+        default=None,
+        repr=False,
+        description="Mask of an IP-Adapter in base64: white where it acts.",
     )
     control_mode: Annotated[Precedence | None, BeforeValidator(_precedence_of)] = Field(
         default=None,
@@ -272,8 +274,9 @@ def steering(
         if module is None:
             raise InvalidRequest(
                 f"{field}.module",
-                f"{field}.module is {unit.module[:60]!r}; allowed are: {', '.join(MODULES)}. Send "
-                "a picture that was prepared with another preprocessor, and the module none.",
+                f"{field}.module is {unit.module[:60]!r}; allowed are: {', '.join(MODULES)}. For "
+                "another preprocessor, send a picture that was prepared with it, and the module "
+                "none.",
             )
         name, beside = _named(f"{field}.model", unit.model, module, controls, image_prompts)
         image = unit.image
@@ -322,7 +325,7 @@ def _named(
         for name in names:
             if name.casefold() == plain.casefold():
                 return name, bool(beside)
-    allowed = ", ".join((*steers, *stands_beside)) or "none, as there are none for the model"
+    allowed = ", ".join((*steers, *stands_beside)) or "none, as the model has none"
     raise InvalidRequest(
         field, f"{field} is {model[:60]!r}; allowed with this module are: {allowed}."
     )

@@ -72,18 +72,22 @@ class HiresFields(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
 
     enable_hr: bool = Field(
-        default=False, description="Whether each image is enlarged and drawn once more."
+        default=False, description="Whether each image is enlarged and drawn a second time."
     )
-    hr_scale: float = Field(default=2, ge=1, le=8, description="By what the sides are multiplied.")
-    hr_resize_x: int = Field(default=0, ge=0, le=16384, description="Width instead; 0 is none.")
-    hr_resize_y: int = Field(default=0, ge=0, le=16384, description="Height instead; 0 is none.")
+    hr_scale: float = Field(default=2, ge=1, le=8, description="Factor for width and height.")
+    hr_resize_x: int = Field(
+        default=0, ge=0, le=16384, description="Width to use instead of the factor; 0 is unset."
+    )
+    hr_resize_y: int = Field(
+        default=0, ge=0, le=16384, description="Height to use instead of the factor; 0 is unset."
+    )
     hr_upscaler: str = Field(
         default=LATENT_UPSCALERS[0],
         max_length=128,
         description="How each image is enlarged: a name in `upscalers` or `latent-upscale-modes`.",
     )
     hr_second_pass_steps: int = Field(
-        default=0, ge=0, description="Steps of the second run; 0 is as many as of the first."
+        default=0, ge=0, description="Steps of the second run; 0 is as many as in the first."
     )
     hr_checkpoint_name: str = ""
     hr_sampler_name: str = ""

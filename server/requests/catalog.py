@@ -95,8 +95,8 @@ class AdapterEntry(BaseModel):
         description="The networks that it changes, by their names in a model folder."
     )
     defaults: Defaults | None = Field(
-        description="Of requests with this adapter, if its file says what it was made for; null if "
-        "they are those of the model."
+        description="Defaults of requests with this adapter, if its file says what it was made "
+        "for; null if they are the model's."
     )
 
 
@@ -106,8 +106,8 @@ class EmbeddingEntry(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     name: str = Field(description="The word that stands for it in prompts.")
-    vectors: int = Field(description="Tokens that it takes of a prompt's length.")
-    width: int = Field(description="Numbers in a vector, for all text encoders together.")
+    vectors: int = Field(description="Number of tokens that it takes up in a prompt.")
+    width: int = Field(description="Length of a vector, for all text encoders together.")
 
 
 class ControlEntry(BaseModel):
@@ -124,7 +124,7 @@ class ImagePromptEntry(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     name: str = Field(description="Its name in a request.")
-    tokens: int = Field(description="How many tokens it makes of a picture.")
+    tokens: int = Field(description="Number of tokens that it makes from a picture.")
 
 
 class ModelEntry(BaseModel):
@@ -138,22 +138,22 @@ class ModelEntry(BaseModel):
     height: int = Field(description="Default, in pixels.")
     size_multiple: int = Field(description="Width and height are multiples of this.")
     longest_side: int | None = Field(
-        description="The most that width and height may be, in pixels; null if only the server's "
-        "limit counts."
+        description="Maximum width and height in pixels; null if only the server's limit applies."
     )
-    max_tokens: int = Field(description="Length of the longest prompt, in tokens.")
+    max_tokens: int = Field(description="Maximum length of a prompt, in tokens.")
     vae: str | None = Field(
-        description="Name of the autoencoder that the model was given; null for its own."
+        description="Name of the autoencoder that replaces the model's own; null for its own."
     )
     denoiser: str | None = Field(
-        description="Name of the file of the U-Net or transformer that the model was given; null "
-        "for its own."
+        description="Name of the file of the U-Net or transformer that replaces the model's own; "
+        "null for its own."
     )
     clip_skips: tuple[int, ...] = Field(
-        description="Choices of `clip_skip`, the model's own first; empty if it takes none."
+        description="Choices of `clip_skip`, the model's own first; empty if it does not support "
+        "it."
     )
     prompt_syntaxes: tuple[str, ...] = Field(
-        description="Choices of `prompt_syntax`; empty if all prompts are plain text to it."
+        description="Choices of `prompt_syntax`; empty if it reads all prompts as plain text."
     )
     statistics: tuple[str, ...] = Field(
         description="Guidance for which this model has statistics; samplers whose `properties` say "
@@ -178,9 +178,9 @@ class ModelEntry(BaseModel):
         description="The IP-Adapters that fit this model; choices of `image_prompts`."
     )
     reference_images: int = Field(
-        description="Most pictures of `reference_images`; 0 if this model reads none."
+        description="Maximum number of `reference_images`; 0 if this model does not read them."
     )
-    defaults: Defaults = Field(description="Of requests to this model.")
+    defaults: Defaults = Field(description="Defaults of requests to this model.")
 
 
 class Choice(BaseModel):
@@ -192,7 +192,7 @@ class Choice(BaseModel):
     field: str = Field(description="Field of a request that takes the choice, as a dotted path.")
     title: str = Field(description="Its label.")
     description: str = Field(description="One sentence about it.")
-    most: int = Field(description="How many items may be chosen; above 1 the field is a list.")
+    most: int = Field(description="Maximum number of items; above 1 the field is a list.")
     blank: str | None = Field(description="Label for choosing none; null if one is always chosen.")
 
 
@@ -208,7 +208,7 @@ class _Offered(BaseModel):
     upscalers: tuple[Upscaler, ...] = Field(description="Choices of `hires.upscaler`.")
     mask_contents: tuple[MaskContent, ...] = Field(description="Choices of `mask_content`.")
     choices: tuple[Choice, ...] = Field(description="The choices that a form offers, in order.")
-    defaults: Defaults = Field(description="Of models that have none of their own.")
+    defaults: Defaults = Field(description="Defaults for models that have none of their own.")
     models: tuple[ModelEntry, ...] = Field(
         description="The hosted models; empty until they are loaded."
     )
@@ -343,7 +343,7 @@ CHOICES: Final = (
         entries="caches",
         field="cache",
         title="Step cache",
-        description="Leaves out evaluations of the network that would change little.",
+        description="Skips evaluations of the network that would change little.",
         most=1,
         blank="off",
     ),

@@ -30,18 +30,17 @@ def notes_for(
     if request.prompt_syntax != resolved.prompt_syntax and any(map(is_weighted, texts)):
         read = (
             *read,
-            f"Weights and changes in prompts are plain text, as model {model.facts.name!r} reads "
-            "them.",
+            f"Weights and changes in prompts are read as plain text by model {model.facts.name!r}.",
         )
     if request.clip_skip != resolved.clip_skip:
-        read = (*read, f"clip_skip is left out, as model {model.facts.name!r} has no use for it.")
+        read = (*read, f"clip_skip is ignored, as model {model.facts.name!r} does not support it.")
     if any(
         asked.precedence != one.precedence
         for asked, one in zip(request.controls, resolved.controls, strict=True)
     ):
         read = (
             *read,
-            f"precedence of ControlNets is left out, as model {model.facts.name!r} has no U-Net.",
+            f"precedence of ControlNets is ignored, as model {model.facts.name!r} has no U-Net.",
         )
     own = own_defaults(model, resolved.adapters)
     if own is None:

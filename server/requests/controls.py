@@ -81,20 +81,20 @@ class ControlSettings(BaseModel):
     )
     resize_mode: ResizeMode | None = Field(
         default=None,
-        description="What becomes of its picture if that has other proportions. Default: the "
-        "request's `resize_mode`.",
+        description="How to fit its picture if that has other proportions. Default: the request's "
+        "`resize_mode`.",
     )
     preprocessor: Literal["invert"] | None = Field(
         default=None,
-        description="What is done to its picture first: `invert` exchanges black and white, for "
-        "drawings in black on white. Default: nothing.",
+        description="Preprocessing of its picture: `invert` swaps black and white, for drawings in "
+        "black on white. Default: none.",
     )
     precedence: Precedence | None = Field(
         default=None,
-        description="What counts for more where prompt and picture differ, of models with a "
+        description="What takes precedence where prompt and picture conflict, for models with a "
         "U-Net: with `prompt` the ControlNet adds less, the nearer to the network's input; with "
-        "`control` too, and to the prompt's prediction alone, which guidance then magnifies "
-        "(diffusers' `guess_mode`). Default: neither.",
+        "`control` it does so too, but only to the prompt's prediction, so that guidance amplifies "
+        "it (diffusers' `guess_mode`). Default: neither.",
     )
 
     _check_window = model_validator(mode="after")(check_window)
@@ -105,9 +105,9 @@ class ControlChoice(ControlSettings):
 
     image: Upload = Field(
         repr=False,
-        description="What it reads, such as edges, a depth map or a pose, prepared as it was "
-        "trained with: PNG, JPEG or WebP, as base64 or a base64 data URI. It is brought to `width` "
-        "x `height` by `resize_mode`.",
+        description="Its input picture, such as edges, a depth map or a pose, prepared as for its "
+        "training: PNG, JPEG or WebP, as base64 or a base64 data URI. It is resized to `width` x "
+        "`height` by `resize_mode`.",
     )
 
     @property
@@ -147,8 +147,8 @@ def check_controls(chosen: Sequence[ControlSettings], model: HostedModel) -> Non
             field = f"controls.{place}.precedence"
             raise InvalidRequest(
                 field,
-                f"{field} is {one.precedence!r}, but only models with a U-Net know it, and model "
-                f"{model.facts.name!r} has none; leave it out.",
+                f"{field} is {one.precedence!r}, but only models with a U-Net support it, and "
+                f"model {model.facts.name!r} has none; leave it out.",
             )
     acting = {one.name for one in chosen if one.scale}
     if len(acting) > 1:

@@ -132,7 +132,7 @@ def guidance_with(given: Guidance, default: Guidance, model: str) -> Guidance:
         if field not in type(default).model_fields:
             raise InvalidRequest(
                 f"guidance.{field}",
-                f"guidance has {field} and no name, and the default for model {model!r} is "
+                f"guidance has {field} but no name, and the default for model {model!r} is "
                 f"{default.name!r}, which has no {field}; name a rule, or leave {field} out.",
             )
     return merged(default, given, fields)

@@ -54,25 +54,28 @@ class Hires(BaseModel):
         ge=1,
         le=8,
         strict=True,
-        description="By what width and height are multiplied, down to what the model draws. "
-        f"Default: {DEFAULT_SCALE:g}, without `width` and `height`.",
+        description="Factor for width and height; the result is rounded down to a size that the "
+        f"model draws. Default: {DEFAULT_SCALE:g}, without `width` and `height`.",
     )
     width: Count | None = Field(
-        default=None, ge=8, le=16384, description="Of the second run in pixels, with `height`."
+        default=None,
+        ge=8,
+        le=16384,
+        description="Width of the second run in pixels; needs `height`.",
     )
     height: Count | None = Field(
         default=None,
         ge=8,
         le=16384,
-        description="Of the second run in pixels. In other proportions than those of the first, "
-        "the image is cropped around its middle.",
+        description="Height of the second run in pixels; needs `width`. If the proportions differ "
+        "from those of the first run, the image is cropped around its middle.",
     )
     strength: float = Field(
         default=0.5,
         gt=0,
         le=1,
         strict=True,
-        description="Share of the steps of the second run that is run.",
+        description="Share of the second run's steps that are run.",
     )
     steps: Count | None = Field(
         default=None, ge=1, description="Steps of the second run. Default: those of the first."
@@ -93,11 +96,11 @@ class Hires(BaseModel):
     def _say_the_size_once(self) -> Self:
         if (self.width is None) != (self.height is None):
             raise PydanticCustomError(
-                "sentence", "hires has one of width and height; send both, or scale instead."
+                "sentence", "hires has only one of width and height; send both, or scale instead."
             )
         if self.width is not None and self.scale is not None:
             raise PydanticCustomError(
-                "sentence", "hires has scale beside width and height; send one or the other."
+                "sentence", "hires has both scale and width and height; send one or the other."
             )
         return self
 

@@ -83,14 +83,14 @@ class ImagePromptChoice(ImagePromptSettings):
         min_length=1,
         max_length=MOST_PICTURES,
         repr=False,
-        description="What the images are to be like, in content or style: PNG, JPEG or WebP, as "
+        description="What the images should resemble, in content or style: PNG, JPEG or WebP, as "
         "base64 or a base64 data URI, or a list of up to four, which are attended to together. The "
-        "square in its middle is shown to the image encoder.",
+        "image encoder reads the square in its middle.",
     )
     mask: Upload | None = Field(
         default=None,
         repr=False,
-        description="Where in the images it acts (white) and where not (black), brought to `width` "
+        description="Where in the images it acts (white) and where not (black), resized to `width` "
         "x `height` by `resize_mode` (diffusers' `ip_adapter_masks`). Default: everywhere.",
     )
 

@@ -45,8 +45,8 @@ def warnings_for(resolved: ResolvedRequest, model: HostedModel, plan: Plan) -> t
     drawn_anew = model.facts.reads_mask and resolved.strength == 1
     if resolved.mask_content not in (None, "original") and drawn_anew:
         found.append(
-            f"mask_content has no effect: at strength 1 model {model.facts.name!r}, which is shown "
-            "the picture and the mask, starts from noise alone."
+            f"mask_content has no effect: at strength 1 model {model.facts.name!r}, which reads "
+            "the picture and the mask as inputs, starts from noise alone."
         )
     own = own_defaults(model, resolved.adapters)
     adapted = "" if own is model.facts.defaults else " with these adapters"
@@ -69,8 +69,8 @@ def warnings_for(resolved: ResolvedRequest, model: HostedModel, plan: Plan) -> t
         )
     if not plan.elementwise and abs(plan.weights).sum() > MOST_GAIN * plan.steps:
         found.append(
-            f"sampler {resolved.sampler.name!r} magnifies errors of the model at the levels of "
-            f"these {plan.steps} steps; take more steps, or 'euler' or 'dpm_solver_pp'."
+            f"sampler {resolved.sampler.name!r} amplifies errors of the model at the noise levels "
+            f"of these {plan.steps} steps; take more steps, or 'euler' or 'dpm_solver_pp'."
         )
     guidance = resolved.guidance
     of_one = model.facts.one_prediction or (own is not None and not own.rule.combines)
@@ -134,11 +134,12 @@ def _without_negative_prompt(resolved: ResolvedRequest, plan: Plan) -> str | Non
     if any(getattr(part, "reads_negative_prompt", False) for _, part in chosen(guidance)):
         return None
     if not guidance.combines:
-        return f"guidance {guidance.name!r} evaluates the prompt alone"
+        return f"guidance {guidance.name!r} evaluates only the prompt"
     if not any(branch.told == "negative" for branch in guidance.branches):
         return f"guidance {guidance.name!r} does not use it at these parameters"
     if policy.embeds:
-        return f"with the policy {policy.name!r} the network guides itself by the prompt alone"
+        return f"with the policy {policy.name!r} the network applies guidance itself and reads "
+        "only the prompt"
     if not policy.evaluates(plan.noise_ratio, plan.progress).any():
         return f"the policy {policy.name!r} never evaluates it with these parameters"
     return None

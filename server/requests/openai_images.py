@@ -96,8 +96,9 @@ class ImageEdit(ImageGeneration):
     image: Upload | None = Field(
         repr=False,
         description="The image to edit: PNG, JPEG or WebP. Without a mask, its own transparent "
-        "pixels are repainted; an opaque image is changed as a whole: by models that read "
-        "`reference_images` as the prompt says, and they take several; by others by `strength`.",
+        "pixels are repainted; an opaque image is edited as a whole: models that read "
+        "`reference_images` follow the prompt and accept several images, and others use "
+        "`strength`.",
     )
     mask: Upload | None = Field(
         default=None,
@@ -133,8 +134,8 @@ class ImageEdit(ImageGeneration):
         if several and data.get("reference_images"):
             raise PydanticCustomError(
                 "sentence",
-                "image has {count} images, and there are reference_images too; send all of them "
-                "as image.",
+                "image has {count} images, but reference_images is set too; send all of them as "
+                "image.",
                 {"count": len(images), "field": "image"},
             )
         return {**data, **several, "image": images[0]}
@@ -217,7 +218,7 @@ def request_of(
         del given["model"]
         if _answers_by_url(body, named):
             given["response_format"] = "url"
-        notes = (*notes, f"model {named!r} is OpenAI's; the default model draws instead.")
+        notes = (*notes, f"model {named!r} is OpenAI's; the default model is used instead.")
     # Every value was validated when the body was read.
     reading = replace(body.reading, edits=isinstance(body, ImageEdit))
     return GenerateRequest.model_construct(**given).read_as(reading), notes
@@ -239,4 +240,4 @@ def _ignored(body: BaseModel) -> tuple[str, ...]:
     named += [name[:60] for name in body.model_extra or ()]
     if not named:
         return ()
-    return (f"Ignored, because nothing here corresponds: {', '.join(sorted(named))}.",)
+    return (f"Ignored, because there is no equivalent here: {', '.join(sorted(named))}.",)

@@ -16,7 +16,7 @@ class PredictionRequest(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    input: GenerateRequest = Field(description="As the body of `POST /v1/generate`.")
+    input: GenerateRequest = Field(description="Like the body of `POST /v1/generate`.")
     webhook: str | None = Field(
         default=None,
         description="A URL to which the prediction is posted when it begins and when it has ended.",
@@ -25,5 +25,5 @@ class PredictionRequest(BaseModel):
         default=("start", "completed"),
         max_length=2,
         strict=False,
-        description="Of which of these the webhook tells; by default of both.",
+        description="Events that are sent to the webhook; by default both.",
     )

@@ -188,7 +188,7 @@ def _rename(fields: dict[str, Any], known: Collection[str], notes: list[str]) ->
         if theirs == "scheduler" and isinstance(value, str) and value.endswith("Scheduler"):
             ours = "sampler"
         if fields.get(ours) is not None:
-            raise _refused(theirs, f"{theirs} means {ours}, which is there too; send one of them.")
+            raise _refused(theirs, f"{theirs} means {ours}, which is set too; send one of them.")
         fields[ours] = value
         renamed.append(f"{theirs} as {ours}")
     if renamed:
@@ -207,7 +207,7 @@ def _read_scale(fields: dict[str, Any], known: Collection[str]) -> None:
             guidance = {"name": guidance}
         if not isinstance(guidance, dict) or "scale" in guidance:
             raise _refused(
-                theirs, f"{theirs} means guidance.scale, which is there too; send one of them."
+                theirs, f"{theirs} means guidance.scale, which is set too; send one of them."
             )
         fields["guidance"] = {**guidance, "scale": scale}
 
@@ -228,7 +228,7 @@ def _read_size(fields: dict[str, Any], known: Collection[str]) -> None:
         )
     for name, value in zip(("width", "height"), found.groups(), strict=True):
         if fields.get(name) is not None:
-            raise _refused("size", f"size says the {name}, which is there too; send one of them.")
+            raise _refused("size", f"size sets the {name}, which is set too; send one of them.")
         fields[name] = int(value)
 
 
@@ -249,8 +249,8 @@ def _read_cfg_plus_plus(fields: dict[str, Any], notes: list[str]) -> None:
         if not isinstance(guidance, dict) or guidance.get("name", RULE_OF_CFG_PP) != RULE_OF_CFG_PP:
             raise _refused(
                 "sampler",
-                f"sampler {theirs!r} is {shown(ours)} here, with guidance {RULE_OF_CFG_PP!r}; name "
-                "no other rule.",
+                f"sampler {theirs!r} is {shown(ours)} here, with guidance {RULE_OF_CFG_PP!r}; do "
+                "not name another rule.",
             )
         fields["sampler"] = {**ours, **rest}
         fields["guidance"] = {**guidance, "name": RULE_OF_CFG_PP}

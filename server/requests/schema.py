@@ -157,16 +157,16 @@ class GenerateRequest(Readable):
     )
     prompt_syntax: Literal["automatic1111"] | None = Field(
         default=None,
-        description="How prompts are read, those of `guidance` too: `automatic1111` takes "
-        "`(word:1.2)`, `(word)` and `[word]` for weights, `[from:to:when]` and `[a|b]` for texts "
-        "that change along the run and `BREAK` for a break, and reads more tokens than the encoder "
-        "takes at once in chunks; for U-Net models. Default: plain text.",
+        description="How prompts are read, including those in `guidance`: `automatic1111` reads "
+        "`(word:1.2)`, `(word)` and `[word]` as weights, `[from:to:when]` and `[a|b]` as texts "
+        "that change during the run, and `BREAK` as the start of a new chunk, and encodes prompts "
+        "that are too long for the encoder in chunks; for U-Net models. Default: plain text.",
     )
     clip_skip: Count | None = Field(
         default=None,
         ge=1,
         description="Which layer of its CLIP text encoders the model reads, counted from the last, "
-        "as AUTOMATIC1111 counts: 1 is the last, 2 the one before it. Holds for all texts of the "
+        "as in AUTOMATIC1111: 1 is the last, 2 the one before it. Applies to all texts of the "
         "request. Default: the model's own, the first of its `clip_skips` in the catalog, which is "
         "1 for Stable Diffusion 1.x and 2 for XL.",
     )
@@ -195,18 +195,18 @@ class GenerateRequest(Readable):
     n: Count = Field(default=1, ge=1, description="Number of images.")
     variation: VariationChoice | None = Field(
         default=None,
-        description="Images near that of `seed`, whose start noise is turned towards that of other "
-        "seeds. Default: image i has the noise of seed + i.",
+        description="Variations of the image of `seed`, whose start noise is rotated towards that "
+        "of other seeds. Default: image i has the noise of seed + i.",
     )
     noise_size: NoiseSize | None = Field(
         default=None,
-        description="Size of a picture whose start noise the middle of the images has, so that "
-        "they are like it at another size. Default: the images' own size.",
+        description="Size of another picture, whose start noise is used in the middle of the "
+        "images so that they resemble it at another size. Default: the images' own size.",
     )
     sampler: SamplerChoice | None = Field(
         default=None,
         description="How the noise is removed; names of AUTOMATIC1111, ComfyUI and diffusers are "
-        "understood too. Default: that of the model's entry in the catalog, usually "
+        "accepted too. Default: that of the model's entry in the catalog, usually "
         f"`{DEFAULT_SAMPLER}`.",
     )
     spacing: SpacingChoice | None = Field(
@@ -226,34 +226,34 @@ class GenerateRequest(Readable):
     )
     cache: StepCacheChoice | None = Field(
         default=None,
-        description="Leaves out evaluations of the network whose outputs it predicts to be nearly "
-        "those of the last one, which changes the image a little. Default: every evaluation is "
-        "made.",
+        description="Skips evaluations of the network whose outputs are predicted to be nearly "
+        "those of the last one, which changes the image a little. Default: no evaluation is "
+        "skipped.",
     )
     adapters: AdapterChoices = Field(
         default=(),
         max_length=MOST,
-        description="LoRA adapters that the model draws with, added up: names of the model's "
-        "adapters in the catalog, or objects with a `name` and a `weight`.",
+        description="LoRA adapters to apply to the model, added up: names of the model's adapters "
+        "in the catalog, or objects with a `name` and a `weight`.",
     )
     image: Upload | None = Field(
         default=None,
         repr=False,
         description="An image to start from: PNG, JPEG or WebP, as base64 or a base64 data URI. It "
-        "is brought to `width` x `height`. One of them that is left out follows from its "
-        "proportions; without both it keeps its size, rounded to what the model draws.",
+        "is resized to `width` x `height`. If one of them is left out, it follows from the image's "
+        "proportions; without both the image keeps its size, rounded to one that the model draws.",
     )
     resize_mode: ResizeMode | None = Field(
         default=None,
-        description="What becomes of an image of other proportions: stretch distorts it, crop cuts "
-        "it around the middle, fill fits it in and repeats its edges. Default: stretch.",
+        description="How to fit an image of other proportions: stretch distorts it, crop cuts it "
+        "around the middle, fill fits it in and repeats its edges. Default: stretch.",
     )
     strength: float | None = Field(
         default=None,
         gt=0,
         le=1,
         strict=True,
-        description="Share of the steps that is run from `image`. Default: 0.75, or 1 with a mask "
+        description="Share of the steps that are run from `image`. Default: 0.75, or 1 with a mask "
         "or a single step.",
     )
     mask: Upload | None = Field(
@@ -265,8 +265,8 @@ class GenerateRequest(Readable):
     mask_content: MaskContent | None = Field(
         default=None,
         description="What the repainted part starts from: `original` is the image there, `fill` "
-        "the colours around it, `latent_noise` noise and `latent_nothing` nothing in the place of "
-        "its latents. It tells the more, the lower the strength is. Default: original.",
+        "the colours around it, `latent_noise` noise and `latent_nothing` nothing in place of its "
+        "latents. It matters more at lower strengths. Default: original.",
     )
     reference: Upload | None = Field(
         default=None,
@@ -283,22 +283,23 @@ class GenerateRequest(Readable):
     image_prompts: tuple[ImagePromptChoice, ...] = Field(
         default=(),
         max_length=MOST_IMAGE_PROMPTS,
-        description="Pictures that the images are to be like beside the prompt, added up: names of "
-        "the model's IP-Adapters in the catalog, each with its picture.",
+        description="Pictures that the images should resemble in addition to the prompt, added up: "
+        "names of the model's IP-Adapters in the catalog, each with its picture.",
     )
     reference_images: tuple[Upload, ...] = Field(
         default=(),
         max_length=MOST_REFERENCES,
         repr=False,
-        description="Pictures that the prompt is about, in the order in which it counts them: what "
-        "it says is changed in them, or taken from them. PNG, JPEG or WebP, as base64 or base64 "
-        "data URIs, for models whose entry in the catalog has `reference_images`. Each is reduced "
-        "to a megapixel if it has more. Width and height default to those of the first one.",
+        description="Pictures that the prompt refers to, in the order in which it numbers them: it "
+        "says what to change in them, or what to take from them. PNG, JPEG or WebP, as base64 or "
+        "base64 data URIs, for models whose entry in the catalog has `reference_images`. Each is "
+        "reduced to a megapixel if it has more. Width and height default to those of the first "
+        "one.",
     )
     hires: Hires | None = Field(
         default=None,
-        description="A second run that draws each image once more, larger, from what the first "
-        "one drew; `{}` is twice the size. Each image counts as two. Default: a single run.",
+        description="A second run that draws each image again at a larger size, from the result of "
+        "the first run; `{}` doubles the size. Each image counts as two. Default: a single run.",
     )
     output_format: OutputFormat = Field(default="png", description="File format of the images.")
     response_format: Literal["b64_json", "url"] = Field(
@@ -313,8 +314,8 @@ class GenerateRequest(Readable):
     )
     priority: Literal["interactive", "batch"] = Field(
         default="interactive",
-        description="Whether somebody waits for the images: batch requests go behind interactive "
-        "ones, but are never put off for good.",
+        description="Whether somebody is waiting for the images: batch requests run after "
+        "interactive ones, but are not postponed forever.",
     )
 
 

@@ -32,7 +32,8 @@ class VariationChoice(BaseModel):
         gt=0,
         le=1,
         strict=True,
-        description="How far the noise is turned: 1 is the image of the other seed.",
+        description="How far the noise is rotated towards the other: 1 is the image of the other "
+        "seed.",
     )
 
 

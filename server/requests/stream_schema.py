@@ -56,7 +56,11 @@ class BlendedPrompt(BaseModel):
 
     text: Prompt = Field(description="Describes the image.")
     weight: float = Field(
-        default=1.0, ge=0, le=100, strict=True, description="Divided by the sum of all weights."
+        default=1.0,
+        ge=0,
+        le=100,
+        strict=True,
+        description="Weight of this prompt, relative to the sum of all weights.",
     )
 
 
@@ -70,10 +74,10 @@ class SimilarityFilter(BaseModel):
         ge=0,
         lt=1,
         strict=True,
-        description="Cosine of two frames from which on the second may be skipped.",
+        description="Cosine similarity of two frames from which the second may be skipped.",
     )
     max_skip: Count = Field(
-        default=10, ge=1, le=MOST_SKIPPED, description="Most frames skipped in a row."
+        default=10, ge=1, le=MOST_SKIPPED, description="Maximum number of frames skipped in a row."
     )
 
 
@@ -129,7 +133,7 @@ class StreamSettings(Readable):
         default=(),
         max_length=MOST_REFERENCES,
         repr=False,
-        description="Pictures that the prompt is about, for models whose entry in the catalog has "
+        description="Pictures that the prompt refers to, for models whose entry in the catalog has "
         "`reference_images`. With source `references`, they come after the input frame.",
     )
     strength: float | None = Field(
@@ -137,16 +141,16 @@ class StreamSettings(Readable):
         gt=0,
         le=1,
         strict=True,
-        description="Share of the steps that runs from an input frame. Default: 0.75, or 1 "
-        "of a single step.",
+        description="Share of the steps that are run from an input frame. Default: 0.75, or 1 with "
+        "a single step.",
     )
     output_format: OutputFormat = Field(
         default="jpeg", description="File format of the output frames."
     )
     source: Literal["frames", "references", "text"] = Field(
         default="frames",
-        description="Whether the run of an output frame starts from an input frame, refers to it "
-        "as the first of its reference images, or has none.",
+        description="How output frames use input frames: `frames` starts each run from one, "
+        "`references` reads it as the first reference image, and `text` uses none.",
     )
     seed_step: Count = Field(
         default=0,
@@ -165,19 +169,21 @@ class StreamSettings(Readable):
         description="Frames over which a new prompt replaces the old one.",
     )
     similarity_filter: SimilarityFilter | None = Field(
-        default=None, description="Skips input frames that are like the last one processed."
+        default=None, description="Skips input frames that are similar to the last one processed."
     )
     max_fps: float = Field(
-        default=30.0, gt=0, le=1000, strict=True, description="Most output frames per second."
+        default=30.0, gt=0, le=1000, strict=True, description="Maximum output frames per second."
     )
     in_flight: Count | None = Field(
         default=None,
         ge=1,
-        description="Most frames of this session in the engine at once. Default: one for each "
-        "stage, and two.",
+        description="Maximum frames of this session in the engine at once. Default: one for each "
+        "stage, plus two.",
     )
     paused: bool = Field(
-        default=False, strict=True, description="Whether no further frame is taken in."
+        default=False,
+        strict=True,
+        description="Whether to pause, so that no further frame is taken in.",
     )
     stats_s: float | None = Field(
         default=None,

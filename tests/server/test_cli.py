@@ -179,7 +179,7 @@ def test_generate_says_what_has_no_effect(tmp_path: Path) -> None:
     done = weft("generate", PROMPT, *arguments)
     assert done.exit_code == 0, done.output
     assert done.stdout.strip() == str(output)
-    assert "negative_prompt has no effect: guidance 'none' evaluates the prompt" in done.stderr
+    assert "negative_prompt has no effect: guidance 'none' evaluates only" in done.stderr
 
 
 def test_several_pictures_are_told_apart_by_seed(tmp_path: Path) -> None:

@@ -213,7 +213,7 @@ def test_weights_are_quantised_for_all_models_or_by_name(monkeypatch: pytest.Mon
 
 
 def test_compiled_blocks_and_equal_bits_exclude_each_other() -> None:
-    with pytest.raises(ValidationError, match="compile is on, and deterministic too"):
+    with pytest.raises(ValidationError, match="compile and deterministic are both on"):
         Settings(compile=True, deterministic=True)
 
 

@@ -54,7 +54,7 @@ export function axesOf({ request, catalog }) {
     { name: "width", suggested: sizes, words: "In pixels." },
     { name: "height", suggested: sizes, words: "In pixels." },
     ...(catalog.models.length > 1 ? [named("model", catalog.models)] : []),
-    ...(request.image ? [{ name: "strength", suggested: SUGGESTED.strength, words: "Share of the steps that is run from the picture." }] : []),
+    ...(request.image ? [{ name: "strength", suggested: SUGGESTED.strength, words: "Share of the steps that are run from the picture." }] : []),
   ];
 }
 

@@ -224,5 +224,5 @@ window.addEventListener("drop", async (event) => {
   event.preventDefault();
   const request = started && (await settingsIn(file));
   if (request) await showSettings(request);
-  else say(`${file.name} is no PNG with settings of this server.`, true);
+  else say(`${file.name} is not a PNG with settings of this server.`, true);
 });

@@ -55,11 +55,11 @@ function pictureFields(place, field, title, picturesOf) {
 
 /** The inputs for `image_prompts`. */
 export const imagePromptFields = (place) => pictureFields(place, "image_prompts", "image prompt", () => ({
-  image: uploads("Picture", "What the images are to be like, in content or style. The square in its middle counts. Several are attended to together.", MOST_PICTURES),
+  image: uploads("Picture", "What the images should resemble, in content or style. The square in its middle is read. Several are attended to together.", MOST_PICTURES),
   mask: upload("Mask", "White where in the images it acts, black where not. Without, it acts everywhere."),
 }));
 
 /** The inputs for `controls`. */
 export const controlFields = (place) => pictureFields(place, "controls", "ControlNet", () => ({
-  image: upload("Picture", "What it reads, such as edges, a depth map or a pose, prepared as it was trained with."),
+  image: upload("Picture", "Its input picture, such as edges, a depth map or a pose, prepared as for its training."),
 }));

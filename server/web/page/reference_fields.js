@@ -5,7 +5,7 @@ import { listFields } from "./list_fields.js";
 import { upload } from "./upload.js";
 
 function rowOf(dataUri) {
-  const picture = upload("Picture", "What the prompt says is changed in it, or taken from it.");
+  const picture = upload("Picture", "The prompt says what to change in it, or what to take from it.");
   if (dataUri) picture.put(dataUri);
   const row = create("div", {}, picture);
   row.offer = () => {};

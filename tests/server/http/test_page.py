@@ -319,7 +319,7 @@ def test_the_page_shows_what_has_no_effect(tab: Tab) -> None:
         """
     )
     assert said[0].endswith(
-        "negative_prompt has no effect: guidance 'none' evaluates the prompt alone."
+        "negative_prompt has no effect: guidance 'none' evaluates only the prompt."
     )
 
 

@@ -168,4 +168,4 @@ def test_a_model_without_clip_refuses_it_and_habitual_clients_are_told_so() -> N
     habitual = request.read_as(Reading(habitual=True))
     resolved = resolve(habitual, Toy(), Limits(), None)
     assert resolved.clip_skip is None
-    assert any("clip_skip is left out" in note for note in notes_for(habitual, resolved, Toy()))
+    assert any("clip_skip is ignored" in note for note in notes_for(habitual, resolved, Toy()))

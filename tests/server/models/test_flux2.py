@@ -178,7 +178,7 @@ def test_a_sampler_that_magnifies_errors_at_levels_near_noise_says_so(
     schedule = model.schedule(resolved.width, resolved.height, steps)
     plan = make_plan(schedule, resolved.sampler, resolved.spacing, steps, None)
     warnings = " ".join(warnings_for(resolved, model, plan))
-    assert ("magnifies errors of the model" in warnings) == said
+    assert ("amplifies errors of the model" in warnings) == said
 
 
 @torch.inference_mode()

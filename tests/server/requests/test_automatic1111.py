@@ -57,7 +57,7 @@ def test_a_lora_of_the_model_acts_and_another_is_named() -> None:
     prompt = "a cat <lora:ink:0.5><lora:oil:1>"
     (adapter,) = request(prompt=prompt).adapters
     assert (adapter.name, adapter.weight) == ("ink", 0.5)
-    assert ignored(prompt=prompt) == ("Ignored, because nothing here corresponds: <lora:oil>.",)
+    assert ignored(prompt=prompt) == ("Ignored, because there is no equivalent here: <lora:oil>.",)
 
 
 @pytest.mark.parametrize(

@@ -112,8 +112,8 @@ def test_without_an_image_a_unit_reads_the_one_to_start_from() -> None:
         (
             {"module": "canny"},
             "controlnet.0.module",
-            "controlnet.0.module is 'canny'; allowed are: none, invert, ip-adapter-auto. Send a "
-            "picture that was prepared with another preprocessor, and the module none.",
+            "controlnet.0.module is 'canny'; allowed are: none, invert, ip-adapter-auto. For "
+            "another preprocessor, send a picture that was prepared with it, and the module none.",
         ),
         (
             {"model": "pose [00]"},
@@ -177,7 +177,7 @@ def test_what_would_change_the_image_and_has_no_equal_is_named() -> None:
     }
     names = ("mask", "effective_region_mask", "advanced_weighting")
     listed = ", ".join(f"controlnet.0.{name}" for name in names)
-    assert read(unit).ignored == (f"Ignored, because nothing here corresponds: {listed}.",)
+    assert read(unit).ignored == (f"Ignored, because there is no equivalent here: {listed}.",)
     [enlarged] = read(unit, enable_hr=True).ignored
     assert "controlnet.0.hr_option" in enlarged
     [cut] = read(unit, init_images=PICTURE, mask=PICTURE, inpaint_full_res=True).ignored

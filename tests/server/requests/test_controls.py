@@ -82,15 +82,15 @@ def test_a_precedence_is_refused_where_the_controlnets_know_none(model: HostedMo
     with pytest.raises(InvalidRequest) as refused:
         resolve(asked, model, Limits(), None)
     assert refused.value.message == (
-        "controls.0.precedence is 'prompt', but only models with a U-Net know it, and model 'toy' "
-        "has none; leave it out."
+        "controls.0.precedence is 'prompt', but only models with a U-Net support it, and model "
+        "'toy' has none; leave it out."
     )
     # What a client of AUTOMATIC1111 sends by habit is left out, and said.
     habitual = asked.read_as(Reading(habitual=True))
     chosen = resolve(habitual, model, Limits(), None)
     assert chosen.controls[0].precedence is None
     [note] = notes_for(habitual, chosen, model)
-    assert note == "precedence of ControlNets is left out, as model 'toy' has no U-Net."
+    assert note == "precedence of ControlNets is ignored, as model 'toy' has no U-Net."
 
 
 @pytest.mark.parametrize(

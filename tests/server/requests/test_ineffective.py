@@ -50,7 +50,7 @@ def test_churn_that_no_step_has_is_said() -> None:
 @pytest.mark.parametrize(
     ("guidance", "reason"),
     [
-        ("none", "guidance 'none' evaluates the prompt alone"),
+        ("none", "guidance 'none' evaluates only the prompt"),
         (
             {"name": "apg", "scale": 1, "eta": 1},
             "guidance 'apg' does not use it at these parameters",
@@ -67,8 +67,8 @@ def test_a_negative_prompt_without_effect_is_said(guidance: Any, reason: str) ->
 
 def test_a_negative_prompt_has_no_effect_where_the_network_guides_itself() -> None:
     assert warnings({"name": "cfg", "policy": "embedded"}, model=Toy()) == (
-        "negative_prompt has no effect: with the policy 'embedded' the network guides itself by "
-        "the prompt alone.",
+        "negative_prompt has no effect: with the policy 'embedded' the network applies guidance "
+        "itself and reads only the prompt.",
     )
 
 

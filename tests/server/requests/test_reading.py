@@ -141,12 +141,12 @@ def test_what_is_meant_is_read(
         (
             {"steps": 3, "num_inference_steps": 4},
             "num_inference_steps",
-            "num_inference_steps means steps, which is there too; send one of them.",
+            "num_inference_steps means steps, which is set too; send one of them.",
         ),
         (
             {"guidance": {"name": "cfg", "scale": 3}, "cfg_scale": 4},
             "cfg_scale",
-            "cfg_scale means guidance.scale, which is there too; send one of them.",
+            "cfg_scale means guidance.scale, which is set too; send one of them.",
         ),
         (
             {"particles": "fkc"},
@@ -157,12 +157,12 @@ def test_what_is_meant_is_read(
         (
             {"size": "64x64", "width": 64},
             "size",
-            "size says the width, which is there too; send one of them.",
+            "size sets the width, which is set too; send one of them.",
         ),
         (
             {"sampler": "DDIM CFG++", "guidance": "cfg"},
             "sampler",
-            "sampler 'DDIM CFG++' is 'ddim' here, with guidance 'cfg_plus_plus'; name no other r",
+            "sampler 'DDIM CFG++' is 'ddim' here, with guidance 'cfg_plus_plus'; do not",
         ),
         ({"cfg_scale": "7"}, "guidance.scale", "guidance.scale is '7'; it must be a number."),
     ],

@@ -435,7 +435,7 @@ def test_fields_and_scripts_of_other_programs_do_no_harm(client: httpx2.Client) 
     }
     answer = client.post("/sdapi/v1/txt2img", json=body)
     assert answer.status_code == 200, answer.text
-    assert "nothing here corresponds: scripts." in answer.json()["info"]
+    assert "there is no equivalent here: scripts." in answer.json()["info"]
 
 
 def test_a_client_that_looks_for_captions_finds_none(client: httpx2.Client) -> None:

@@ -94,7 +94,7 @@ def test_the_answer_says_what_was_done(generate: Generate) -> None:
 def test_the_answer_says_what_has_no_effect(generate: Generate) -> None:
     answer = generate(guidance="none", negative_prompt="a square").json()
     assert answer["warnings"] == [
-        "negative_prompt has no effect: guidance 'none' evaluates the prompt alone."
+        "negative_prompt has no effect: guidance 'none' evaluates only the prompt."
     ]
 
 

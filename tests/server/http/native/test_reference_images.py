@@ -111,7 +111,7 @@ def test_a_model_that_starts_from_images_edits_one(client: httpx2.Client) -> Non
         (
             one * 2,
             {"reference_images": one},
-            "2 images, and there are reference_images too; send all of them as image.",
+            "2 images, but reference_images is set too; send all of them as image.",
         ),
     ):
         answer = client.post("/v1/images/edits", json=ASKED | fields | {"image": images})
