@@ -134,8 +134,8 @@ class ModelEntry(BaseModel):
 
     name: str = Field(description="Its name in a request.")
     revision: str = Field(description="Hash of the model's weights.")
-    width: int = Field(description="Default, in pixels.")
-    height: int = Field(description="Default, in pixels.")
+    width: int = Field(description="Default width in pixels.")
+    height: int = Field(description="Default height in pixels.")
     size_multiple: int = Field(description="Width and height are multiples of this.")
     longest_side: int | None = Field(
         description="Maximum width and height in pixels; null if only the server's limit applies."

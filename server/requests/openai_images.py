@@ -68,10 +68,8 @@ class ImageGeneration(GenerateRequest):
     moderation: str = Field(default="auto", max_length=60, description="Has no effect.")
     style: str | None = Field(default=None, max_length=60, description="Has no effect.")
     output_compression: Count = Field(default=100, ge=0, le=100, description="Has no effect.")
-    user: str | None = Field(default=None, max_length=512, description="Is not looked at.")
-    safety_identifier: str | None = Field(
-        default=None, max_length=512, description="Is not looked at."
-    )
+    user: str | None = Field(default=None, max_length=512, description="Ignored.")
+    safety_identifier: str | None = Field(default=None, max_length=512, description="Ignored.")
 
     @model_validator(mode="before")
     @classmethod

@@ -42,5 +42,5 @@ class NoiseSize(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    width: Count = Field(ge=8, le=16384, description="Of that picture in pixels.")
-    height: Count = Field(ge=8, le=16384, description="Of that picture in pixels.")
+    width: Count = Field(ge=8, le=16384, description="Width of that picture in pixels.")
+    height: Count = Field(ge=8, le=16384, description="Height of that picture in pixels.")

@@ -108,9 +108,9 @@ class QueuedEvent(BaseModel):
         description="Number of earlier requests that have not begun either; null if it has begun. "
         "Keys take turns, so that requests of other keys may begin before those.",
     )
-    statistics: str | None = Field(default=None, description="As in the answer.")
-    warnings: list[str] = Field(description="As in the answer.")
-    notes: list[str] = Field(description="As in the answer.")
+    statistics: str | None = Field(default=None, description="As in the response.")
+    warnings: list[str] = Field(description="As in the response.")
+    notes: list[str] = Field(description="As in the response.")
 
 
 class PositionEvent(BaseModel):

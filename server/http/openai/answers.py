@@ -77,9 +77,9 @@ class Event(BaseModel):
     quality: Literal["auto"] = "auto"
     background: Literal["opaque"] = "opaque"
     output_format: str
-    usage: Usage | None = Field(default=None, description="Of an image.")
-    seed: int | None = Field(default=None, description="Of an image.")
-    warnings: list[str] | None = Field(default=None, description="Of an image.")
+    usage: Usage | None = Field(default=None, description="Only of an image.")
+    seed: int | None = Field(default=None, description="Only of an image.")
+    warnings: list[str] | None = Field(default=None, description="Only of an image.")
 
 
 def answered(
