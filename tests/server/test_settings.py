@@ -163,7 +163,7 @@ def test_a_folder_of_models_is_hosted_whole(tmp_path: Path) -> None:
 def test_an_empty_folder_of_models_leaves_the_embedded_one(tmp_path: Path) -> None:
     embedded = {"embedded": tmp_path / "embedded"}
     assert Settings(models_folder=tmp_path).model_folders(embedded) == embedded
-    with pytest.raises(ValueError, match="which is no folder"):
+    with pytest.raises(ValueError, match="which is not a folder"):
         Settings(models_folder=tmp_path / "none").model_folders(embedded)
 
 

@@ -94,7 +94,7 @@ def test_pictures_that_cannot_serve_are_refused(
     model: HostedModel, pictures: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "empty").mkdir()
-    with pytest.raises(InvalidRequest, match="holds no pictures"):
+    with pytest.raises(InvalidRequest, match="contains no pictures"):
         read_pictures(model, tmp_path / "empty", 1, chunk=1)
     (pictures / "1.txt").unlink()
     with pytest.raises(InvalidRequest, match=r"no caption '1.txt' for '1.png'"):
@@ -109,7 +109,7 @@ def test_prompts_come_from_a_file_or_suit_the_model(tmp_path: Path) -> None:
     file.write_text("a dog\n\n a cat \n")
     assert prompts_for(tmp_path, file) == ["a dog", "a cat"]
     file.write_text("\n")
-    with pytest.raises(InvalidRequest, match="holds no lines"):
+    with pytest.raises(InvalidRequest, match="contains no lines"):
         prompts_for(tmp_path, file)
     file.write_bytes("é".encode("latin-1"))
     with pytest.raises(
@@ -162,7 +162,7 @@ def test_the_command_goes_on_where_it_was_stopped_and_leaves_nothing_but_the_fil
     # With other numbers than the sums that are kept, nothing is made.
     refused = weft(*given, "--data", str(pictures), "--samples", "2")
     assert refused.exit_code == 2
-    assert "samples is 2, and checkpoint" in refused.output
+    assert "samples is 2, but checkpoint" in refused.output
     done = weft(*given, "--data", str(pictures), "--samples", "3")
     assert done.exit_code == 0, done.output
     files = [statistics_file(folder, "cfg", 3.0), statistics_file(folder, "cfg", 1.5)]

@@ -39,7 +39,7 @@ HOSTILE: dict[str, tuple[Callable[[], bytes], int, str]] = {
     "unknown fields": (
         lambda: b'{"prompt": "x", ' + b",".join(b'"f%d": 1' % k for k in range(2_000_000)) + b"}",
         413,
-        "beside its images",
+        "besides its images",
     ),
     "a long field name": (lambda: b'{"' + b"x" * (28 * MIB) + b'": 1}', 422, "whose name has"),
     "a long name": (
@@ -55,17 +55,17 @@ HOSTILE: dict[str, tuple[Callable[[], bytes], int, str]] = {
     "escapes": (
         lambda: b'{"prompt": "x", "image": "' + b"\\n" * (14 * MIB) + b'"}',
         413,
-        "beside its images",
+        "besides its images",
     ),
     "accents": (
         lambda: b'{"prompt": "x", "image": "' + "é".encode() * (14 * MIB) + b'"}',
         413,
-        "beside its",
+        "besides its",
     ),
     "numbers": (
         lambda: b'{"prompt": "x", "spacing": [' + b"1," * (14 * MIB) + b"1]}",
         413,
-        "beside its",
+        "besides its",
     ),
     "depth": (lambda: b'{"prompt": ' + b"[" * 100_000, 400, "recursion limit"),
     "no base64": (

@@ -319,7 +319,10 @@ def test_the_network_s_config_may_name_a_turbo_model_too(configs: Path) -> None:
             {"convention": "lcm"},
             "models with a guidance scale as an input; this one has no time_cond",
         ),
-        ({"convention": "tcd", "scale": 3}, "has the scale 3; models of the convention 'tcd' are"),
+        (
+            {"convention": "tcd", "scale": 3},
+            "has the scale 3; models of the convention 'tcd' do not",
+        ),
         ({"convention": 5}, r"has the convention 5; it must be a string\.$"),
         ({"convention": "lcm", "scale": 30}, r"has the scale 30; it must be at most 20\.$"),
         ({"convention": "hyper", "steps": 0}, r"has the steps 0; it must be at least 1\.$"),

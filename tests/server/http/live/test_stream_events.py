@@ -96,7 +96,7 @@ def pixels(data: str) -> bytes:
 @pytest.mark.parametrize(
     ("fields", "param", "words"),
     [
-        ({"source": "frames"}, "source", "need a socket"),
+        ({"source": "frames"}, "source", "need a WebSocket"),
         ({"seed_step": 0}, "seed_step", "all images would be the same"),
         ({"paused": True}, "paused", "has no effect"),
         ({"transition_frames": 3}, "transition_frames", "has no effect"),

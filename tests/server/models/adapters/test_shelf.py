@@ -63,7 +63,7 @@ def test_a_name_is_never_a_path(tmp_path: Path, name: str) -> None:
     put(tmp_path, "pastel")
     put(tmp_path / "sub", "pastel")
     shelf, _ = shelved(tmp_path / "sub")
-    with pytest.raises(AdapterMismatch, match="is no adapter of model 'small'"):
+    with pytest.raises(AdapterMismatch, match="is not among the adapters of model 'small'"):
         shelf.load(name)
 
 
