@@ -80,7 +80,7 @@ class PeftConfig:
         """
         config = _object(metadata.get(METADATA) or "{}")
         if config is None:
-            raise AdapterMismatch(f"has metadata {METADATA} that is no JSON object")
+            raise AdapterMismatch(f"has metadata {METADATA} that is not a JSON object")
         prefix = f"{part}."
         own = {k.removeprefix(prefix): v for k, v in config.items() if k.startswith(prefix)}
         return cls(METADATA, own)
@@ -99,7 +99,7 @@ class PeftConfig:
         """
         config = _object(path.read_bytes())
         if config is None:
-            raise AdapterMismatch(f"has an {CONFIG} that is no JSON object")
+            raise AdapterMismatch(f"has an {CONFIG} that is not a JSON object")
         if (kind := config.get("peft_type")) != KIND:
             raise AdapterMismatch(
                 f"has the peft_type {str(kind)[:40]!r} in {CONFIG}; allowed is {KIND!r}"
@@ -132,7 +132,9 @@ class PeftConfig:
         """
         patterns = self.entries.get("alpha_pattern") or {}
         if not isinstance(patterns, dict):
-            raise AdapterMismatch(f"has an alpha_pattern in {self.source} that is no JSON object")
+            raise AdapterMismatch(
+                f"has an alpha_pattern in {self.source} that is not a JSON object"
+            )
         alpha = self.entries.get("lora_alpha", rank)
         # As in peft, the first pattern that matches a name, or the end of a name, counts.
         matching = (own for pattern, own in patterns.items() if self._matches(pattern, names))

@@ -185,7 +185,9 @@ def test_what_a_config_asks_for_and_is_not_supported_is_refused(
 def test_a_config_that_is_no_object_is_refused(network: Layers, tmp_path: Path, text: str) -> None:
     folder = put(tmp_path / "style")
     (folder / "adapter_config.json").write_text(text)
-    with pytest.raises(AdapterMismatch, match=r"has an adapter_config.json that is no JSON object"):
+    with pytest.raises(
+        AdapterMismatch, match=r"has an adapter_config.json that is not a JSON object"
+    ):
         load(network, folder)
 
 
