@@ -194,8 +194,10 @@ def _distilled_by_scheduler(
     match scheduler.get("_class_name"):
         case "LCMScheduler":
             if embeds_scale:
-                reason = "its scheduler is an LCMScheduler and its U-Net takes a guidance scale as "
-                "an input"
+                reason = (
+                    "its scheduler is an LCMScheduler and its U-Net takes a guidance scale as an "
+                    "input"
+                )
                 return _by_config("lcm", reason, scheduler)
             return _by_config("lcm_lora", "its scheduler is an LCMScheduler", scheduler)
         case "TCDScheduler":

@@ -138,8 +138,10 @@ def _without_negative_prompt(resolved: ResolvedRequest, plan: Plan) -> str | Non
     if not any(branch.told == "negative" for branch in guidance.branches):
         return f"guidance {guidance.name!r} does not use it at these parameters"
     if policy.embeds:
-        return f"with the policy {policy.name!r} the network applies guidance itself and reads "
-        "only the prompt"
+        return (
+            f"with the policy {policy.name!r} the network applies guidance itself and reads only "
+            "the prompt"
+        )
     if not policy.evaluates(plan.noise_ratio, plan.progress).any():
         return f"the policy {policy.name!r} never evaluates it with these parameters"
     return None

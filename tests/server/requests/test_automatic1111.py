@@ -112,7 +112,7 @@ def test_what_the_second_run_has_from_the_first_is_named_only_if_it_differs() ->
     told = {"prompt": "x", "sampler_name": "Euler", "enable_hr": True, "hr_upscaler": "None"}
     assert ignored(**told, hr_sampler_name="Euler", hr_prompt="x", hr_scheduler=None) == ()
     (sentence,) = ignored(**told, hr_sampler_name="DDIM", hr_prompt="y")
-    assert sentence.endswith("corresponds: hr_sampler_name, hr_prompt.")
+    assert sentence.endswith("here: hr_sampler_name, hr_prompt.")
     body = Img2Img.model_validate({"init_images": "x", "enable_hr": True})
     started = translated(body, None, (), 32, (64, 64))
     assert started.request.hires is None
