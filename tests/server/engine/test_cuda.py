@@ -45,7 +45,7 @@ def on_gpu():
 def test_a_gpu_gives_the_pictures_that_the_cpu_gives(start, on_gpu, engine, task, run):
     on_cpu = run(engine, mix(task)).pixels()
     for ours, theirs in zip(run(start(model=on_gpu), mix(task)).pixels(), on_cpu, strict=True):
-        # TF32 and other kernels; a picture, not its bits.
+        # TF32 and other kernels: the picture agrees, but not its bits.
         assert np.abs(ours.astype(int) - theirs.astype(int)).mean() < 2
 
 
@@ -105,7 +105,7 @@ def test_a_model_that_comes_and_goes_leaves_the_memory_of_a_gpu_as_it_was(start,
         assert engine.remove_model("extra")
 
     run(engine, [task()]).pixels()
-    # Once in advance: cuBLAS keeps 32 MiB for each stream that has used it.
+    # Once beforehand, since cuBLAS keeps 32 MiB for each stream that has used it.
     come_and_go()
     reclaim(engine.device)
     before = torch.cuda.memory_allocated()
@@ -115,7 +115,7 @@ def test_a_model_that_comes_and_goes_leaves_the_memory_of_a_gpu_as_it_was(start,
 
 
 class Cramped:
-    """The real model, which asks for more memory than there is for more than three rows."""
+    """The real model, which allocates more memory than there is for more than three rows."""
 
     def __init__(self, model):
         self._model = model
@@ -185,7 +185,7 @@ def test_recorded_forwards_equal_those_they_were_made_of_to_the_bit(dtype):
 @torch.inference_mode()
 def test_released_recordings_give_all_their_memory_back_and_can_be_made_again(on_gpu):
     graphs, cost = Graphs(on_gpu, CudaRecorder(on_gpu.device)), TickCost({1: 1.0})
-    # What libraries keep of a stream stays.
+    # What libraries keep for a stream stays.
     graphs.evaluate(*rows_of(on_gpu, 4, 0), cost)
     graphs.record()
     graphs.release()
@@ -209,7 +209,7 @@ def recorded_rows(engine):
 
 
 def recorded(engine, rows):
-    """Wait until an engine without work has recorded forwards of so many rows."""
+    """Wait until an idle engine has recorded forwards of this many rows."""
     until = monotonic() + 60
     while rows not in (made := recorded_rows(engine)):
         assert monotonic() < until, made

@@ -42,7 +42,7 @@ from tests.server.engine.changed_rows import (
 pytestmark = pytest.mark.cuda
 
 Forward = Callable[[int], Given]
-"""What a forward is given, by a seed."""
+"""The inputs of a forward, by seed."""
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def without_gradients() -> Iterator[None]:
 
 
 def record(model: HostedModel, inputs: Given) -> Graphs:
-    """The recordings of a model, with that of a forward."""
+    """The recordings of a model, with one of this forward."""
     graphs = Graphs(model, CudaRecorder(model.device))
     for _ in range(FEW):
         graphs.evaluate(*inputs, TickCost({1: 1.0}))
@@ -67,7 +67,7 @@ def record(model: HostedModel, inputs: Given) -> Graphs:
 
 
 def adapted(model: HostedModel) -> Forward:
-    """Attention alone, and all layers with their convolutions; beside a row without."""
+    """Adapters of attention alone and of all layers with convolutions, beside a row without one."""
     rows = RowAdapters(((ink(model),), (), (ink(model, 8, within=""), ink(model, 4))))
     return lambda seed: given(model, 3, seed, adapters=rows)
 
@@ -77,7 +77,7 @@ def edited(number: int) -> Callable[[HostedModel], Forward]:
         def forward(seed: int) -> Given:
             edits = edits_of_all_kinds(model, 0.8 + seed, 0.5 + 0.1 * seed, 3.0 + seed)
             two = [edits[number], edits[0]]
-            # What one of these rows does, now the other one does.
+            # Now each of these rows does what the other did.
             return given(
                 model, 2, seed, edits=two[:: 1 - 2 * (seed % 2)], against=told(model, 2, seed)
             )
@@ -143,7 +143,7 @@ KINDS: dict[str, Callable[[HostedModel], Forward]] = {
 def test_recorded_forwards_of_changed_rows_equal_those_they_were_made_of_to_the_bit(
     on_gpu: HostedModel, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Kept however busy the machine is, which decides how much time is saved.
+    # Kept however busy the machine is, since that affects how much time is saved.
     monkeypatch.setattr(graphs_module, "PAYS", 1e9)
     forward = KINDS[kind](on_gpu)
     graphs = record(on_gpu, forward(0))
@@ -186,7 +186,7 @@ def test_a_recording_whose_adapter_is_gone_gives_its_memory_back(
         graphs.evaluate(*given(on_gpu, 8, 0), TickCost({1: 1.0}))
         assert (graphs.rows, graphs.nbytes) == ([], 0)
 
-    # Once in advance: libraries keep memory of a stream.
+    # Once beforehand, since libraries keep memory for a stream.
     come_and_go()
     before = reserved()
     come_and_go()

@@ -16,7 +16,7 @@ from tests.server.toy_model import Ear, Toy
 
 
 class Diary:
-    """The real model, which writes down what it is asked in what order."""
+    """The real model, which records its calls in order."""
 
     def __init__(self, model):
         self._model = model
@@ -79,7 +79,7 @@ def test_a_backlog_is_caught_up_with_in_a_few_ticks(start, model, task, listen):
 
 
 def test_in_deterministic_mode_the_decoder_always_has_one_shape(fixed_engine, model, task, run):
-    """And so a picture's bits do not depend on how many finish with it."""
+    """So a picture's bits do not depend on how many finish with it."""
     tasks = [task(steps=1, seed=seed) for seed in range(6)]
     together = run(fixed_engine, tasks).pixels()
     alone = [run(fixed_engine, [one]).pixels()[0] for one in tasks]
@@ -106,7 +106,7 @@ def test_an_image_that_is_cancelled_before_its_turn_is_not_decoded(start, model,
     long.wait()
     doomed.wait()
     decoded = sum(size for kind, size in diary.entries if kind == "decode")
-    # One may be in the decoder when its cancellation comes.
+    # One may already be in the decoder when it is cancelled.
     assert 1 + len(doomed.results) <= decoded <= 2 + len(doomed.results) < 5
     assert engine.measurements.pending == 0
 

@@ -1,4 +1,4 @@
-"""Whose turn it is in the decoder: live frames go first and do not starve the others."""
+"""Turns in the decoder: live frames go first, but do not starve the others."""
 
 from __future__ import annotations
 

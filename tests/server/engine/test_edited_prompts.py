@@ -27,7 +27,7 @@ def edited(text: str, evaluations: int = STEPS) -> str:
 
 
 class Changing(ByHand):
-    """Tells the network what these two prompts are at each stage, written down by hand."""
+    """Gives the network these two prompts as they are at each stage, written out by hand."""
 
     def denoised(self, i: int, x: Tensor, text: str | None, *edits: Edit) -> Tensor:
         if str(text) == PROMPT:
@@ -63,7 +63,7 @@ def test_every_rule_and_policy_reads_the_texts_of_its_stage(of_toys: Engine, toy
 
 
 def test_a_stage_whose_texts_have_changed_is_not_recalled(of_toys: Engine) -> None:
-    """Otherwise the cache would go on with what the network said of the text before."""
+    """Otherwise the cache would reuse the network's output for the previous text."""
     steps, cache = 20, EasyCache(threshold=0.8, start=0.1)
     prompts = "a circle", edited("a [circle|star]", steps)
     ear = run(of_toys, [toy_task(prompt=one, steps=steps, cache=cache) for one in prompts])

@@ -29,7 +29,7 @@ PROMPT, SEED, STEPS = "a red circle", 11, 3
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The embedded model with a small random network that is told a guidance scale."""
+    """The embedded model with a small random network that takes a guidance scale as input."""
     made = tmp_path_factory.mktemp("lcm") / "model"
     left_out = shutil.ignore_patterns("unet", "weft")
     shutil.copytree(MODEL_FOLDER, made, ignore=left_out)
@@ -56,7 +56,7 @@ def model(folder: Path) -> HostedModel:
 
 @pytest.fixture(scope="module")
 def published(folder: Path) -> Callable[[float], np.ndarray]:
-    """Pixels by diffusers at a guidance scale."""
+    """Pixels that diffusers draws at a guidance scale."""
     parts: dict[str, Any] = {
         "unet": UNet2DConditionModel.from_pretrained(folder / "unet"),
         "safety_checker": None,
@@ -94,7 +94,7 @@ def same_noise(monkeypatch: pytest.MonkeyPatch, model: HostedModel) -> None:
 def test_pictures_are_those_of_the_latent_consistency_pipeline(
     model: HostedModel, published: Callable[[float], np.ndarray]
 ) -> None:
-    """Images of different scales share their forwards, and one of them is not told any."""
+    """Images of different scales share their forwards with one that has no scale."""
     plan = LCM().plan(model.default_schedule.grid("lcm", STEPS))
     scales = [8.5, 1.0, 4.0]
 

@@ -1,4 +1,4 @@
-"""The engine's promises, on the real model."""
+"""What the engine guarantees, checked on the real model."""
 
 from __future__ import annotations
 
@@ -184,7 +184,7 @@ mixes = st.lists(
 
 @pytest.fixture(scope="module")
 def needle(fixed_engine, task, run) -> tuple[ImageTask, Any]:
-    """An image, and what it is alone."""
+    """A task, and its image when it runs alone."""
     one = task("unipc", "apg", "adaptive", steps=4, seed=99)
     return one, run(fixed_engine, [one]).pixels()[0]
 
@@ -273,7 +273,7 @@ def test_rows_that_adaptive_guidance_frees_are_filled_in_the_same_tick(start, ta
     engine = start(row_budget=4)
     freed = task(policy=Adaptive(threshold=-1.0), steps=9)
     run(engine, [freed, freed, task(rule="none", steps=20), task(rule="none", steps=20)])
-    # Two pairs at first; then each runs alone and the unguided ones have the room.
+    # At first two guided pairs; later each runs alone and unguided images use the room.
     assert engine.measurements.rows_per_tick[4] >= 9
 
 
@@ -449,7 +449,7 @@ def test_image_to_image_stays_nearer_to_the_picture_at_lower_strength(engine, mo
     tasks = [task(image=picture(), steps=20, strength=strength, seed=3) for strength in (0.05, 0.9)]
     near, far = run(engine, tasks).pixels()
     with torch.inference_mode():
-        # As the autoencoder sees it, whose skill is not the question here.
+        # As the autoencoder reproduces it, since its quality is not what is tested.
         seen = to_uint8(model.decode(model.encode_image(picture()[None])))[0].numpy()
     distance = [np.abs(p.astype(float) - seen).mean() for p in (near, far)]
     assert distance[0] < distance[1]
@@ -485,7 +485,7 @@ def test_an_elementwise_table_shares_a_tick_with_scalar_ones(fixed_engine, model
 def test_statistics_of_the_model_share_a_tick_with_everything_else(
     fixed_engine, model, task, run, size
 ):
-    """Rows of DPM-Solver-v3 are what they are alone, and what the library's loop gives."""
+    """Rows of DPM-Solver-v3 equal those of a run alone and of the library's loop."""
     shape = model.latent_shape(size, size)
     statistics = model.statistics.load(model.statistics.exact("cfg", 4.0), shape)
     grid = model.default_schedule.grid(Trailing(), 3)
@@ -501,7 +501,7 @@ def test_statistics_of_the_model_share_a_tick_with_everything_else(
 
 
 def test_rows_of_elementwise_and_per_channel_tables_share_a_tick(fixed_engine, model, task, run):
-    """Of one size, as when statistics of a bare model are given per channel."""
+    """All of one size, as when statistics of a model without guidance are given per channel."""
     grid = model.default_schedule.grid(Trailing(), 2)
     statistics = model.statistics.load(model.statistics.exact("cfg", 4.0), (4, 16, 16))
     tasks = [

@@ -16,7 +16,7 @@ LARGE, SMALL = 128, 64
 
 
 class Log:
-    """The real model, which writes down what it does, and to how many cells of a latent."""
+    """The real model, which records what it does, and for how many cells of latents."""
 
     def __init__(self, model: Any) -> None:
         self._model = model
@@ -56,7 +56,7 @@ FIRST_COME = {
 
 @pytest.fixture(params=["fair", "first come"])
 def fair(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """The engine's turns, and as a control what there would be without them."""
+    """Whether turns are fair, as in the engine, or oldest first, as a control."""
     for target, instead in FIRST_COME.items() if request.param != "fair" else ():
         monkeypatch.setattr(target, instead)
     return request.param == "fair"
@@ -65,7 +65,7 @@ def fair(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> boo
 def beside(
     engine: Any, listen: Any, first: Iterable[Any], then: Iterable[Any], clients: Sequence[Client]
 ) -> None:
-    """Submit some images once others are under way, and wait for them."""
+    """Submit some images once others are in progress, and wait for them."""
     flood, one = [*first], [*then]
     running, hearing = listen(len(flood)), listen(len(one))
     submission = engine.submit(flood, running, clients[0])
@@ -88,7 +88,7 @@ def test_a_large_request_delays_a_small_one_by_no_more_than_two_ticks(
     beside(engine, listen, large, small, [A, A])
     ended = log.calls.index(("decode", SMALL // 8))
     others = [kind for kind, side in log.calls[:ended] if side == LARGE // 8]
-    # The small one comes during the first of them.
+    # The small one arrives during the first of them.
     assert (len(others) - 1 <= 2) == fair
 
 

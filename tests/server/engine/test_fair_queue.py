@@ -17,7 +17,7 @@ def of_clients() -> FairQueue[Client]:
 
 
 def served(queue: FairQueue[Client], waiting: list[Client], seconds: float) -> dict[Client, float]:
-    """Who gets what of so many seconds, in ticks of a tenth."""
+    """Seconds that each client gets of this many, in ticks of a tenth of a second."""
     had = dict.fromkeys(waiting, 0.0)
     for _ in range(round(seconds / 0.1)):
         queue.wait(waiting)
@@ -42,12 +42,12 @@ def test_whoever_was_away_is_owed_the_burst_and_not_all_that_it_left():
 
 
 def test_the_burst_of_a_heavy_client_takes_no_more_seconds_of_the_others() -> None:
-    """By its weight it would have the device to itself for 200 s."""
+    """Its weight alone would give it the device to itself for 200 s."""
     queue, heaviest = of_clients(), Client("heaviest", weight=100.0)
     served(queue, [A], 100)
     back = served(queue, [A, heaviest], 101)
     assert back[A] == pytest.approx((101 - BURST_S) / 101, abs=0.11)
-    # A light one has its part of the burst, and then a third of the rest.
+    # A light client has its part of the burst, then a third of the rest.
     light = Client("light", weight=0.5)
     part = BURST_S * light.weight
     assert served(queue, [A, light], 4)[light] == pytest.approx(part + (4 - part) / 3, abs=0.21)

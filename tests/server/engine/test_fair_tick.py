@@ -1,4 +1,4 @@
-"""Which ordinary images a tick takes, given what their clients have had."""
+"""Which ordinary images a tick takes, given what their clients have received so far."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from server.engine.scheduler import AGEING, BATCH_WAIT_S, Candidate, LaneCosts, 
 
 SOMEBODY = Client("somebody")
 ELSEWHERE = Flow(Client("elsewhere"), 0)
-"""Of a client that has had nothing, whose images wait for the decoder, so that none can run."""
+"""A client that has received nothing; its images wait for the decoder, so none can run."""
 
 
 def candidate(client: Client, lane: int, **fields: Any) -> Candidate:
@@ -56,7 +56,7 @@ def select(
     had: dict[Flow, float] | None = None,
     longest_s: float = 1.0,
 ) -> list[int]:
-    """The images of a tick of so many rows, of at most 16."""
+    """The images of a tick of this many rows, at most 16."""
     turns = Turns()
     turns.wait({candidate.flow for candidate in waiting} | {ELSEWHERE}, 0.0)
     for flow, spent in (had or {}).items():

@@ -1,4 +1,4 @@
-"""What fair turns come to, on a simulated device, beside first come, first served."""
+"""The effect of fair turns on a simulated device, compared with first come, first served."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def p95(seconds: list[float]) -> float:
 
 
 def slowdown(curve: Curve, choose: Choose, pause_s: float = 0.0) -> float:
-    """B's 95th percentile beside a flood, as a multiple of what it is alone."""
+    """95th percentile of B's latency beside a flood, as a multiple of that alone."""
     one = Sender(B, stages=STEPS, pause_s=pause_s)
     flood = Sender(A, stages=STEPS, at_once=20)
     alone = Device([one], {0: curve}, choose).run(10)
@@ -54,7 +54,7 @@ UNEQUAL = [
     Sender(B, stages=30, images=8, lane=1, at_once=2),
     Sender(C, stages=100, at_once=1, images=4),
 ]
-"""All always have work; that of B is of large pictures."""
+"""Clients that always have work; B's is large pictures."""
 
 
 def shares(choose: Choose) -> float:
@@ -91,7 +91,7 @@ def test_fair_turns_keep_the_throughput(curve):
 
 
 def test_a_large_picture_delays_a_small_one_by_no_more_than_its_tick_under_way():
-    """Of the same client, as on a server without keys."""
+    """Both are from the same client, as on a server without keys."""
     senders = [Sender(A, stages=2, images=8, lane=1, at_once=2), Sender(A, pause_s=3.0)]
     fair, first = (
         Device(senders, {0: gpu, 1: large}, choose).run(120) for choose in (fairly, first_come)
@@ -102,7 +102,7 @@ def test_a_large_picture_delays_a_small_one_by_no_more_than_its_tick_under_way()
 
 
 def test_a_long_request_has_its_share_under_a_flood_of_short_ones_of_the_same_client():
-    """3.6 s alone; newcomers go before it only until it has waited for four times as long."""
+    """It takes 3.6 s alone; newcomers go first only until it has waited four times as long."""
     senders = [Sender(A, stages=100, at_once=1), Sender(A, stages=4, at_once=60)]
     device = Device(senders, {0: lambda rows: 0.03 + 0.003 * rows}, fairly).run(60)
     assert device.latencies[0][0] < 40

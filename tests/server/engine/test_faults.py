@@ -1,4 +1,4 @@
-"""Errors of an image, of the memory and of the device are told apart, and each costs its own."""
+"""Errors of an image, of memory and of the device are distinguished, with separate effects."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LOST = "CUDA error: an illegal memory access was encountered\nCUDA kernel errors
 
 
 class Faulty:
-    """The real model, with a fault that is thrown where it is put."""
+    """The real model, with a fault that is raised where the test puts it."""
 
     def __init__(self, model):
         self._model = model

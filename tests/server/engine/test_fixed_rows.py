@@ -1,4 +1,4 @@
-"""How many rows a forward has where images are to be bit-identical in any company."""
+"""How many rows a forward has where images must be bit-identical beside any others."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.server.toy_model import Ear, Toy, run, started
 
 
 class Crowded(Toy):
-    """Its rows feel how many they are, as those of networks do by the kernels that are chosen."""
+    """Its rows depend on their number, as those of networks do through the choice of kernels."""
 
     def evaluate(self, x: Tensor, t: Tensor, inputs: Any) -> Tensor:
         return super().evaluate(x, t, inputs) + 0.01 * len(x)
@@ -56,7 +56,7 @@ def test_forwards_have_the_fewest_rows_with_most_of_the_best_throughput(
 
 
 def test_images_that_need_more_rows_at_once_have_larger_forwards_and_keep_their_bits() -> None:
-    """One by its nine prompts, and six by their group."""
+    """One image needs them for its nine prompts, six for their group."""
     prompts = tuple(WeightedPrompt(prompt=f"{number} stars") for number in range(8))
     group = Group()
     tasks = [
@@ -91,7 +91,7 @@ def test_a_forward_never_has_more_rows_than_the_budget() -> None:
 
 @pytest.fixture
 def timed() -> Iterator[Callable[..., Engine]]:
-    """Starts an engine of models whose forwards take such seconds, by rows."""
+    """Starts an engine of models whose forwards take the given seconds, by rows."""
     engines: list[Engine] = []
 
     def start(models: Mapping[Toy, Mapping[int, float]]) -> Engine:
@@ -113,7 +113,7 @@ def timed() -> Iterator[Callable[..., Engine]]:
 
 
 class Roomless(Toy):
-    """There is memory for 16 rows."""
+    """A toy with memory for 16 rows."""
 
     def evaluate(self, x: Tensor, t: Tensor, inputs: Any) -> Tensor:
         if len(x) > 16:
@@ -130,7 +130,7 @@ def test_forwards_have_no_more_rows_than_fitted_into_memory_at_the_start(
 
 
 def test_an_images_time_is_that_of_ticks_of_so_few_rows(timed: Callable[..., Engine]) -> None:
-    """Though another model is why they are so few, and theirs could have more at the same price."""
+    """Even where another model limits them, and their own could run more at the same cost."""
     engine = timed({Toy(): {1: 0.01, 128: 1.28}, Toy(name="flat"): {1: 1.0, 128: 1.0}})
     tasks = [replace(by_hand.task(rule=CFG(), steps=6), model="flat") for _ in range(20)]
     # 240 rows, of which 8 take a second.

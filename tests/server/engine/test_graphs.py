@@ -1,6 +1,6 @@
-"""Which forwards are recorded, when, and what becomes of the recordings.
+"""Which forwards are recorded, when, and what happens to the recordings.
 
-What records on a CPU here runs the forward anew, on the memory that it copied the inputs to.
+On a CPU, the recorder here runs the forward again on the memory to which it copied the inputs.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from tests.server.toy_model import SIDE, Toy, run, started
 SHAPE = (4, 4, 4)
 SIZES = [size for size in ROW_SIZES if size <= 16]
 DEAR = {1: 0.01, 128: 1.28}
-"""Seconds of ticks by rows, each of which costs as much: the fewest that there may be are best."""
+"""Seconds of ticks by rows. Each row costs the same, so the fewest rows are best."""
 
 
 class Clock:
-    """Of what forwards take here, whatever else the machine does."""
+    """A clock by which forwards take a set time, whatever else the machine does."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -54,7 +54,7 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Waiting(Toy):
-    """Takes a while unless it is replayed, if it has few rows."""
+    """A toy whose forwards of few rows take a while unless they are replayed."""
 
     def __init__(self, few: int = 100, *, reads_values: bool = False) -> None:
         super().__init__()
@@ -99,7 +99,7 @@ class Recording:
 
 
 class Tape:
-    """Records on a CPU."""
+    """A recorder for the CPU."""
 
     bytes_each = 1000
 
@@ -139,7 +139,7 @@ def evaluate(graphs: Graphs, given: tuple[Tensor, Tensor, RowInputs]) -> Tensor:
 
 
 def recorded(model: Waiting, tape: Tape, rows: Sequence[int] = (2,)) -> Graphs:
-    """After a forward of each number of rows, and a quiet moment."""
+    """Recordings after a forward of each number of rows, and an idle moment."""
     graphs = Graphs(model, tape)
     for count in rows:
         evaluate(graphs, forward(model, count))
@@ -328,7 +328,7 @@ def test_a_forward_is_recorded_between_ticks_once_it_has_run_often_and_if_pieces
 
 
 def often_run(model: Waiting, tape: Tape) -> Graphs:
-    """After many forwards of 2 rows, and not quite as many of 1."""
+    """Recordings after many forwards of 2 rows, and not quite as many of 1."""
     graphs = Graphs(model, tape)
     for rows in [1, 2] * (OFTEN - 1):
         evaluate(graphs, forward(model, rows))

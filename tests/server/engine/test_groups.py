@@ -59,7 +59,7 @@ def tasks_of(
     group: Group | None = None,
     **fields: Any,
 ) -> list[Asked]:
-    """Images that form a group, if what is asked for makes them depend on each other."""
+    """Images that form a group if the request makes them depend on each other."""
     solver = sampler or DDIM(eta=1)
     plan = solver.plan(SCHEDULE.grid(solver.default_spacing, STEPS))
     given: dict[str, Any] = {
@@ -88,7 +88,7 @@ def pixels(ear: Ear, count: int) -> list[NDArray[np.uint8]]:
 
 
 class ByHand:
-    """The images of a group in one batch of their own, stage by stage."""
+    """The images of a group, computed by hand in their own batch, stage by stage."""
 
     def __init__(self, model: Toy, tasks: list[Asked]) -> None:
         self.model, self.tasks, self.plan = model, tasks, tasks[0].plan
@@ -129,7 +129,7 @@ class ByHand:
         return found[0], found[1]
 
     def drawn(self, i: int, apart: Tensor, bound: float) -> list[int]:
-        """Weights and systematic resampling as the paper says, the long way."""
+        """Weights and systematic resampling, written out as in the paper."""
         snr = (self.plan.alpha[i : i + 2] / self.plan.sigma[i : i + 2]) ** 2
         distance = apart.double().square().sum((1, 2, 3))
         gained = 3.0 * 2.0 / 2 * distance * (snr[1] - snr[0])

@@ -1,4 +1,4 @@
-"""Guidance in the engine, on a model of a few lines: whole runs by hand, and what they cost."""
+"""Guidance in the engine on a toy model: whole runs compared with runs by hand, and their cost."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def engine(model: Toy) -> Iterator[Engine]:
 
 @pytest.fixture
 def narrow(model: Toy) -> Iterator[Engine]:
-    """Its ticks take as many rows as fit, where others take the number that is cheapest."""
+    """An engine whose ticks take as many rows as fit; others take the cheapest number."""
     made = started(model, 4, deterministic=True)
     yield made
     made.stop(0)
@@ -97,7 +97,7 @@ def test_any_mix_of_guidance_in_one_batch_is_what_each_image_is_by_hand(
         for k, (rule, policy) in enumerate(TOGETHER)
     ]
     with pytest.MonkeyPatch.context() as patch:
-        # It waits for the device, which a tick does once, at its end.
+        # This call waits for the device, which a tick may do only once, at its end.
         patch.setattr(torch.Tensor, "new_tensor", None)
         ear = run(engine, tasks)
     assert not ear.errors, ear.errors
@@ -118,7 +118,7 @@ def test_a_perturbation_changes_the_picture(engine: Engine, kind: type[Perturbat
 
 
 def test_strength_is_the_scale_whether_or_not_there_is_cfg(engine: Engine, model: Toy) -> None:
-    """Elsewhere the same scale means one less without CFG."""
+    """In other programs, scale s without CFG has the strength that s - 1 has with it."""
     alone = task(Unguided(), settings=(PAG(scale=1.5),), steps=1)
     beside = task(CFG(scale=1.0), settings=(PAG(scale=1.5),), steps=1)
     ear = run(engine, [alone, beside])
@@ -169,7 +169,7 @@ FREEING = (
     *("interval", "adaptive at once", "reuse", "perturbed for a while", "two branches that agree"),
     "perturbed",
 )
-"""One for each way in which rows come free in a run, and one that uses all to the end."""
+"""One for each way in which a run frees rows, and one that uses all of them to the end."""
 
 
 @pytest.mark.parametrize("kind", COSTS)
@@ -197,12 +197,12 @@ def test_evaluations_are_spent_and_saved_as_the_table_says(engine: Engine, kind:
 
 @pytest.mark.parametrize("kind", COSTS if EVERY_CELL else FREEING)
 def test_freed_rows_serve_others_in_the_same_tick(narrow: Engine, kind: str) -> None:
-    """Four images in four rows: whatever one does not need, the next takes."""
+    """Four images share four rows: rows that one does not need are taken by the next."""
     one, spent, _ = COSTS[kind]
     others = [task(Unguided(), steps=30, seed=k) for k in range(3)]
     run(narrow, [one, *others])
     ticks, rows = narrow.measurements.ticks, narrow.measurements.rows_per_tick
-    # While the one runs, no tick has room to spare; afterwards three rows are all there is.
+    # While that image runs, no tick has spare room; afterwards only three rows are left.
     full = sum(count for size, count in rows.items() if size == 4)
     assert full >= one.plan.evaluations
     assert sum(size * count for size, count in rows.items()) == spent + 3 * 30

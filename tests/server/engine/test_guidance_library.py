@@ -1,4 +1,4 @@
-"""The documented loop draws what the server draws."""
+"""The documented loop draws the same pictures as the server."""
 
 import re
 from pathlib import Path
@@ -36,7 +36,7 @@ def example() -> str:
 
 
 def drawn_by(code: str) -> tuple[dict[str, Any], Any]:
-    """What the example says of its run, and the pixels of its picture."""
+    """The example's description of its run, and the pixels of its picture."""
     found: dict[str, Any] = {}
     exec(code, found)  # noqa: S102 - ours
     told = {"prompt": "a small red circle on a white background", "width": 128, "height": 128}
@@ -47,7 +47,7 @@ def drawn_by(code: str) -> tuple[dict[str, Any], Any]:
 def test_the_documented_loop_gives_the_servers_picture(
     trained_engine: Any, task: Any, run: Any
 ) -> None:
-    """As it is written."""
+    """The loop as documented, unchanged."""
     told, theirs = drawn_by(example())
     [ours] = run(trained_engine, [task("ddim", APG(scale=8), **told)]).pixels()
     assert int(np.abs(ours.astype(int) - theirs).max()) <= CLOSE
@@ -55,7 +55,7 @@ def test_the_documented_loop_gives_the_servers_picture(
 
 @pytest.mark.parametrize(
     ("rule", "written"),
-    # One that moves x, and one that asks where in the run it is.
+    # One rule moves x; the other depends on the position in the run.
     [
         (CFGPlusPlus(), "CFGPlusPlus()"),
         (CFGZeroStar(), "CFGZeroStar()"),
@@ -66,7 +66,7 @@ def test_the_documented_loop_gives_the_servers_picture(
 def test_the_documented_loop_takes_any_rule(
     engine: Any, thin_folder: Path, task: Any, run: Any, rule: Rule, written: str
 ) -> None:
-    """And any model."""
+    """It also takes any model."""
     code = example()
     for line, other in (
         ("from embedded import MODEL_FOLDER\n", f"MODEL_FOLDER = {str(thin_folder)!r}\n"),

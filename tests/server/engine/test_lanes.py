@@ -1,4 +1,4 @@
-"""Which images share a forward is the model's to say."""
+"""The model decides which images can share a forward."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PROMPTS = ("one", "two words", "again", "here are three")
 
 
 class Wordy(Toy):
-    """A toy whose conditioning has a token a word, and whose rows must be equally long."""
+    """A toy whose conditioning has one token per word; rows of a forward must be equally long."""
 
     def __init__(self) -> None:
         super().__init__()

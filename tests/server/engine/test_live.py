@@ -20,7 +20,7 @@ FRAMES = 12
 
 
 class Client:
-    """Submits another frame whenever one comes back, and always has four under way."""
+    """Submits another frame whenever one comes back, so that four are always in progress."""
 
     def __init__(self, engine: Any, task: ImageTask) -> None:
         self._engine = engine
@@ -107,7 +107,7 @@ def test_live_frames_that_finish_together_are_all_decoded_before_the_next_tick(
 
 
 def test_where_every_tick_takes_long_live_ticks_still_have_enough_rows(model):
-    """Ticks of one row would be the shortest, and all frames late."""
+    """Ticks of one row would be the shortest, but then all frames would be late."""
     selection = Selection(EngineMeasurements(row_budget=12), live_tick_s=0.0001)
     cost = TickCost({1: 0.5, 12: 1.0})
     lane = Lane(model, (4, 16, 16), cost, most_rows=12)

@@ -1,4 +1,4 @@
-"""Live streams and ordinary images share the device as promised, in simulations of a cost curve."""
+"""Live streams and ordinary images share the device as promised, in simulations."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def rows_of(load: Load, curve: Curve) -> int:
 
 @dataclass
 class Image:
-    """One under way; ``stream`` None is an ordinary one."""
+    """An image in progress; an ordinary one if ``stream`` is None."""
 
     rows: int
     left: int
@@ -53,7 +53,7 @@ class Image:
 
 @dataclass
 class Stream:
-    """A client that always has a frame under way for each of its stages."""
+    """A client that always has one frame in progress for each of its stages."""
 
     stages: int = 4
     rows: int = 1
@@ -62,7 +62,7 @@ class Stream:
 
 @dataclass
 class Simulation:
-    """The engine's choice of ticks against a cost curve.
+    """Simulates the engine's choice of ticks with a cost curve.
 
     Each finished image takes ``decode_s`` more; nothing else takes time.
     """
@@ -86,7 +86,7 @@ class Simulation:
             self.waiting.append(Image(rows, left, lane, None, Priority.INTERACTIVE, self.now))
 
     def run(self, seconds: float) -> Simulation:
-        """So many seconds."""
+        """Simulate this many seconds."""
         until = self.now + seconds
         while self.now < until:
             under_way = Counter(image.stream for image in self.waiting)
@@ -168,7 +168,7 @@ class Simulation:
 @pytest.mark.parametrize("curve", CURVES)
 @pytest.mark.parametrize("count", [2, 8, 40])
 def test_equal_streams_get_equal_frames(curve: Curve, count: int):
-    """Also where the bound of a tick is too short for all of them."""
+    """This also holds where the bound on a tick's time is too short for all of them."""
     ran = Simulation([Stream()] * count, {0: curve}).run(20)
     frames = [ran.frames[i] for i in range(count)]
     assert min(frames) >= 0.95 * max(frames) - 1
@@ -184,7 +184,7 @@ def test_a_heavy_stream_takes_no_more_than_its_part_of_the_device(heavy: Stream)
 
 
 def test_streams_of_other_sizes_and_models_have_their_part_too():
-    """Of a lane with three streams and of two others, one of whose ticks exceed the bound."""
+    """One lane has three streams; of two more lanes, one has ticks that exceed the bound."""
     curves = {0: cpu, 1: gpu, 2: lambda rows: 0.4 * rows}
     streams = [Stream()] * 3 + [Stream(lane=1), Stream(lane=2)]
     ran = Simulation(streams, curves).run(100)
@@ -206,7 +206,7 @@ def test_beside_ordinary_images_live_frames_take_at_most_half_as_long_again(
 
 
 def test_rows_that_cost_live_frames_nothing_are_given_to_ordinary_images():
-    """Up to seven rows cost what four do; only what is more takes from the promised share."""
+    """Up to seven rows cost as much as four; only further rows count against the share."""
     alone = Simulation([Stream()], {0: lambda rows: 0.02 if rows <= 7 else 9.0}).run(10)
     beside = Simulation([Stream()], {0: lambda rows: 0.02 if rows <= 7 else 9.0})
     beside.ordinary(50, rows=3)
@@ -216,7 +216,7 @@ def test_rows_that_cost_live_frames_nothing_are_given_to_ordinary_images():
 
 
 def test_where_every_tick_has_the_same_rows_those_that_are_free_are_given_away():
-    """As in deterministic mode."""
+    """All ticks have the same rows in deterministic mode."""
     live = [Candidate(1, left, 0, Priority.LIVE, 0, stream=1) for left in (2, 3)]
     ordinary = [Candidate(2, 9, 0, Priority.INTERACTIVE, 0) for _ in range(5)]
     fixed = LaneCosts(8, lambda _: 0.05, LIVE_TICK_S)
@@ -229,7 +229,7 @@ def test_where_every_tick_has_the_same_rows_those_that_are_free_are_given_away()
 @pytest.mark.parametrize("count", [1, 40])
 @pytest.mark.parametrize("lane", [0, 1])
 def test_ordinary_images_get_their_share_however_many_streams_there_are(count: int, lane: int):
-    """In the streams' own lane, and as another size, whose ticks exceed the bound."""
+    """In the streams' own lane, and in a lane of another size, whose ticks exceed the bound."""
     ran = Simulation([Stream()] * count, {0: cpu, 1: lambda rows: 0.3 * rows})
     ran.ordinary(50, lane=lane)
     ran.run(20)
@@ -238,7 +238,7 @@ def test_ordinary_images_get_their_share_however_many_streams_there_are(count: i
 
 
 def test_what_is_done_beside_the_ticks_counts_too():
-    """Images of few steps take longer in the decoder than in the denoiser."""
+    """Images with few steps take longer in the decoder than in the denoiser."""
     ran = Simulation([Stream()], decode_s=0.05)
     ran.ordinary(300, left=1)
     ran.run(20)
@@ -246,7 +246,7 @@ def test_what_is_done_beside_the_ticks_counts_too():
 
 
 def test_an_image_wider_than_what_live_frames_leave_is_paid_for_in_the_end():
-    """Its followers must not eat up the credit that it waits for."""
+    """Those behind it must not use up the credit that it waits for."""
     ran = Simulation([Stream()] * 3)
     ran.ordinary(1, left=1, rows=13)
     ran.ordinary(200, left=10, rows=1)
@@ -272,7 +272,7 @@ def test_a_batch_image_never_overtakes_live_ones_but_ends():
 
 
 def test_a_stream_that_was_away_is_owed_nothing():
-    """It does not have the device to itself for as long as it was away."""
+    """It does not get the device to itself for as long as it was away."""
     ran = Simulation([Stream()] * 20).run(30)
     ran.streams.append(Stream())
     before, now = ran.seconds[20], ran.now

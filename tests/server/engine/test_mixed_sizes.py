@@ -39,15 +39,15 @@ IS_GUESS = TickCost.is_guess
 
 
 class Mixing(Neighbourly):
-    """A toy that mixes sizes, and keeps how many rows of each its forwards had.
+    """A toy that mixes sizes, and records how many rows of each size its forwards had.
 
     Args:
-        mixes: whether it says so.
+        mixes: whether it declares that it mixes sizes.
 
     Attributes:
-        forwards: of each, the rows by width and height of their latents.
-        most: rows that have room in its memory at once.
-        pause_s: seconds that a forward takes beside.
+        forwards: for each forward, its rows by width and height of their latents.
+        most: the most rows that fit in its memory at once.
+        pause_s: seconds that a forward waits.
     """
 
     def __init__(self, *, mixes: bool = True) -> None:
@@ -94,7 +94,7 @@ def shared(model: Mixing) -> Iterator[Engine]:
 
 @pytest.fixture(autouse=True)
 def _steady_costs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What ticks take on a busy machine must not decide which images share them."""
+    """Keep times measured on a busy machine from deciding which images share ticks."""
     for observe in ("observe", "observe_mixed"):
         monkeypatch.setattr(f"server.engine.cost_model.TickCost.{observe}", lambda *_: 1.0)
     monkeypatch.setattr("server.engine.cost_model.TickCost.shift", lambda *_: None)
@@ -253,7 +253,7 @@ def test_each_client_pays_for_a_mixed_tick_by_the_area_of_its_rows(
         charge(turns, flow, seconds)
 
     monkeypatch.setattr(Turns, "charge", noted)
-    # The second image comes during the first tick of the first one.
+    # The second image arrives during the first tick of the first one.
     monkeypatch.setattr(model, "pause_s", 0.02)
     small, large = Client("small"), Client("large")
     ears = [Ear(1), Ear(1)]

@@ -27,7 +27,7 @@ def test_the_largest_seed_is_taken():
 
 
 def webui_slerp(val: float, low: Tensor, high: Tensor) -> Tensor:
-    """AUTOMATIC1111's (modules/rng.py), for noises that are not parallel."""
+    """AUTOMATIC1111's slerp (modules/rng.py), for noises that are not parallel."""
     low_norm = low / torch.norm(low, dim=1, keepdim=True)
     high_norm = high / torch.norm(high, dim=1, keepdim=True)
     omega = torch.acos((low_norm * high_norm).sum(1))
@@ -38,7 +38,7 @@ def webui_slerp(val: float, low: Tensor, high: Tensor) -> Tensor:
 
 
 def webui_resized(noise: Tensor, x: Tensor) -> Tensor:
-    """AUTOMATIC1111's (modules/rng.py, `ImageRNG.first`)."""
+    """AUTOMATIC1111's noise of another size (modules/rng.py, `ImageRNG.first`)."""
     x = x.clone()
     dx = (x.shape[2] - noise.shape[2]) // 2
     dy = (x.shape[1] - noise.shape[1]) // 2
@@ -60,7 +60,7 @@ def test_a_variation_turns_the_noise_as_automatic1111_does():
     assert torch.equal(varied_noise(5, shape), low)
     torch.testing.assert_close(varied_noise(5, shape, Variation(9, 1.0)), high)
     torch.testing.assert_close(varied_noise(5, shape, Variation(5, 0.5)), low)
-    # Columns of one cell are parallel, and have no arc between them.
+    # Columns of a single cell are parallel, with no arc between them.
     assert varied_noise(5, (4, 1, 12), Variation(9, 0.5)).isfinite().all()
 
 

@@ -1,4 +1,4 @@
-"""What did not fit into memory by itself is refused, and as much with it, for a while."""
+"""Work that did not fit in memory alone is refused for a while, and so is work as large."""
 
 from __future__ import annotations
 

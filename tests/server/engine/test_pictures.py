@@ -1,4 +1,4 @@
-"""Pictures are encoded once a request, together with those of other requests, and fail alone."""
+"""Each picture is encoded once per request, along with those of others, and fails alone."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.server.engine.conftest import SIDE
 
 
 class Counting:
-    """The real model, which counts what its encoder is given and refuses a black picture."""
+    """The real model, which counts the pictures it encodes and refuses a black one."""
 
     def __init__(self, model):
         self._model = model

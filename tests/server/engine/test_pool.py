@@ -1,4 +1,4 @@
-"""The states of a lane grow, and keep what they hold."""
+"""The storage for the states of a lane grows without losing what it holds."""
 
 import pytest
 import torch
@@ -38,7 +38,7 @@ def test_a_row_that_held_nan_is_clean_for_the_next_image():
 
 
 class FullAfter(TorchDispatchMode):
-    """A device whose memory has room for so many more tensors."""
+    """A device whose memory has room for this many more tensors."""
 
     def __init__(self, tensors: int) -> None:
         super().__init__()

@@ -35,7 +35,7 @@ MOST = 40
 
 
 class Busy(Toy):
-    """Has room for some rows, and counts those that were tried and the pictures it was shown."""
+    """A toy with room for some rows, which counts the rows tried and the pictures it gets."""
 
     def __init__(self, room: int = MOST, **facts: object) -> None:
         super().__init__(**facts)
@@ -56,7 +56,7 @@ class Busy(Toy):
 
 @pytest.fixture
 def begin(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Engine]]:
-    """Engines that find every moment without work quiet; stops them."""
+    """Starts engines that take every idle moment as quiet, and stops them in the end."""
     monkeypatch.setattr(idle_work, "QUIET_S", 0.01)
     engines: list[Engine] = []
 
@@ -134,7 +134,7 @@ def test_images_are_the_same_and_no_tick_is_the_first_of_its_size(begin):
 
 def test_rows_that_fill_up_make_no_edits_and_have_the_adapters_of_the_last_row():
     class Inside(Toy):
-        """Keeps what is changed inside it."""
+        """Records what is changed inside it."""
 
         def evaluate(self, x: Tensor, t: Tensor, inputs: RowInputs) -> Tensor:
             self.given = inputs
@@ -155,7 +155,7 @@ def test_rows_that_fill_up_make_no_edits_and_have_the_adapters_of_the_last_row()
 
 
 def test_a_forward_of_several_sizes_makes_none_of_its_largest_size_known():
-    """It has masks, and with them kernels of its own: a plain one would still be the first."""
+    """Its masks need other kernels, so a plain forward of that size would still be a first one."""
 
     class Mixing(Toy):
         def evaluate_sizes(self, x: Sequence[Tensor], t: Tensor, inputs: RowInputs) -> list[Tensor]:
@@ -189,7 +189,7 @@ def test_no_image_fails_for_rows_that_only_fill_up(begin):
     model = Busy()
     engine = begin(model)
     wait_for(model, MOST)
-    # Others have taken the room since.
+    # Since then others have taken the memory.
     model.room = 5
     before = len(model.tried)
     beside = PAG(layers=("middle",)), SEG(layers=("middle",)), SLG(start=0, stop=1)
@@ -199,7 +199,7 @@ def test_no_image_fails_for_rows_that_only_fill_up(begin):
 
 def test_where_a_rehearsal_cannot_even_begin_its_size_is_given_up():
     class Speechless(Busy):
-        """Has no room for its text encoder's forward."""
+        """A toy without room for its text encoder's forward."""
 
         def encode_prompts(self, *_: object, **__: object) -> list[Conditioning]:
             raise torch.OutOfMemoryError("no room")
@@ -222,7 +222,7 @@ def test_deterministic_engines_keep_to_their_one_size(begin):
 
 
 def test_no_other_rows_are_prepared_than_a_deterministic_engines_forwards_have(monkeypatch):
-    """Whose budget of 20 rows makes them 24, of whatever size the images are."""
+    """With a budget of 20 rows they have 24, whatever the size of the images."""
     monkeypatch.setattr(idle_work, "QUIET_S", 0.01)
     model = Toy()
     engine = started(model, 20, prepares=True, deterministic=True, guessed_costs={1: 0.01})
@@ -254,7 +254,7 @@ def test_rows_of_a_fixed_forward_are_changed_by_products_of_all_rows(monkeypatch
 
 
 def test_a_tick_is_planned_by_the_size_that_it_is_filled_up_to():
-    """18 rows would run as 20, so two ticks of 9 are done sooner."""
+    """18 rows would run as 20, so two ticks of 9 are faster."""
     selection = Selection(EngineMeasurements(row_budget=MOST), live_tick_s=0.1)
     cost = TickCost({1: 0.02, 128: 1.29})
     forwards = Forwards(Toy(), SHAPE, cost, MOST)

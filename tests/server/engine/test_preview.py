@@ -6,7 +6,7 @@ from tests.server.toy_model import Toy
 
 
 def test_a_preview_shows_the_colours_of_the_picture(trained):
-    """Of a picture half red and half white, as its own autoencoder encodes it."""
+    """Checked on a picture half red, half white, as the model's own autoencoder encodes it."""
     picture = torch.ones(1, 3, 128, 128)
     picture[:, 1:, :, :64] = -1
     with torch.inference_mode():
@@ -14,7 +14,7 @@ def test_a_preview_shows_the_colours_of_the_picture(trained):
         small = previews(latents, fit_preview(trained))[0].numpy()
         decoded = to_uint8(trained.decode(latents))[0].numpy()
     assert small.shape == (64, 64, 3)
-    # Against the decoder's own picture, as the autoencoder's skill is not the preview's.
+    # Compared with the decoder's picture, since the autoencoder's errors are not the preview's.
     for left, right in ((slice(4, 28), slice(8, 56)), (slice(36, 60), slice(72, 120))):
         ours = small[8:56, left].reshape(-1, 3).mean(0)
         theirs = decoded[16:112, right].reshape(-1, 3).mean(0)
@@ -37,7 +37,7 @@ def test_a_preview_of_a_single_cell_is_one_colour():
 
 
 class ManyChannels(Toy):
-    """Says each colour in many channels, so that there is no one way to read it."""
+    """Encodes each colour in many channels, so that many fits of the preview are possible."""
 
     def encode_image(self, pixels):
         return F.avg_pool2d(pixels, 8).repeat(1, 43, 1, 1)[:, :128]

@@ -1,4 +1,4 @@
-"""Prompts are encoded together, kept within a bound, and fail alone."""
+"""Prompts are encoded together, kept up to a limit, and fail alone."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SIZE = 64, 64
 
 
 class Encoder:
-    """Stands for a model's text encoder; fails where a prompt says so."""
+    """Stands in for a model's text encoder; fails for prompts that say so."""
 
     device = torch.device("cpu")
 
