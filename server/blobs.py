@@ -26,7 +26,8 @@ Result = TypeVar("Result")
 class Blobs:
     """Files below one place, each of which exists completely or not at all.
 
-    Names are made of the server's own identifiers, never of anything that a client sends.
+    Names are made of the server's own identifiers, never of anything that a client sends. Every
+    method raises OSError if the place fails, whatever the store behind a URL raises.
 
     Args:
         place: path, or URL for fsspec.
@@ -83,7 +84,13 @@ class Blobs:
         self, work: Callable[Given, Result], *given: Given.args, **named: Given.kwargs
     ) -> Result:
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._threads, partial(work, *given, **named))
+        try:
+            return await loop.run_in_executor(self._threads, partial(work, *given, **named))
+        except OSError:
+            raise
+        except Exception as error:
+            # Those of botocore, for example, if a host cannot be reached.
+            raise OSError(f"{type(error).__name__}: {error}") from error
 
     def _path(self, name: str) -> str:
         return f"{self._root.rstrip('/')}/{name}"
@@ -117,7 +124,11 @@ def _write_durably(path: Path, data: bytes) -> None:
         # On a full disk, the unfinished file would keep the space.
         unfinished.unlink(missing_ok=True)
         raise
-    # Makes the names of the file, and of folders that may be new, durable.
+    _sync_folders(path)
+
+
+def _sync_folders(path: Path) -> None:
+    """Make the name of a file, and those of folders that may be new, durable."""
     for folder in list(path.parents)[:3]:
         descriptor = os.open(folder, os.O_RDONLY)
         try:

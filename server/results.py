@@ -151,8 +151,8 @@ class Results:
             await blobs.delete(crowded_out)
             for one, file in zip(kept, files, strict=True):
                 await blobs.write(one.name, file)
-        except OSError:
-            log.exception("images could not be stored for their URLs")
+        except OSError as error:
+            log.error("images could not be stored for their URLs: %s", error)
             await self._drop(one.name for one in kept)
             raise NotReady(
                 "The images could not be stored; try again later, or ask for 'b64_json'."
@@ -167,6 +167,7 @@ class Results:
 
         Raises:
             UnknownResult: there is no image of this name, or no longer.
+            NotReady: the storage cannot be read.
         """
         expires_at = _expiry_of(name)
         if expires_at is None:
@@ -178,6 +179,9 @@ class Results:
             return await (await self.open()).read(name), left_s
         except FileNotFoundError:
             raise UnknownResult(MISSING) from None
+        except OSError as error:
+            log.error("an image could not be read for its URL: %s", error)
+            raise NotReady("The image cannot be read now; try again later.") from None
 
     def _make_room(self, owner: str, needed: int) -> list[str]:
         """Forget as many images as it takes to store those of an owner, and return their names."""
@@ -214,9 +218,9 @@ class Results:
         gone = [name for name in names if self._kept.pop(name, None) is not None]
         try:
             await (await self.open()).delete(gone)
-        except OSError:
+        except OSError as error:
             # Clients can no longer fetch them, and the next process deletes them.
-            log.exception("images that have expired could not be deleted")
+            log.error("images that have expired could not be deleted: %s", error)
 
     def _temporary(self) -> str:
         # Removes temporary folders of servers that were killed.

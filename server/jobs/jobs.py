@@ -32,7 +32,10 @@ LOOK_S: Final = 1.0
 """Seconds between looks at a job that another server may be processing."""
 
 AGAIN_S: Final = 1.0
-"""Seconds between attempts while the database or the disk fails."""
+"""Seconds between attempts while the database fails."""
+
+PICTURES_AGAIN_S: Final = 30.0
+"""Seconds between attempts to delete pictures while their storage fails."""
 
 
 class Jobs:
@@ -194,9 +197,20 @@ class Jobs:
         return job
 
     async def picture(self, job: Job, index: int) -> bytes:
-        """Read a picture of a job that succeeded; raises FileNotFoundError if it was deleted."""
+        """Read a picture of a job that succeeded.
+
+        Raises:
+            UnknownJob: it was deleted.
+            NotReady: the storage of the pictures cannot be read.
+        """
         attempt = 0 if job.result is None else job.result["attempt"]
-        return await self._blobs.read(output_name(job.id, attempt, index))
+        try:
+            return await self._blobs.read(output_name(job.id, attempt, index))
+        except FileNotFoundError:
+            raise UnknownJob(job.id) from None
+        except OSError as error:
+            log.error("an image of job %s could not be read: %s", job.id, error)
+            raise NotReady("The image cannot be read now; try again later.") from None
 
     async def ended(self, job: Job, within_s: float) -> Job:
         """Wait until a job has ended, a time has passed, or the server stops.
@@ -224,6 +238,11 @@ async def _for_ever(work: Callable[[], Coroutine[Any, Any, None]]) -> None:
         except JobsUnavailable:
             # The database has said so.
             await asyncio.sleep(AGAIN_S)
+        except OSError as error:
+            log.error(
+                "durable jobs: their pictures cannot be reached, and are tried again: %s", error
+            )
+            await asyncio.sleep(PICTURES_AGAIN_S)
         except Exception:
             log.exception("durable jobs: an operation failed and will be retried")
             await asyncio.sleep(AGAIN_S)

@@ -266,9 +266,11 @@ class Runner:
         try:
             for index, picture in enumerate(pictures.pictures):
                 await self._blobs.write(output_name(job.id, job.attempt, index), picture.data)
-        except Exception:
+        except OSError as error:
             # A full disk, or a store that does not answer, may be repaired meanwhile.
-            log.exception("the images of job %s could not be stored", job.id)
+            log.error("the images of job %s could not be stored: %s", job.id, error)
+            with suppress(OSError):
+                await self._blobs.delete([f"{job.id}/{job.attempt}"])
             sentence = "The images could not be stored; the server's log has the details."
             await self._wait_or_fail(job, LONGEST_WAIT_S, WeftError(sentence))
             return

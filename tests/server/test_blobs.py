@@ -10,6 +10,7 @@ from threading import Event
 
 import pytest
 from fsspec.implementations.local import LocalFileSystem
+from fsspec.implementations.memory import MemoryFileSystem
 
 from server.blobs import Blobs
 
@@ -40,6 +41,17 @@ def test_what_could_not_be_written_leaves_nothing_behind(tmp_path: Path) -> None
     with pytest.raises(OSError, match="taken"):
         asyncio.run(Blobs(str(tmp_path)).write("taken", b"a picture"))
     assert [path.name for path in tmp_path.iterdir()] == ["taken"]
+
+
+def test_whatever_a_store_raises_is_an_error_of_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As botocore does if a host cannot be reached."""
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("Could not connect to the endpoint")
+
+    monkeypatch.setattr(MemoryFileSystem, "pipe_file", fail)
+    with pytest.raises(OSError, match="RuntimeError: Could not connect to the endpoint"):
+        asyncio.run(Blobs("memory://results").write("one.png", b"a picture"))
 
 
 def test_a_store_that_answers_slowly_holds_up_nobody_else(

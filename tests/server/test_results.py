@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import tempfile
 import time
@@ -10,6 +11,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 
 from server.errors import InvalidRequest, NotReady, UnknownResult
 from server.locked_folders import locked
@@ -142,6 +144,45 @@ def test_a_place_that_cannot_be_used_is_named(tmp_path: Path) -> None:
         for place, said in ((__file__, "kept for URLs"), ("nothing://x", "nothing")):
             with pytest.raises(NotReady, match=said):
                 await Results(place, 3600, 1000).open()
+
+    run(work)
+
+
+def full(*_: object) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_full_disk_is_one_line_of_the_log_and_keeps_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def work() -> None:
+        store = Results(str(tmp_path), 3600, 1000)
+        await store.open()
+        syncs = iter([os.fsync, full])
+        # The second image has no room.
+        monkeypatch.setattr("server.blobs.os.fsync", lambda file: next(syncs)(file))
+        with pytest.raises(NotReady, match="could not be stored; try again later, or ask for"):
+            await store.keep("", "png", [FILE, FILE])
+        await store.close()
+
+    monkeypatch.setattr("server.blobs._sync_folders", lambda _: None)
+    run(work)
+    assert files(tmp_path) == set()
+    (record,) = caplog.records
+    assert record.getMessage().endswith("No space left on device")
+    assert record.exc_info is None
+
+
+def test_an_image_that_cannot_be_read_now_may_be_asked_for_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def work() -> None:
+        store = Results(str(tmp_path), 3600, 1000)
+        (kept,) = await store.keep("", "png", [FILE])
+        monkeypatch.setattr(LocalFileSystem, "cat_file", full)
+        with pytest.raises(NotReady, match="cannot be read now; try again later"):
+            await store.read(kept.name)
+        await store.close()
 
     run(work)
 

@@ -174,10 +174,7 @@ async def output(
     job = await jobs.get(owner, identifier)
     if job.result is None or index >= len(job.result["seeds"]):
         raise UnknownJob(f"{identifier}/output/{index}")
-    try:
-        data = await jobs.picture(job, index)
-    except FileNotFoundError:
-        raise UnknownJob(identifier) from None
+    data = await jobs.picture(job, index)
     return Response(data, media_type=MEDIA_TYPES[job.result["output_format"]])
 
 

@@ -1,0 +1,91 @@
+"""A disk that is full when the pictures of a job are stored."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from server.blobs import Blobs
+from server.errors import NotReady
+from server.jobs.jobs import Jobs
+from server.service.service import Service
+from server.settings import Limits, Settings
+from tests.server.jobs.test_store import new
+from tests.server.toy_model import Toy, started
+
+PATIENCE_S = 30.0
+
+
+@asynccontextmanager
+async def opened(folder: Path) -> AsyncGenerator[Jobs]:
+    """Jobs on a toy, each begun once."""
+    engine, service = started(model := Toy(), 8), Service(Limits())
+    service.open(engine, {"toy": model})
+    settings = Settings.model_validate({"jobs": {"folder": folder, "attempts": 1}})
+    jobs = Jobs(settings, service, lambda _: b"")
+    await jobs.open()
+    try:
+        yield jobs
+    finally:
+        await jobs.close()
+        service.close()
+        engine.stop(0)
+
+
+@pytest.fixture
+def room_for_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Room for one more picture and no others."""
+    write, room = Blobs.write, [True]
+
+    async def bounded(blobs: Blobs, name: str, data: bytes) -> None:
+        if not room:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        room.pop()
+        await write(blobs, name, data)
+
+    monkeypatch.setattr(Blobs, "write", bounded)
+
+
+def pictures(folder: Path) -> list[Path]:
+    return [path for path in (folder / "pictures").rglob("*") if path.is_file()]
+
+
+@pytest.mark.usefixtures("room_for_one")
+def test_a_job_whose_pictures_have_no_room_is_refused_and_leaves_none(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def run() -> None:
+        async with opened(tmp_path) as jobs:
+            uploads = {"image": b"a picture", "mask": b"another"}
+            with pytest.raises(NotReady, match="could not be stored; try again later"):
+                await jobs.add(replace(new(""), uploads=tuple(uploads)), uploads)
+            assert await jobs.page("", None, 9) == []
+
+    asyncio.run(run())
+    assert pictures(tmp_path) == []
+    assert "Traceback" not in caplog.text
+
+
+@pytest.mark.usefixtures("room_for_one")
+def test_a_job_whose_images_have_no_room_fails_and_leaves_none(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    given = {"prompt": "x", "n": 2, "steps": 1, "guidance": "none"}
+
+    async def run() -> None:
+        async with opened(tmp_path) as jobs:
+            job = await jobs.add(replace(new(""), input=given), {})
+            ended = await jobs.ended(job, PATIENCE_S)
+            assert ended.status == "failed"
+            assert ended.error is not None
+            assert ended.error["message"].startswith("The images could not be stored; ")
+
+    asyncio.run(run())
+    assert pictures(tmp_path) == []
+    assert "Traceback" not in caplog.text
