@@ -239,9 +239,7 @@ async def _for_ever(work: Callable[[], Coroutine[Any, Any, None]]) -> None:
             # The database has said so.
             await asyncio.sleep(AGAIN_S)
         except OSError as error:
-            log.error(
-                "durable jobs: their pictures cannot be reached, and are tried again: %s", error
-            )
+            log.error("durable jobs: their pictures cannot be used, and are tried again: %s", error)
             await asyncio.sleep(PICTURES_AGAIN_S)
         except Exception:
             log.exception("durable jobs: an operation failed and will be retried")

@@ -89,3 +89,22 @@ def test_a_job_whose_images_have_no_room_fails_and_leaves_none(
     asyncio.run(run())
     assert pictures(tmp_path) == []
     assert "Traceback" not in caplog.text
+
+
+def test_a_store_of_pictures_that_fails_is_one_line_of_the_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    tried = asyncio.Event()
+
+    async def fail(_: Blobs) -> None:
+        tried.set()
+        raise OSError("EndpointConnectionError")
+
+    async def run() -> None:
+        async with opened(tmp_path):
+            await asyncio.wait_for(tried.wait(), PATIENCE_S)
+
+    monkeypatch.setattr(Blobs, "sizes", fail)
+    asyncio.run(run())
+    said = [record for record in caplog.records if "EndpointConnectionError" in record.getMessage()]
+    assert [(record.levelname, record.exc_info) for record in said] == [("ERROR", None)]
