@@ -155,7 +155,7 @@ def test_a_changed_config_is_read_again(network: Layers, tmp_path: Path) -> None
     folder = put(tmp_path / "style")
     found = shelf(network, tmp_path)
     before = found.load("style")
-    put(folder, lora_alpha=100)
+    (folder / "adapter_config.json").write_text(json.dumps(CONFIG | {"lora_alpha": 100}))
     after = found.load("style")
     assert (factor(before), factor(after)) == (1.5, 50)
     assert before.revision != after.revision
