@@ -1,6 +1,6 @@
-"""Engines whose ticks are full, for tests of what images do to each other in a tick.
+"""Engines with full ticks, for tests of how images in a tick affect each other.
 
-On a CPU a tick of twice the rows may take twice the time, and then the engine runs few at once.
+On a CPU a tick of twice the rows may take twice the time; the engine then runs few rows at once.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ _fitted: dict[tuple[Any, ...], Tensor] = {}
 
 @contextmanager
 def full_ticks() -> Generator[None]:
-    """Within it, engines start as if ticks of all sizes took the same time.
+    """Within this context, engines start as if ticks of all sizes took the same time.
 
-    The colours of previews are fitted once for the same weights, which takes most of a start.
+    The colours of previews, which take most of a start, are fitted only once for the same weights.
     """
     with (
         patch("server.engine.warmup.time_forwards", lambda _, most: {1: 0.01, most: 0.01}),

@@ -1,7 +1,7 @@
-"""Recorded forwards of rows that change something inside the network give the forwards' numbers.
+"""Recorded forwards whose rows change something inside the network equal the forwards themselves.
 
-They are recorded operation by operation, see ``operation_tape``, with some inputs, and replayed
-with others: what ought to have been a tensor of the recording shows as a wrong number if it is not.
+They are recorded operation by operation (see ``operation_tape``) with some inputs and replayed with
+others, so whatever should have been a tensor of the recording but is not gives a wrong number.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ FEW, OFTEN = 2, 3
 
 @pytest.fixture(autouse=True)
 def as_in_the_engine(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Without gradients; and a recording is soon made, and kept though it saves no time here."""
+    """Run without gradients, record early, and keep recordings though they save no time here."""
     for name, value in (("PAYS", 1e9), ("FEW", FEW), ("OFTEN", OFTEN), ("TIMED", 1)):
         monkeypatch.setattr(graphs_module, name, value)
     with torch.inference_mode():
@@ -49,7 +49,7 @@ def as_in_the_engine(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def recorded(graphs: Graphs, inputs: Given) -> None:
-    """Run a forward often enough, and record it."""
+    """Run a forward often enough for it to be recorded, and record it."""
     for _ in range(FEW):
         graphs.evaluate(*inputs, COST)
     assert graphs.wanted
@@ -58,7 +58,7 @@ def recorded(graphs: Graphs, inputs: Given) -> None:
 
 
 def assert_replayed(graphs: Graphs, tape: OperationTape, model: HostedModel, inputs: Given) -> None:
-    """A recording is replayed, and gives the numbers of the forward itself."""
+    """Check that a recording is replayed and gives the numbers of the forward itself."""
     calls = sum(one.calls for one in tape.made)
     ours = graphs.evaluate(*inputs, COST)
     assert sum(one.calls for one in tape.made) == calls + 1
@@ -71,7 +71,7 @@ def test_rows_with_adapters(model: HostedModel) -> None:
     ours = RowAdapters(((one,), (), (other, replace(one, weight=-0.3))))
     recorded(graphs, given(model, 3, 0, adapters=ours))
     assert_replayed(graphs, tape, model, given(model, 3, 1, adapters=ours))
-    # Each combination by its own recording.
+    # Each combination has its own recording.
     swapped = RowAdapters((ours.rows[2], (), (one,)))
     recorded(graphs, given(model, 3, 2, adapters=swapped))
     for adapters in (ours, swapped):
@@ -84,7 +84,7 @@ def test_rows_with_edits_of_all_kinds_but_one(model: HostedModel) -> None:
     graphs, edits = Graphs(model, tape), edits_of_all_kinds(model, 0.8, 0.5, 3.0)
     recorded(graphs, given(model, 8, 0, edits=edits, against=told(model, 8, 0)))
     others = edits_of_all_kinds(model, 2.5, 0.7, 5.0)
-    # Also with the same numbers in other rows.
+    # The same numbers in other rows are replayed, too.
     for seed, rows in enumerate((edits, others, edits[::-1])):
         inputs = given(model, 8, seed, edits=rows, against=told(model, 8, seed))
         assert_replayed(graphs, tape, model, inputs)
@@ -99,7 +99,7 @@ def test_rows_that_move_apart_from_others_with_adapters(model: HostedModel) -> N
     edits: list[Edits] = [(), (apart, IdentityAttention((up,))), ()]
     recorded(graphs, given(model, 3, 0, edits=edits, adapters=ours))
     assert_replayed(graphs, tape, model, given(model, 3, 1, edits=edits, adapters=ours))
-    # Another row is another forward.
+    # If another row has the edit, it is another forward.
     graphs.evaluate(*given(model, 3, 1, edits=edits[::-1], adapters=ours), COST)
     moved: list[Edits] = [(), (), (apart, IdentityAttention((up,)))]
     recorded(graphs, given(model, 3, 0, edits=moved, adapters=ours))
@@ -119,7 +119,7 @@ def test_rows_with_controlnets(model: HostedModel, depth: Control) -> None:
     for seed, rows in enumerate(([0, 1, 2], [2, 0, 1])):
         ours = steered(model, depth, seed).of(rows)
         assert_replayed(graphs, tape, model, given(model, 3, seed, controls=ours))
-    # On more rows it is another forward.
+    # With more rows it is another forward.
     calls = tape.made[0].calls
     graphs.evaluate(*given(model, 3, 0, controls=first.of([1, 1, 2])), COST)
     assert tape.made[0].calls == calls

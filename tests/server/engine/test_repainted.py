@@ -1,4 +1,4 @@
-"""What a run starts from: noise alone, or a picture of which a part is repainted."""
+"""What a run starts from: pure noise, or a picture of which a part is repainted."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CELLS = SIDE // 8
 
 
 def test_noise_is_as_loud_as_the_noisiest_level_of_the_run() -> None:
-    """On a schedule whose levels do not begin at one, with a picture and without."""
+    """On a schedule whose levels do not start at one, with a picture and without."""
     plan = Euler().plan(NoiseSchedule.edm().grid("karras", 2))
     nothing = replace(task(), plan=plan)
     beside = replace(nothing, image=torch.zeros(3, SIDE, SIDE), from_noise=True)
@@ -52,13 +52,13 @@ def test_a_run_starts_from_what_is_asked_for_and_keeps_the_rest(content: Repaint
     x = float(one.plan.alpha[0]) * latents + float(one.plan.sigma[0]) * noise
     scales = preconditioning("epsilon", one.plan.alpha[:-1], one.plan.sigma[:-1])
     torch.testing.assert_close(model.seen[0][0], float(scales.scale_in[0]) * x)
-    # What is kept is shown to the network at the level of each stage.
+    # The network sees the kept part at the noise level of each stage.
     assert len(model.seen) == one.plan.evaluations
     for stage, shown in enumerate(model.seen):
         level = float(one.plan.alpha[stage]) * own + float(one.plan.sigma[stage]) * noise
         kept = float(scales.scale_in[stage]) * level[..., CELLS // 2 :]
         torch.testing.assert_close(shown[0][..., CELLS // 2 :], kept)
-    # What is kept to the pixel is the picture as it was sent.
+    # Where the mask keeps pixels unchanged, they are those of the uploaded picture.
     expected = ((1 - image) * 127.5).round().to(torch.uint8).permute(1, 2, 0)
     right = torch.from_numpy(result.pixels)[:, SIDE // 2 :]
     assert (right.int() - expected[:, SIDE // 2 :].int()).abs().max() <= 1

@@ -1,4 +1,4 @@
-"""When listeners hear of the steps of their images."""
+"""When listeners are told of the steps of their images."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ STEPS = 4
 
 @pytest.fixture
 def order(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Of what happens in ticks: forwards, waits for the device, and steps that are told."""
+    """The order of events in ticks: forwards, waits for the device, and reports of steps."""
     happened: list[str] = []
     wait: Any = stage._told
 
@@ -42,7 +42,7 @@ def ticks(
     fails_at: int = 0,
     priority: Priority = Priority.INTERACTIVE,
 ) -> None:
-    """Runs an image in this thread, tick by tick; its listener fails at a step."""
+    """Run an image in this thread, tick by tick, with a listener that fails at a step."""
 
     class Model(Toy):
         def evaluate(self, x: Tensor, t: Tensor, inputs: RowInputs) -> Tensor:
@@ -76,7 +76,7 @@ def ticks(
 def test_steps_are_told_while_a_gpu_works_on_the_next_ones(
     order: list[str], previews: bool
 ) -> None:
-    """Who hears of them runs as well, which the next forward is not to wait for."""
+    """The listeners take time, too, and the next forward must not wait for them."""
     ticks(order, "cuda", previews)
     assert order == [
         *("forward", "wait"),
@@ -88,7 +88,7 @@ def test_steps_are_told_while_a_gpu_works_on_the_next_ones(
 
 
 def test_the_last_step_of_a_live_frame_is_told_while_a_gpu_works_on_it(order: list[str]) -> None:
-    """Its stream then has the next frame ready when this one leaves its place in the denoiser."""
+    """Its stream then has the next frame ready when this one leaves the denoiser."""
     ticks(order, "cuda", previews=False, priority=Priority.LIVE)
     assert order == [
         *("forward", "wait"),
@@ -115,7 +115,7 @@ def test_steps_are_told_at_once_where_a_cpu_would_be_busy_with_the_next_ones(
 def test_a_device_that_is_lost_as_previews_are_fetched_is_no_failure_of_an_image(
     order: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """They are the first that a GPU is waited for in a tick, and hear of what broke it."""
+    """Fetching them is the first wait for a GPU in a tick, and so raises what broke the GPU."""
 
     def fetch(_: HostCopy) -> tuple[Tensor, ...]:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")

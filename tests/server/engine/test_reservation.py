@@ -1,4 +1,4 @@
-"""Room is taken before any work is done, and a cancellation and a picture exclude each other."""
+"""Room is claimed before any work is done; a task is either cancelled or gives a picture."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_room_is_given_back_once_whatever_happens(start, task, listen):
 
 
 def test_what_is_claimed_after_the_room_was_given_back_is_counted_by_nobody(start, task):
-    """As by a thread whose request was cancelled meanwhile."""
+    """A thread may do so if its request was cancelled meanwhile."""
     engine = start(max_pending=3)
     with engine.reserve(1):
         room = engine.reserve(1)
@@ -83,7 +83,7 @@ def test_what_is_claimed_after_the_room_was_given_back_is_counted_by_nobody(star
 def test_room_is_taken_by_what_images_cost_and_given_back_as_they_are_made(
     start, task, listen, monkeypatch
 ):
-    # What ticks really take, which changes with the machine's other work, is not to be learned.
+    # The real time of ticks changes with other work of the machine, so it must not be learned.
     monkeypatch.setattr(TickCost, "observe", lambda *_: 1.0)
     engine = start(max_pending_s=2.0, guessed_costs={1: 0.01, 128: 1.28})
     heard = [listen(1) for _ in range(2)]
@@ -128,7 +128,7 @@ def test_of_a_cancellation_and_the_last_picture_one_wins():
 
 def test_a_cancellation_during_decoding_leaves_no_picture(start, model, task, listen):
     class Slow:
-        """The real model, during whose decoding somebody cancels."""
+        """The real model, with a cancellation while it decodes."""
 
         def __init__(self):
             self.meanwhile = lambda: None

@@ -1,4 +1,4 @@
-"""At how many rows forwards run where the first one of its size is slow."""
+"""How many rows forwards have when the first forward of each number is slow."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from server.engine.row_sizes import FIRST_FORWARD_S, ROW_SIZES, RowSizes
 
 
 def gpu(rows: int) -> float:
-    """As an H100 with Stable Diffusion 1.5: up to 12 rows it waits for its orders."""
+    """Like an H100 with Stable Diffusion 1.5: up to 12 rows, launches limit it."""
     return max(0.034, 0.0035 * rows)
 
 
@@ -40,7 +40,7 @@ def test_nothing_known_is_run_at_the_next_usual_size():
 
 
 def test_what_fills_up_for_long_enough_pays_for_a_first_forward():
-    """20 rows as 96 take .27 s longer each time, and the first forward at 20 takes .5 s once."""
+    """20 rows run as 96 take .27 s longer each time; a first forward at 20 takes .5 s, once."""
     sizes = known(96)
     chosen: list[int] = []
     for _ in range(4):
@@ -57,7 +57,7 @@ def test_a_number_of_rows_that_is_filled_up_again_and_again_becomes_a_size_of_it
         assert size_of(sizes, 33) == 40
         sizes.note(33, 40, gpu)
     assert sizes.wanted == [33]
-    # Not in a tick of somebody who waits.
+    # Not in a tick for which somebody waits.
     assert size_of(sizes, 33) == 40
     sizes.note(33, 33, gpu)
     assert size_of(sizes, 33) == 33

@@ -1,4 +1,4 @@
-"""Step caches in the engine: held to the authors' loop, and to diffusers' pipeline with it."""
+"""Step caches in the engine equal the authors' loop, and diffusers' pipeline with that loop."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ STEPS = 20
 class AuthorsLoop(ByHand):
     """Calls the network as ``easycache_forward_`` of the authors' EasyCache4Wan2.2 does.
 
-    The prompt's call decides for the other calls of its stage. Theirs are the same at every stage;
-    here a stage that has one which the last evaluated stage had not is evaluated, too.
+    The prompt's call decides for the other calls of its stage. Theirs are the same at every stage.
+    Here, a stage that has a call which the last evaluated stage had not is evaluated, too.
     """
 
     def __init__(self, model: Toy, task: Asked) -> None:
@@ -66,7 +66,7 @@ class AuthorsLoop(ByHand):
         self.spent = self.saved = 0
 
     def denoised(self, i: int, x: Tensor, text: str | None, *edits: Edit) -> Tensor:
-        """Their networks predict the velocity, ``(alpha x - D) / sigma``, and the toy the noise."""
+        """Their networks predict the velocity ``(alpha x - D) / sigma``; the toy predicts noise."""
         alpha, sigma = float(self.plan.alpha[i]), float(self.plan.sigma[i])
         raw_input, key = x.clone(), (text, edits)
         of_prompt = key == (self.task.prompt_text, ())
@@ -118,7 +118,7 @@ class AuthorsLoop(ByHand):
 
 
 class Timed(Toy):
-    """Remembers what it is told of the noise."""
+    """A toy that records the times at which it is called."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -130,7 +130,7 @@ class Timed(Toy):
 
 
 class Twin(Toy):
-    """Predicts the velocity, or the noise that it stands for."""
+    """A toy that predicts the velocity, or the equivalent noise."""
 
     def __init__(self, *, noise: bool, plan: Plan) -> None:
         super().__init__(prediction="epsilon" if noise else "v_prediction")
@@ -158,14 +158,14 @@ def of_toys(toy: Timed) -> Iterator[Engine]:
 
 @pytest.fixture(scope="module")
 def fixed(toy: Timed) -> Iterator[Engine]:
-    """Its ticks take as many rows as fit, which are few."""
+    """An engine whose ticks take as many rows as fit, which are few."""
     made = started(toy, 4, deterministic=True)
     yield made
     made.stop(0)
 
 
 def test_any_mix_is_what_each_image_is_by_the_authors_loop(of_toys: Engine, toy: Timed) -> None:
-    """The same evaluations are skipped, beside images without a cache, which are as ever."""
+    """The same evaluations are skipped; images without a cache beside them are unchanged."""
     fields: dict[str, Any] = {"cache": EASY, "steps": STEPS}
     later: dict[str, Any] = {**fields, "cache": EasyCache(threshold=0.8, start=0.3, stop=0.8)}
     cached = [
@@ -183,7 +183,7 @@ def test_any_mix_is_what_each_image_is_by_the_authors_loop(of_toys: Engine, toy:
     ]
     plain = [toy_task(seed=9 + k, steps=STEPS - k) for k in range(3)]
     with pytest.MonkeyPatch.context() as patch:
-        # It waits for the device, which a tick does once, at its end.
+        # This call waits for the device, which a tick may do only once, at its end.
         patch.setattr(torch.Tensor, "new_tensor", None)
         ear = run(of_toys, [*cached, *plain])
     assert not ear.errors, ear.errors
@@ -226,7 +226,7 @@ def test_what_is_saved_is_counted_for_the_cache_and_for_the_policy(of_toys: Engi
 def test_where_the_network_begins_to_be_changed_it_is_evaluated(
     of_toys: Engine, toy: Timed
 ) -> None:
-    """Otherwise the cache would go on with what the network said before."""
+    """Otherwise the cache would reuse what the network put out before the change."""
     times = SCHEDULE.conditioning(toy_task(steps=STEPS).plan.t[:-1]).astype(np.float32)
     toy.times.clear()
     run(of_toys, [toy_task(cache=EASY, steps=STEPS)])
@@ -268,7 +268,7 @@ def test_a_stage_that_is_skipped_takes_no_tick_and_no_row(of_toys: Engine, toy: 
 def test_nobody_waits_for_all_stages_that_another_image_recalls(
     of_toys: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A run that recalls nearly all of its stages would take seconds of one tick."""
+    """All in one tick, a run that recalls nearly all of its stages would take seconds."""
     decide = EasyCache.decide
 
     def always(*given: Any) -> Decision:
@@ -300,7 +300,7 @@ def test_nobody_waits_for_all_stages_that_another_image_recalls(
 def test_memory_that_recalling_lacks_says_nothing_of_how_many_rows_a_forward_may_have(
     of_toys: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No forward ran; and a lane's cap recovers only after hundreds of full ticks."""
+    """No forward ran, and a lane's limit on rows recovers only after hundreds of full ticks."""
     real, attempts = recall.recall, list[int]()
 
     def for_one(batch: Batch) -> Evaluated:
@@ -341,7 +341,7 @@ def test_with_a_threshold_of_0_it_is_the_run_without_a_cache_to_the_bit(fixed: E
 
 
 def test_rows_that_are_skipped_are_taken_by_others(fixed: Engine) -> None:
-    """Of four images two have room in a tick; a row that one skips makes room for the next."""
+    """Two of four images fit in a tick; a row that one skips makes room for the next."""
     ticks: list[int] = []
     for cache in (None, EASY):
         before = fixed.measurements.ticks
@@ -363,7 +363,7 @@ def test_an_image_is_what_diffusers_draws_with_the_authors_forward(
     was: dict[str, Any] = {"count": 0, "evaluated": 0, "error": 0.0, "k": None}
 
     def easycache_forward(sample: Tensor, *told: Any, **also: Any) -> tuple[Tensor, ...]:
-        """Of both predictions; the second is the prompt's."""
+        """The loop for both predictions, of which the second is the prompt's."""
         count, x = was["count"], sample[1]
         calculates = count / steps < cache.start or count == steps - 1 or was["k"] is None
         if calculates:

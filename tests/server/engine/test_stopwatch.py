@@ -1,4 +1,4 @@
-"""What of a tick counts as time of the denoiser."""
+"""Which part of a tick counts as time of the denoiser."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.server.toy_model import Ear, Toy
 def test_the_rows_are_put_together_and_guided_outside_of_the_denoiser_s_time(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A GPU has nothing to do while the host puts them together."""
+    """A GPU is idle while the host puts them together."""
     happened: list[str] = []
 
     class Watch(stage.Stopwatch):

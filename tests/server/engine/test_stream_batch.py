@@ -1,4 +1,4 @@
-"""Frames of a stream in the engine, held to StreamDiffusion's recursion over its stream batch."""
+"""Frames of a stream in the engine equal StreamDiffusion's recursion over its stream batch."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ def frames() -> list[Tensor]:
 class PublishedStream:
     """The authors' pipeline: each frame enters a batch of one row a stage, and one row leaves.
 
-    ``stock`` is what stands for the second prediction of each row's noise. It goes along with its
-    row: renewed after each stage from what the stage made of it, and replaced at the first one.
+    ``stock`` stands in for the second prediction of each row's noise. It moves along with its row,
+    is updated after each stage from the result of that stage, and is replaced at the first one.
     """
 
     def __init__(self, model: HostedModel, times: list[int], kind: str) -> None:
@@ -63,7 +63,7 @@ class PublishedStream:
         self.stock = torch.zeros_like(self.noise)
 
     def push(self, latents: Tensor) -> Tensor:
-        """Take a frame in; the clean latents of the one that entered ``stages - 1`` ago."""
+        """Take in a frame; return clean latents of the one that entered ``stages - 1`` earlier."""
         newest = self.alpha[0] * latents + self.beta[0] * self.noise[0]
         x = torch.cat([newest[None], self.under_way])
         self.stock = torch.cat([self.noise[:1], self.stock[:-1]])
@@ -105,7 +105,7 @@ def expected(model: HostedModel, times: list[int], kind: str) -> NDArray[np.int6
     with torch.inference_mode():
         published = PublishedStream(model, times, kind)
         latents = model.encode_image(torch.stack(frames()))
-        # As many frames more as there are stages let the last one out.
+        # One more frame for each stage but the first lets the last one out.
         pushed = [published.push(one) for one in [*latents, *latents[: len(times) - 1]]]
         decoded = model.decode(torch.stack(pushed[len(times) - 1 :]))
         return to_uint8(decoded).numpy().astype(int)

@@ -1,4 +1,4 @@
-"""What a recording of kernels could not repeat is found before anything is recorded."""
+"""Operations that a recording of kernels could not repeat are found before it is made."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ CPU = torch.device("cpu")
 pytestmark = pytest.mark.usefixtures("as_in_the_engine")
 
 AFAR = torch.device("meta")
-"""Stands for a device that is not the host."""
+"""Stands in for a device that is not the host."""
 
 
 @pytest.fixture
 def as_in_the_engine() -> Iterator[None]:
-    """In inference mode operations reach whoever looks at them in other forms."""
+    """Use inference mode, in which dispatch modes see some operations in other forms."""
     with torch.inference_mode():
         yield
 

@@ -1,4 +1,4 @@
-"""Stages that are no matrix, and levels of noise that rise within a run."""
+"""Stages that are not linear maps, and noise levels that rise within a run."""
 
 import numpy as np
 import pytest

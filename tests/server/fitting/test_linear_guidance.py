@@ -1,4 +1,4 @@
-"""Linear adaptive guidance from the command to the picture."""
+"""Linear adaptive guidance, from the fitting command to the picture."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ def quiet(*progress: object) -> None: ...
 
 @pytest.mark.parametrize(
     ("sampler", "rule"),
-    # CFG++ tells the two evaluations of a step of Heun's apart.
+    # CFG++ treats the two evaluations of a step of Heun's method differently.
     spread([DPMSolverPP(), Heun(), DDIM(eta=1.0)], [CFG(), CFGPlusPlus(), APG(), PerpNeg()]),
     ids=lambda one: one.name,
 )
 def test_the_runs_are_those_that_the_engine_makes(sampler, rule) -> None:
-    """Of the same prompt and seed, the network is shown the same at every stage."""
+    """For the same prompt and seed, the network gets the same inputs at every stage."""
     plan = sampler.plan(SCHEDULE.grid(sampler.default_spacing, 8))
     fitted, served = Toy(), Toy()
     made = fit(fitted, plan, rule, LinearAdaptive(), ["a red circle"], Runs(1, seed=5), quiet)
@@ -135,7 +135,7 @@ def test_a_stopped_fit_goes_on_where_it_was(tmp_path: Path) -> None:
     kept.write_bytes(part)
     store_in(stopped, revision="another")
     assert heard == [6]
-    # Neither a damaged part nor one of other prompts or weights is gone on from.
+    # A damaged part is not continued, nor is one for other prompts or weights.
     kept.write_bytes(part[:-8])
     store_in(stopped)
     assert heard == [2, 4, 6]

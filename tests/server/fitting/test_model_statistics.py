@@ -1,4 +1,4 @@
-"""`weft ems`: what a hosted model's statistics are made of, and the command."""
+"""`weft ems`: the command, and what a hosted model's statistics are computed from."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def model() -> HostedModel:
 
 @pytest.fixture
 def pictures(tmp_path: Path) -> Path:
-    """Three captioned pictures, of another size than the model's."""
+    """Three captioned pictures whose size differs from the model's."""
     folder = tmp_path / "pictures"
     folder.mkdir()
     scenes = [make_scene(k) for k in range(3)]
@@ -49,7 +49,7 @@ def weft(*arguments: str) -> Result:
 
 
 def test_a_hosted_models_denoiser_can_be_differentiated_in_x_and_t(model: HostedModel) -> None:
-    """Central differences of both branches, each sample under its own prompt."""
+    """Compared with central differences of both branches, each sample with its own prompt."""
     prompts = ["a red circle", "two blue squares", "a star"]
     denoise = _denoisers(model, prompts, branches=2)(range(1, 3))
     with torch.no_grad():
@@ -66,7 +66,7 @@ def test_a_hosted_models_denoiser_can_be_differentiated_in_x_and_t(model: Hosted
         alone = _denoisers(model, prompts, branches=1)(range(1, 2))(x[:1], t[:1])
         v = model.evaluate(x, t, model.inputs([None, None]))
     difference = (above - below) / (2 * h)
-    # Nearer, float32 shows; as far as this, the network's ripples do.
+    # Smaller steps show the rounding of float32; at this one the network's ripples show.
     assert (slope - difference).norm() < 0.05 * difference.norm()
     assert torch.allclose(value[0, :1], alone[0], atol=1e-4)
     # The model predicts v: D = alpha x - sigma v.
@@ -159,7 +159,7 @@ def test_the_command_goes_on_where_it_was_stopped_and_leaves_nothing_but_the_fil
     with pytest.raises(KeyboardInterrupt):
         fulfil(order, stop)
     given = ["-m", str(folder), "--scale", "3", "--scale", "1.5", "--points", "3", "--chunk", "2"]
-    # With other numbers than the sums that are kept, nothing is made.
+    # With another number of samples than in the kept sums, nothing is made.
     refused = weft(*given, "--data", str(pictures), "--samples", "2")
     assert refused.exit_code == 2
     assert "samples is 2, but checkpoint" in refused.output

@@ -1,4 +1,4 @@
-"""A real browser without a window, and its tabs."""
+"""A real headless browser, and its tabs."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Tab:
         self._told(lambda news: news.get("method") == "Page.loadEventFired")
 
     def run(self, script: str) -> Any:
-        """What an asynchronous function of this body returns."""
+        """Run this body as an asynchronous function, and return its result."""
         body = f"(async () => {{ {self._tools} {script} }})()"
         answer = self.call(
             "Runtime.evaluate", expression=body, awaitPromise=True, returnByValue=True

@@ -91,7 +91,7 @@ def test_variations_of_a_seed_are_those_of_the_native_route_and_read_back_from_t
     for image, pixels in zip(result.images, expected, strict=True):
         assert (array(image) == pixels).all()
     assert (expected[0] != expected[1]).any()
-    # Each image says what makes it alone, in AUTOMATIC1111's text and in our own.
+    # Each image states what reproduces it alone, in AUTOMATIC1111's text and in ours.
     text: str = result.info["infotexts"][1]
     said = f"Variation seed: 41, Variation seed strength: 0.3, Seed resize from: 96x{SIDE}"
     assert said in text
@@ -100,7 +100,7 @@ def test_variations_of_a_seed_are_those_of_the_native_route_and_read_back_from_t
     assert (array(Image.open(io.BytesIO(base64.b64decode(again)))) == expected[1]).all()
     (own,) = native(client, **json.loads(result.images[1].info["weft"]))
     assert (own == expected[1]).all()
-    # Turned as far as it goes, it is the image of the other seed.
+    # At full strength, it is the image of the other seed.
     (other,) = native(client, variation={"seed": 40, "strength": 1.0}, guidance="none")
     (there,) = native(client, seed=40, guidance="none")
     assert np.abs(other.astype(int) - there).max() <= 1
@@ -122,7 +122,7 @@ def test_prompts_joined_by_and_are_drawn_together_and_read_back(
     circle, square = ("a (red:1.3) circle", 4.0), ("a blue square", 2.0)
     expected = composed(*circle, *square)
     assert (array(result.image) == expected).all()
-    # Both are read in the same way, whichever is the request's own.
+    # Both prompts are read in the same way, whichever one is the request's own.
     assert np.abs(composed(*square, *circle).astype(int) - expected).max() <= 1
     text: str = result.info["infotexts"][0]
     assert text.startswith("a (red:1.3) circle :1 AND a blue square :0.5\n")
@@ -179,7 +179,7 @@ def test_lists_are_what_the_client_expects(api: WebUIApi) -> None:
     samplers, schedulers = api.util_get_sampler_names(), api.util_get_scheduler_names()
     assert {"Euler a", "DPM++ 2M", "UniPC", "ghvb"} <= set(samplers)
     assert {"automatic", "karras", "sgm_uniform", "align_your_steps"} <= set(schedulers)
-    # Other tests put their own into the folder of the same server.
+    # Other tests add adapters to the folder of the same server.
     assert "embedded-lcm-lora" in {one["name"] for one in api.get_loras()}
     assert api.get_memory()["ram"]["total"] > 2**30
     assert api.get_embeddings().keys() == {"loaded", "skipped"}
@@ -200,7 +200,7 @@ def test_a_model_is_chosen_by_a_setting_and_by_a_request(api: WebUIApi) -> None:
         assert api.util_get_current_model() == "embedded-lcm"
         few = txt2img(api, **SMALL, sampler_name="LCM")
         assert few.info["sd_model_name"] == "embedded-lcm"
-        # Its guidance is told to the network, whatever the client sends.
+        # Its guidance is an input of the network, whatever the client sends.
         assert "Guidance policy: embedded" in few.info["infotexts"][0]
         named = {"sd_model_checkpoint": "embedded.safetensors [0123456789]"}
         other = txt2img(api, **SMALL, override_settings=named)
@@ -254,7 +254,7 @@ def test_what_a_plain_prompt_s_text_is_read_back_as_draws_the_same_image(
     (again,) = client.post("/sdapi/v1/txt2img", json={"infotext": text}).json()["images"]
     difference = array(Image.open(io.BytesIO(base64.b64decode(again)))).astype(int) - array(file)
     assert np.abs(difference).max() <= 1
-    # Where nothing is escaped, the words in brackets count for more.
+    # If nothing is escaped, the words in brackets have a larger weight.
     (other,) = native(client, **told, guidance=guidance, prompt_syntax="automatic1111")
     assert np.abs(other.astype(int) - array(file)).max() > 10
 
@@ -366,7 +366,7 @@ def test_an_image_is_enlarged(api: WebUIApi) -> None:
 def test_images_are_enlarged_one_after_the_other(
     client: httpx2.Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All at once they would hold the threads that every request needs, for seconds."""
+    """All at once, they would occupy for seconds the threads that every request needs."""
     make, at_once = extras._made, [0, 0]
 
     def counting(*arguments: Any) -> str:
@@ -439,7 +439,7 @@ def test_fields_and_scripts_of_other_programs_do_no_harm(client: httpx2.Client) 
 
 
 def test_a_client_that_looks_for_captions_finds_none(client: httpx2.Client) -> None:
-    """sd-backend-client 0.5.0 takes any other status for captions, and offers them to its users."""
+    """sd-backend-client 0.5.0 takes any other status as captions, and offers them to its users."""
     answer = client.get("/sdapi/v1/interrogate")
     assert answer.status_code == 404
     assert "that describes images" in answer.json()["detail"]

@@ -1,4 +1,4 @@
-"""Units of the extension for ControlNets against a running server; `webuiapi` is not changed."""
+"""Units of the ControlNet extension against a running server; `webuiapi` is not changed."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ THEIRS: dict[str, Any] = SMALL | {"sampler_name": "Euler", "cfg_scale": 4}
 
 @pytest.fixture(scope="module")
 def api(running: Running, controls_folder: Path, image_prompts_folder: Path) -> Iterator[WebUIApi]:
-    """Of a server whose model has the ControlNet `depth` and the IP-Adapter `style`."""
+    """A client of a server whose model has the ControlNet `depth` and the IP-Adapter `style`."""
     [model, *_] = running.app.state.service.ready_shelf().loaded()
     put_depth(model, controls_folder)
     put_encoder(image_prompts_folder)
@@ -45,7 +45,7 @@ def unit(**fields: Any) -> ControlNetUnit:
 
 
 def own_scripts() -> dict[str, Any]:
-    """For one call: the client keeps units in its default, and sends them with all later calls."""
+    """Scripts of one call: the client keeps units in its default and would send them again."""
     return {"alwayson_scripts": {}}
 
 
@@ -172,7 +172,7 @@ def test_what_is_no_object_of_scripts_is_refused(client: httpx2.Client) -> None:
 def test_the_extensions_routes_say_what_there_is(api: WebUIApi, client: httpx2.Client) -> None:
     assert api.get_scripts() == {"txt2img": ["controlnet"], "img2img": ["controlnet"]}
     assert api.controlnet_version() == 3
-    # Other tests put their own into the folders of the same server.
+    # Other tests add theirs to the folders of the same server.
     assert {"depth", "style"} <= set(api.controlnet_model_list())
     assert api.controlnet_module_list() == ["none", "invert", "ip-adapter-auto"]
     assert client.get("/controlnet/settings").json() == {"control_net_unit_count": 4}

@@ -1,4 +1,4 @@
-"""Live streams over a real socket, held to the images of `POST /v1/generate`."""
+"""Live streams over a real socket give the same images as `POST /v1/generate`."""
 
 from __future__ import annotations
 
@@ -222,7 +222,7 @@ def test_without_input_frames_a_stream_makes_images_of_the_prompt(
 def test_one_of_the_frames_in_flight_is_there_to_be_decoded(
     running: Running, client_of_stream: StreamClient
 ) -> None:
-    """More of them in the denoiser at once would only make all of them late."""
+    """If more of them were in the denoiser at once, all would only be late."""
     measured = running.app.state.service.engine.measurements
     before = measured.rows_per_tick.copy()
     fields = {"source": "text", "seed_step": 1, "steps": 8, "guidance": "none", "in_flight": 3}

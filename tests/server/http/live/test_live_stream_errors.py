@@ -1,4 +1,4 @@
-"""What clients of live streams do wrong: each gets a clear error, and nothing stays behind."""
+"""Mistakes of clients of live streams: each gets a clear error, and nothing is left behind."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ from tests.server.stream_client import PATIENCE_S, SMALL, StreamClient, file_of,
 Unloaded = Callable[..., TestClient]
 
 LARGE = SMALL | {"source": "text", "seed_step": 1, "steps": 1, "width": 128, "height": 128}
-"""A stream of images of which few fill a connection."""
+"""A stream of images so large that a few fill a connection's buffers."""
 
 
 @pytest.fixture
 def speaker(running: Running) -> Iterator[StreamClient]:
-    """A client whose stream has settings, and an engine that must be idle in the end."""
+    """A client whose stream has settings; in the end the engine must be idle."""
     with opened(running.url) as client:
         client.settings(**SMALL)
         yield client
@@ -82,7 +82,7 @@ BAD_SETTINGS: list[tuple[str, str, str | None, str]] = [
         "tokens",
     ),
 ]
-"""Messages with the code and field of the error that answers them, and words of it."""
+"""Messages, and the code, field and part of the text of the error that answers each."""
 
 
 def test_bad_settings_are_answered_and_the_old_ones_hold(speaker: StreamClient) -> None:
@@ -148,7 +148,7 @@ def test_a_frame_that_fails_in_the_engine_is_named_and_the_next_one_is_served(
 def test_a_message_beyond_all_bounds_ends_the_stream_alone(running: Running) -> None:
     with opened(running.url) as client:
         client.settings(**SMALL)
-        # The head of a binary message; its 17 MiB need not come for the server to refuse them.
+        # The header of a binary message; the server refuses its 17 MiB before they arrive.
         client.socket.socket.sendall(b"\x82\xff" + struct.pack(">Q", 17 * 2**20) + b"mask")
         with pytest.raises(ConnectionClosed) as closed:
             client.heard()
@@ -172,14 +172,14 @@ def test_a_message_of_endless_fragments_ends_the_stream_alone(running: Running) 
 
 
 def reset(client: StreamClient) -> None:
-    """Be gone as a machine that lost its power: without a closing handshake."""
+    """Disappear like a machine that lost power, without a closing handshake."""
     hard = struct.pack("ii", 1, 0)
     client.socket.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, hard)
     client.socket.socket.close()
 
 
 def narrow(running: Running) -> socket.socket:
-    """A connection of which the client's side has hardly any room."""
+    """A connection whose receive buffer at the client is tiny."""
     connection = socket.socket()
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     connection.connect(running.address)
@@ -232,7 +232,7 @@ def test_pings_of_a_client_that_does_not_read_are_not_all_kept(running: Running)
         assert client.recv(4096).startswith(b"HTTP/1.1 101")
         running.wait(lambda: running.app.state.streams.sessions)
         [session] = running.app.state.streams.sessions
-        # All masked with zeros: pings of 125 bytes, one of four, and a message.
+        # All masked with zeros: pings of 125 bytes, one of four bytes, and a message.
         pings = 16_000 * (b"\x89\xfd" + bytes(4) + bytes(125))
         client.sendall(pings + b"\x89\x84" + bytes(4) + b"last" + b"\x82\x81" + bytes(5))
         running.wait(lambda: session.counts.received == 1)

@@ -1,4 +1,4 @@
-"""When statistics are due, on a clock that the test turns."""
+"""When statistics are due, by a clock that the test sets."""
 
 from __future__ import annotations
 

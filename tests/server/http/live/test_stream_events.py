@@ -1,4 +1,4 @@
-"""Streams of server-sent events of images, held to the images of `POST /v1/generate`."""
+"""Streams of server-sent events give the same images as `POST /v1/generate`."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_statistics_come_in_time_while_there_is_no_frame(
     body = SETTINGS | {"stats_s": 0.1, "max_fps": 0.5}
     with client.stream("POST", "/v1/stream", json=body) as stream:
         told = events(stream.iter_lines())
-        # The second frame does not wait for the first one's time to be over.
+        # The second frame does not wait until the time of the first has passed.
         while next(told)[1].get("frame") != 1:
             pass
         assert [next(told)[0] for _ in range(3)] == ["stats"] * 3

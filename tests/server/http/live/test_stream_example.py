@@ -91,7 +91,7 @@ def test_an_address_without_its_protocol_is_refused_in_a_sentence(folder: Path) 
 
 
 def test_a_video_is_read_through_ffmpeg(server: str, folder: Path) -> None:
-    """A stand-in of the program writes what ffmpeg does: one JPEG file after another."""
+    """A stand-in for the program writes what ffmpeg writes: one JPEG file after another."""
     folder_of_programs = folder.parent / "programs"
     folder_of_programs.mkdir()
     frames = b"".join(file_of(80 * number, kind="JPEG") for number in range(3))

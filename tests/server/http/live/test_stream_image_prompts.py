@@ -50,7 +50,7 @@ def mask() -> str:
 
 
 def alone(client: httpx2.Client, frame: bytes, **fields: Any) -> NDArray[np.uint8]:
-    """What a request of its own makes of a frame."""
+    """What a separate request makes of a frame."""
     shared = {name: SMALL[name] for name in ("prompt", "steps", "seed", "width", "height")}
     body = shared | {"image": base64.b64encode(frame).decode()} | fields
     answer = client.post("/v1/generate", json=body, headers={"accept": "image/png"})
@@ -78,7 +78,7 @@ def test_frames_are_the_images_of_requests_with_the_same_pictures(
         {"name": "style", "scale": 0.8, "start": 0.0, "end": 1.0}
     ]
     shown = [speaker.turned(frame).pixels for _ in range(2)]
-    # They stay where other settings change, and the region follows the size.
+    # They stay when other settings change, and the region follows the size.
     speaker.settings(prompt="a large blue square")
     blue = speaker.turned(frame).pixels
     speaker.settings(image_prompts=[second])
@@ -136,7 +136,7 @@ def test_a_message_may_be_long_by_its_pictures_alone(
     assert f"at most {most} are allowed" in speaker.heard()["error"]["message"]
     speaker.tell(json.dumps({"image_prompts": [prompt(16) | {"image": "aGVsbG8="}]}))
     assert speaker.heard()["error"]["param"] == "image_prompts.0.image"
-    # The old settings hold.
+    # The old settings remain.
     assert speaker.settings(steps=1)["settings"]["image_prompts"][0]["name"] == "style"
 
 

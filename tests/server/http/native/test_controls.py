@@ -65,7 +65,7 @@ def test_a_control_steers_the_picture_and_is_in_its_text(generate: Generate, dep
 
 
 def test_a_form_has_the_pictures_of_controls_as_files(client: httpx2.Client, depth: str) -> None:
-    """Of OpenAI's edits, which take a form; and the same as JSON."""
+    """Checked on OpenAI's edits, which take a form, against the same request as JSON."""
     plain = {"prompt": "a red circle", "steps": "2", "seed": "5", "size": "64x64"}
     fields = {
         "controls[0][name]": depth,
@@ -87,7 +87,7 @@ def test_a_form_has_the_pictures_of_controls_as_files(client: httpx2.Client, dep
 def test_a_second_run_reads_the_picture_of_a_control_at_its_own_size(
     generate: Generate, depth: str
 ) -> None:
-    """Not at that of the first run, which would lose its detail."""
+    """At the size of the first run, it would lose detail."""
     steered = {"name": depth, "image": encoded(Image.open(io.BytesIO(png(1))).resize((96, 96)))}
     sizes = {"width": 64, "height": 64}
     both = generate(**sizes, controls=[steered], hires={"scale": 1.5, "strength": 1})

@@ -1,4 +1,4 @@
-"""Embeddings over HTTP: named by prompts, listed, and held by streams that leave a prompt."""
+"""Embeddings over HTTP: named by prompts, listed, and kept by streams that leave a prompt."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def width(running: Running) -> int:
 
 @pytest.fixture(scope="module")
 def plain(generate: Generate) -> bytes:
-    """A picture of a word that is no embedding yet."""
+    """A picture of a word that does not name an embedding yet."""
     return file_of(generate(prompt=INK))
 
 

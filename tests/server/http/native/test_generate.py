@@ -24,7 +24,7 @@ Generate = Callable[..., httpx2.Response]
 
 PARTICLES = {"name": "cfg", "particles": "fkc"}
 OF_ITS_OWN: dict[str, Any] = {"width": None, "height": None}
-"""A size that the request leaves to the server."""
+"""Fields of a request that leaves the size to the server."""
 WHITE = np.full((128, 128, 3), 255, np.uint8)
 
 
@@ -143,11 +143,11 @@ Exchange = tuple[httpx2.Response, httpx2.Response]
 
 @pytest.fixture(scope="module")
 def posted_back(client: httpx2.Client, generate: Generate) -> dict[str, Exchange]:
-    """An answer by each sampler, and the one to its settings; several at a time share forwards."""
+    """Answers of each sampler: to a request, and to its settings; several share forwards."""
     guidance = {"name": "apg", "scale": 3, "policy": {"name": "adaptive", "threshold": 0.9}}
 
     def exchange(sampler: str) -> Exchange:
-        # Exact statistics are those of plain guidance alone.
+        # Exact statistics exist only for plain guidance.
         nearest = {"statistics": "nearest"} if sampler == "dpm_solver_v3" else {}
         wanted = {"name": sampler} | nearest
         first = generate(sampler=wanted, guidance=guidance, negative_prompt="a square")
@@ -332,7 +332,7 @@ def test_pictures_keep_away_from_one_that_was_sent(generate: Generate) -> None:
     assert pixels_of(file_of(answer)).shape == (128, 128, 3)
     assert answer.json()["settings"]["guidance"]["negtome"]["away_from"] == "reference"
     assert answer.json()["evaluations"]["spent"] == 2 * (2 * 2 + 1)
-    # Each by itself: its seed makes it again, unlike images that keep away from each other.
+    # Each alone: its seed reproduces it, which fails for images that keep apart.
     again = generate(reference=b64_png(picture), seed=6, **fields)
     assert file_of(again) == file_of(answer, 1)
     other = generate(reference=b64_png(255 - picture), seed=6, **fields)
@@ -348,7 +348,7 @@ def test_the_size_of_a_picture_is_the_default_size(generate: Generate) -> None:
 
 
 def test_an_upload_of_any_size_is_drawn(generate: Generate) -> None:
-    """One that the model cannot draw is brought to one that it can."""
+    """A size that the model cannot draw is changed to one that it can."""
     answer = generate(image=b64_png(WHITE[:103, :75]), **OF_ITS_OWN)
     settings = answer.json()["settings"]
     assert (settings["width"], settings["height"]) == (64, 96)
@@ -356,7 +356,7 @@ def test_an_upload_of_any_size_is_drawn(generate: Generate) -> None:
 
 
 def test_an_upload_is_cropped_on_request(generate: Generate) -> None:
-    """A mask repaints nothing of the middle, so the picture there is the one that was sent."""
+    """The mask repaints nothing in the middle, so there the picture is the one that was sent."""
     picture = np.zeros((128, 256, 3), np.uint8)
     picture[:, 64:192] = 255
     corner = np.zeros((128, 256), np.uint8)
@@ -373,7 +373,7 @@ def test_an_upload_is_cropped_on_request(generate: Generate) -> None:
 def test_settings_of_a_file_post_back_with_its_uploads(
     client: httpx2.Client, generate: Generate
 ) -> None:
-    """Unchanged: image to image and inpainting, by other programs' names."""
+    """Unchanged, for image to image and for inpainting, under other programs' names."""
     mask = np.zeros((128, 128), np.uint8)
     mask[:, 64:] = 255
     picture = {"image": b64_png(WHITE[:70]), "resize_mode": "fill"}

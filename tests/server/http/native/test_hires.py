@@ -1,4 +1,4 @@
-"""A request with `hires` is two requests in one: its truth is the two, one after the other."""
+"""A request with `hires` equals two requests, one after the other."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def pixels(image: Image.Image) -> NDArray[np.uint8]:
 
 
 def by_hand(generate: Post, size: tuple[int, int], **second: Any) -> list[NDArray[np.uint8]]:
-    """Both runs as requests of their own, with the client enlarging in between."""
+    """Both runs as separate requests, with the client enlarging in between."""
     drawn: list[NDArray[np.uint8]] = []
     for index, first in enumerate(images_of(generate(**SMALL, n=2))):
         buffer = io.BytesIO()
@@ -48,13 +48,13 @@ def test_both_runs_make_what_two_requests_make(generate: Post) -> None:
     answer = generate(**SMALL, n=2, hires={"scale": 1.9, "strength": 0.5, "steps": 4})
     expected = by_hand(generate, (96, 96), strength=0.5, steps=4)
     for image, wanted in zip(images_of(answer), expected, strict=True):
-        # Images of one batch are those of two up to rounding, by a level of 255 here and there.
+        # Images of one batch equal those of two up to rounding, by a level of 255 in places.
         assert np.abs(pixels(image).astype(int) - wanted).max() <= 2
     told = answer.json()
     size = {"width": 96, "height": 96}
     own = {"strength": 0.5, "steps": 4, "upscaler": "lanczos"}
     assert told["settings"]["hires"] == size | own
-    # Guided by two predictions: 2 steps, and half of 4.
+    # Two images with two predictions each, at 2 steps and then at half of 4.
     assert told["evaluations"]["spent"] == 2 * 2 * (2 + 2)
     again = generate(**told["settings"])
     assert again.json()["images"] == told["images"]
@@ -117,13 +117,13 @@ def test_automatic1111_s_hires_fix(running: Running, generate: Post) -> None:
     (expected,) = images_of(generate(**SMALL, **own, hires=hires))
     assert (pixels(result.image) == pixels(expected)).all()
     assert result.info["warnings"] == []
-    # What an image says makes it again.
+    # The text of an image reproduces it.
     body = {"infotext": result.info["infotexts"][0], "cfg_scale": 4}
     (again,) = httpx2.post(f"{running.url}/sdapi/v1/txt2img", json=body, timeout=60).json()[
         "images"
     ]
     assert (pixels(Image.open(io.BytesIO(base64.b64decode(again)))) == pixels(expected)).all()
-    # What a size has beyond what the model draws is left out, as of `width` and `height`.
+    # A size is rounded down to one that the model draws, as with `width` and `height`.
     odd = api.txt2img(**SMALL, enable_hr=True, hr_resize_x=100, hr_resize_y=103)
     assert isinstance(odd, WebUIApiResult)
     assert odd.image.size == (96, 96)
@@ -133,7 +133,7 @@ def test_automatic1111_s_hires_fix(running: Running, generate: Post) -> None:
 
 
 PICTURE = base64.b64encode(b"of no matter").decode()
-"""Refused before it is looked at."""
+"""Requests with this are refused before it is decoded."""
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Image prompts over HTTP: listed, named by requests, and what is wrong with their pictures."""
+"""Image prompts over HTTP: listed, named by requests, and errors in their pictures."""
 
 from __future__ import annotations
 

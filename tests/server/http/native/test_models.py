@@ -40,7 +40,7 @@ PATIENCE_S = 120
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of models: "one", "two" and "three" are the embedded model, the others are no such thing."""
+    """A folder of models: "one", "two" and "three" are the embedded model, the rest are invalid."""
     made = tmp_path_factory.mktemp("models")
     for name in ("one", "two", "three"):
         (made / name).symlink_to(MODEL_FOLDER)
@@ -53,7 +53,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def claim_a_tebibyte(file: Path) -> None:
-    """A safetensors file of one tensor, of which no byte is on the disk."""
+    """Write a safetensors file of one tensor, of which no byte takes room on the disk."""
     tensor = {"dtype": "F16", "shape": [2**39], "data_offsets": [0, 2**40]}
     header = json.dumps({"weight": tensor}).encode()
     file.parent.mkdir()
@@ -64,11 +64,11 @@ def claim_a_tebibyte(file: Path) -> None:
 
 @pytest.fixture(scope="module")
 def server(folder: Path, young_garbage: None) -> Iterator[SmallServer]:
-    """With memory for two of the models."""
+    """A server with memory for two of the models."""
     both = 2.2 * bytes_in_memory(MODEL_FOLDER, torch.float32) / 2**30
     settings = Settings(models=(f"first={MODEL_FOLDER}",), models_folder=folder, memory_gib=both)
     made = SmallServer(settings, host(settings, guessed_costs=GUESSED_COSTS))
-    # What the forwards of an added model cost is no matter here.
+    # The cost of forwards of an added model does not matter here.
     with full_ticks():
         made.start()
         made.wait(lambda: made.engine.ready)
@@ -123,10 +123,10 @@ def test_models_of_the_folder_come_and_go_as_requests_name_them(
         cards["one"][key] for key in ("quantization", "offload", "offloaded_bytes", "compilation")
     ]
     assert kept == ["none", "none", 0, None]
-    # The default is loaded again when it is wanted.
+    # The default model is loaded again when it is requested.
     assert np.array_equal(picture(client), expected)
     assert listed(client)["first"]["default"]
-    # What its headers say of a model is what it takes.
+    # A model takes as much memory as its headers say.
     said = bytes_in_memory(MODEL_FOLDER, torch.float32)
     assert said == pytest.approx(bytes_of(model), rel=0.01)
 
@@ -171,7 +171,7 @@ def test_the_folder_is_looked_into_once_for_all_models(
 
 
 class Slow:
-    """Where one more model comes from, at some time."""
+    """A store from which one more model comes after a while."""
 
     def __init__(self) -> None:
         self.may_fail = Event()
@@ -234,7 +234,7 @@ def test_a_folder_that_comes_later_is_known_at_once_and_one_that_is_removed_no_l
     assert not listed(client)["later"]["loaded"]
     (folder / "later").unlink()
     assert "later" not in listed(client)
-    # One that was there at the start.
+    # One that existed at the start.
     (folder / "three").unlink()
     try:
         assert "three" not in listed(client)
@@ -258,7 +258,7 @@ def test_clients_of_automatic1111_unload_their_model_and_load_it_again(
     assert client.post(f"{api}/reload-checkpoint").json() == {}
     assert first_is_loaded()
     assert np.array_equal(picture(client), expected)
-    # It is the model that the client has chosen, and a request loads it too.
+    # Both act on the model that the client has chosen, and a request loads it too.
     client.post(f"{api}/options", json={"sd_model_checkpoint": "two"})
     try:
         client.post(f"{api}/reload-checkpoint")

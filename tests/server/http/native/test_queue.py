@@ -1,4 +1,4 @@
-"""Those who wait are told how many are before them."""
+"""Waiting clients are told how many requests are ahead of theirs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ BODY = {"prompt": "x", "steps": 2, "stream": True}
 
 
 class Held(Toy):
-    """A model whose forward passes wait for a sign, and give one."""
+    """A model whose forward passes give a signal and wait for one."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -74,7 +74,7 @@ def test_a_position_is_told_at_once_and_when_it_changes(held: tuple[Held, httpx2
             assert name == "queued"
             return lines, data
 
-        # Lines that nobody refers to would end their request.
+        # An iterator of lines that nothing refers to would end its request.
         begun = [begin()]
         assert model.entered.wait(PATIENCE_S)
         begun += [begin() for _ in range(3)]

@@ -64,7 +64,7 @@ def test_a_prompt_may_be_about_pictures(klein: TestClient) -> None:
     assert referring.size == alone.size == (24, 16)
     both = drawn(generate(file(1), file(2, 8, 8)))
     assert len({one.tobytes() for one in (alone, referring, both)}) == 3
-    # One side that is given leaves the other to the picture's proportions.
+    # If one side is given, the other follows from the picture's proportions.
     assert drawn(generate(file(1), width=48)).size == (48, 32)
     assert "Reference images: 1," in referring.info["parameters"]
     assert json.loads(referring.info["weft"])["reference_images"] == 1

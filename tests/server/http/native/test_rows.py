@@ -1,4 +1,4 @@
-"""`GET /v1/rows` on a real server: what it says of requests that share forward passes."""
+"""`GET /v1/rows` on a real server: what it reports of requests that share forward passes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SMALL = {"prompt": SECRET, "width": 64, "height": 64}
 
 
 def ticks_of(answer: httpx2.Response, wanted: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
-    """The first tick that is wanted, which must come."""
+    """The first tick that meets the condition; there must be one."""
     for line in answer.iter_lines():
         if line.startswith("data: ") and wanted(tick := json.loads(line.removeprefix("data: "))):
             return tick
@@ -54,7 +54,7 @@ def test_a_tick_says_whose_rows_it_has_and_nothing_of_prompts(
     assert [plain["rule"], plain["branches"]] == ["none", ["prompt"]]
     assert guided["request"] != plain["request"]
     for image in (guided, plain):
-        # The default spacing is equal strides down from the last of 1,000 timesteps.
+        # The default spacing goes in equal strides down from the last of 1,000 timesteps.
         stride = 1000 / image["steps"]
         assert image["timestep"] == pytest.approx(999 - stride * (image["step"] - 1), abs=1)
     watch = running.app.state.service.engine.row_watch

@@ -24,7 +24,7 @@ from tests.server.models.image_prompts.tiny_image_prompts import put_adapter, pu
 FAST: dict[str, Any] = {"seed": 5, "steps": 2}
 SIDE = 128
 SIZE = "64x64"
-"""Of images without an upload."""
+"""Size of images without an upload."""
 SMALL: dict[str, Any] = {"width": 64, "height": 64}
 
 
@@ -200,7 +200,7 @@ def test_an_image_is_decoded_only_if_the_queue_has_room(
 def test_an_edit_may_have_image_prompts(
     sdk: OpenAI, running: Running, client: httpx2.Client, image_prompts_folder: Path
 ) -> None:
-    """The SDK takes its form apart: all names, then all pictures."""
+    """The SDK splits them in its form: all names first, then all pictures."""
     [model, *_] = running.app.state.service.ready_shelf().loaded()
     put_encoder(image_prompts_folder)
     put_adapter(model.modules()["unet"], image_prompts_folder, "style", 1)
@@ -311,7 +311,7 @@ def test_the_sdk_lists_the_models(sdk: OpenAI) -> None:
 
 
 def test_open_webui_s_calls_are_answered(client: httpx2.Client) -> None:
-    """What its OpenAI image engine sends, and what it then reads of the answer."""
+    """What its OpenAI image engine sends, and what it reads from the answer."""
     headers = {"Authorization": "Bearer none", "Content-Type": "application/json"}
     body = {"model": "embedded-lcm", "prompt": "a red circle", "n": 1, "size": SIZE}
     body |= {"response_format": "b64_json"}
@@ -358,7 +358,7 @@ def test_a_stream_for_a_client_of_dall_e_contains_its_images(sdk: OpenAI) -> Non
 
 
 def test_what_a_client_sends_empty_it_leaves_out(client: httpx2.Client) -> None:
-    """go-openai (1.41.2, image.go) puts all fields into the form of an edit, set or not."""
+    """go-openai (1.41.2, image.go) sends all fields in the form of an edit, set or not."""
     form = {"prompt": "a red circle", "n": "1", "size": "", "response_format": ""}
     answer = client.post(
         "/v1/images/edits", data=form | {"steps": "2"}, files={"image": ("a.png", png(WHITE))}

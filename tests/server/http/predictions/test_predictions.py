@@ -1,4 +1,4 @@
-"""Durable jobs over HTTP, from a real server."""
+"""Durable jobs over HTTP, on a real server."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from tests.server.process import Forks, served
 STRAY = "0123456789abcdef" * 2
 MINE, OTHER = "correct horse battery staple", "0123456789abcdef"
 MODEL = f"embedded={embedded_folders()['embedded']}"
-"""One is enough."""
+"""One model is enough."""
 SECRET = "whsec_" + base64.b64encode(bytes(range(32))).decode()
 INPUT = {"prompt": "a red circle", "steps": 2, "seed": 5, "width": 64, "height": 64}
 SLOW = INPUT | {"steps": 200, "guidance": "none"}
@@ -56,13 +56,13 @@ def adapted() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of all servers here."""
+    """The jobs folder of all servers here."""
     return tmp_path_factory.mktemp("jobs")
 
 
 @pytest.fixture(scope="module")
 def accepted(forks: Forks, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Jobs that a server accepted that was killed while it processed some and had ended others."""
+    """Jobs accepted by a server that was killed when some had ended and some were in progress."""
     given = {"WEFT_JOBS__FOLDER": str(folder), "WEFT_JOBS__RUNNING": "2", "WEFT_API_KEYS": MINE}
     with pytest.MonkeyPatch.context() as environment:
         for name, value in given.items():
@@ -154,7 +154,7 @@ def until(happened: Callable[[], Any]) -> None:
 def test_what_a_killed_server_accepted_ends_once(
     mine: httpx2.Client, accepted: list[str], folder: Path
 ) -> None:
-    """The first test, since others add to the list."""
+    """This must be the first test, since others add to the list."""
     until(lambda: all_ended(mine))
     jobs = mine.get("/v1/predictions").json()["results"]
     assert [job["id"] for job in jobs] == accepted[::-1]
@@ -163,7 +163,7 @@ def test_what_a_killed_server_accepted_ends_once(
     pictures = [path for path in (folder / "pictures").rglob("*") if path.is_file()]
     assert sorted(path.parts[-3] for path in pictures) == sorted(accepted)
     assert not (folder / "pictures" / STRAY).exists()
-    # The operator's own.
+    # The operator's own files stay.
     assert (folder / "pictures" / "holidays").exists()
 
 
@@ -355,7 +355,7 @@ def test_what_cannot_be_stored_is_not_accepted(mine: httpx2.Client, server: Runn
     before = mine.get("/v1/predictions").json()["results"]
     given = INPUT | {"image": base64.b64encode(bytes(9)).decode(), "width": 64, "height": 64}
     with pytest.MonkeyPatch.context() as patch:
-        # A file is where its folder should be, as root may write into every folder.
+        # A file takes the place of its folder, since root may write into every folder.
         patch.setattr(jobs, "_blobs", Blobs(__file__))
         answer = post(mine, given)
     assert (answer.status_code, answer.json()["error"]["code"]) == (503, "not_ready")
@@ -370,7 +370,7 @@ def test_prefer_says_how_long_to_wait() -> None:
 def test_a_job_as_large_as_what_lately_did_not_fit_waits_until_it_is_tried_again(
     mine: httpx2.Client, server: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Here its second run, of which refusals say so."""
+    """Here it is the second run that does not fit, and the refusal says so."""
     monkeypatch.setattr("server.engine.state.overflows.BELIEVED_S", 0.5)
     overflows = server.app.state.service.engine._overflows
     overflows.note("embedded", 96, 96, None, free=0)
@@ -423,7 +423,7 @@ def test_a_job_whose_images_cannot_be_stored_is_begun_again(
 def test_a_server_that_stops_lets_its_jobs_wait(
     mine: httpx2.Client, server: Running, folder: Path
 ) -> None:
-    """The last test, since it stops the server."""
+    """This must be the last test, since it stops the server."""
     accepted = [post(mine, SLOW | {"seed": seed}).json()["id"] for seed in (1, 2, 3)]
     until(lambda: mine.get(f"/v1/predictions/{accepted[1]}").json()["status"] == "processing")
     server.stop()
