@@ -27,7 +27,7 @@ class CFGZeroStar(ScaledRule, frozen=True):
     that predicts noise, that means the denoised prediction x / alpha.)
 
     Where a policy leaves the first steps unguided, they keep their velocity. At scale 1 the rule
-    does nothing, as the other rules.
+    does nothing, like the other rules.
     """
 
     summary: ClassVar[str] = (

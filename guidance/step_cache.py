@@ -49,8 +49,9 @@ class StepCache(Window, frozen=True):
 
     It decides before a stage whether the network is evaluated there, so an image that recalls its
     last outputs takes no row of the forward pass. The prompt's own row decides for all predictions
-    of the image. A stage is one evaluation: with samplers that evaluate several times in a step,
-    each evaluation is decided separately. All methods on tensors are pure and independent per row.
+    of the image. A stage is one evaluation that the sampler's plan asks for: with samplers that
+    evaluate several times in a step, each is decided separately. All methods on tensors are pure
+    and independent per row.
     """
 
     summary: ClassVar[str]

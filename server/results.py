@@ -129,7 +129,7 @@ class Results:
             files: content of each image file.
 
         Raises:
-            InvalidRequest: they are larger than the storage may be in all.
+            InvalidRequest: they are larger than the limit for all stored images.
             NotReady: they cannot be stored.
         """
         needed = sum(map(len, files))

@@ -1,8 +1,8 @@
 """Calls of a model's autoencoder, replayed from CUDA graphs where they are recorded.
 
-A frame of a live stream has one call of the encoder and one of the decoder, of about a hundred
-operations each. While the engine's thread launches them from Python it can launch no forward pass,
-and a small autoencoder takes less time than that.
+A frame of a live stream takes one call of the encoder and one of the decoder, of about a hundred
+operations each. While the engine's thread launches these from Python it cannot launch a forward
+pass, and launching takes longer than a small autoencoder runs.
 """
 
 from __future__ import annotations
@@ -35,19 +35,19 @@ class Half:
     """The encoder or the decoder of an autoencoder, whose calls read one tensor.
 
     Attributes:
-        subject: which of them.
+        subject: name of the half.
     """
 
     subject: Literal["encoder", "decoder"]
 
     @property
     def alive(self) -> bool:
-        """It refers to nothing but the model."""
+        """Always true, since it refers to nothing but the model."""
         return True
 
     @property
     def kind(self) -> str:
-        """Rows are given nothing but the tensor."""
+        """Always empty, since the call reads only a tensor."""
         return ""
 
     def evaluate(self, model: HostedModel, tensors: Mapping[str, Tensor]) -> Tensor:
@@ -58,10 +58,11 @@ class Half:
 
 @dataclass(slots=True)
 class Pace:
-    """What the calls of a half take.
+    """Time of the calls of a half.
 
     Attributes:
-        seconds_a_pixel: of the pictures, at most; infinite until one has been timed.
+        seconds_a_pixel: upper bound on the seconds per pixel of the pictures; infinite until a call
+            has been timed.
     """
 
     seconds_a_pixel: float = inf
@@ -69,34 +70,36 @@ class Pace:
 
 @dataclass(frozen=True, slots=True)
 class PictureCost:
-    """What calls take with pictures of one size.
+    """Cost of calls with pictures of one size.
 
     Attributes:
-        pixels: of a picture.
-        pace: of the half.
+        pixels: number of pixels of a picture.
+        pace: time of the half's calls.
     """
 
     pixels: int
     pace: Pace
 
     def seconds(self, rows: int) -> float:
-        """Expected of a call with so many pictures, at most."""
+        """Upper bound on the seconds of a call, with one picture per row."""
         return rows * self.pixels * self.pace.seconds_a_pixel
 
     def correct(self, rows: int, seconds: float) -> None:
-        """Nothing but the recordings goes by these costs."""
+        """Do nothing, since only recordings use these costs."""
 
 
 class AutoencoderCalls:
-    """The calls of one model's autoencoder, as ``HostedModel`` has them.
+    """The calls of one model's autoencoder, which replace those of ``HostedModel``.
 
-    A recording must equal its call to the bit. Calls with more pixels than come beside ticks are
-    not recorded: they keep a GPU busy by themselves, and a recording would hold much memory.
+    A recording must equal its call bit for bit. Calls with more pixels than the decoder takes at
+    once while ticks run are not recorded: they keep a GPU busy without it, and a recording would
+    hold much memory.
 
     Args:
-        model: whose autoencoder.
-        recorder_of: makes what records calls; None where they are not recorded.
-        room: bytes that recordings may take, beside what they hold.
+        model: model of the autoencoder.
+        recorder_of: function that makes the recorders of its calls; None to record none.
+        room: function that returns the bytes that recordings may take in addition to what they
+            hold.
     """
 
     def __init__(
@@ -109,8 +112,8 @@ class AutoencoderCalls:
         self._model = model
         self._paces = {"encoder": Pace(), "decoder": Pace()}
         if recorder_of is not None:
-            # Each has memory of its own: they run at the same time, the encoder between forward
-            # passes and the decoder beside them.
+            # Each has its own memory, since they run at the same time: the encoder between forward
+            # passes, and the decoder concurrently with them.
             within = partial(on_decoder_stream, model.device)
             self.graphs = (
                 Graphs(model, recorder_of(model), room, exact=True),
@@ -126,10 +129,10 @@ class AutoencoderCalls:
         return self._called(Half("decoder"), latents, scale=self._model.facts.latent_scale)
 
     def first_calls(self) -> Iterator[Callable[[], object]]:
-        """Calls at the model's own size with the numbers of pictures that come in ticks.
+        """Yield calls at the model's default size, for each number of pictures that ticks may have.
 
-        Each should be made once in the thread that runs the ticks, as torch keeps a thread's
-        choices of kernels for itself.
+        Each should be made once in the thread that runs the ticks, since torch keeps its choices of
+        kernels per thread.
         """
         facts = self._model.facts
         pixels = facts.default_width * facts.default_height
@@ -155,8 +158,8 @@ class AutoencoderCalls:
     def _timed(
         self, pace: Pace, call: Callable[[Tensor], Tensor], shape: tuple[int, ...], pixels: int
     ) -> None:
-        # Numbers of which none is like another: with equal ones a recording that has kept them
-        # would seem to be right.
+        # Random numbers: with equal ones, a recording that wrongly kept its inputs would still pass
+        # the comparison.
         drawn = torch.randn(shape, generator=torch.Generator().manual_seed(0))
         given = drawn.to(self._model.device)
         began = perf_counter()

@@ -30,8 +30,8 @@ LONG_SAMPLE_S = 0.25
 MOST_ROUNDS = 12
 AGREEING = 6
 AGREEMENT = 0.15
-"""Start-up measures up to this many rounds, until so many samples of each size are within 15 % of
-their expected value."""
+"""Start-up measures up to ``MOST_ROUNDS`` rounds, until ``AGREEING`` samples of each size are
+within 15 % of their expected value."""
 
 POLISHING = 4
 """Iterations of the median polish that removes busy spells of the machine from the samples."""
@@ -122,7 +122,7 @@ class TickCost:
         """Learn from a tick and the seconds that it took.
 
         Returns:
-            The factor by which the level of all sizes has moved, as the machine's speed has; 1
+            The factor on the seconds of all sizes, above 1 if the machine has become slower; 1
             while the cost is a guess, since the error of the guess concerns no other lane.
         """
         self._ticks += 1
@@ -154,8 +154,8 @@ class TickCost:
         mixing will seem not to pay, and the following ticks of one size will show the real cause.
 
         Returns:
-            The factor by which the level of all sizes has moved: below 1 if the tick took less time
-            than one of this size alone.
+            The factor on the seconds of all sizes: below 1 if mixed ticks turn out to take less
+            time than ticks of this size alone, else 1.
         """
         surprise = log(max(seconds, 1e-9) / (self.mixing * self.seconds(rows)))
         moved = self.mixing * exp(LEVEL_GAIN * max(-OUTLIER, min(OUTLIER, surprise)))

@@ -1,4 +1,4 @@
-"""The stream on which a GPU decodes pictures beside the ticks."""
+"""The CUDA stream on which pictures are decoded concurrently with the ticks."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ __all__ = ["on_decoder_stream"]
 
 @contextmanager
 def on_decoder_stream(device: torch.device) -> Generator[None]:
-    """What is asked of a GPU inside is done beside the ticks, after all that was asked before.
+    """Queue a GPU's work inside the ``with`` block on the decoder's stream, after all earlier work.
 
     Args:
-        device: of all models; on a CPU nothing happens beside anything.
+        device: device of all models; on a CPU the block runs unchanged.
     """
     if device.type != "cuda":
         yield

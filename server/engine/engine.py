@@ -405,7 +405,7 @@ class Engine:
             )
 
     def _interrupted(self, most_s: float) -> bool:
-        """Wait for newcomers at most so many seconds; return whether there are more than before."""
+        """Wait at most ``most_s`` seconds for more newcomers or chores; return whether any came."""
         with self._wake:
             return self._wake.wait_for(
                 lambda: len(self._arrived) > self._left_waiting or bool(self._chores), most_s

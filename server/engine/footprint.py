@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 __all__ = ["Footprint", "Kind", "footprint", "heaviest"]
 
 Kind: TypeAlias = "tuple[str, tuple[int, int, int]]"
-"""Model, and shape ``(C, h, w)`` of latents with as many cells as a forward pass reads a row."""
+"""Model, and shape ``(C, h, w)`` of latents with as many cells as a forward pass reads for a
+row."""
 
 NUMBER_BYTES = 4
 """States and pictures are float32."""

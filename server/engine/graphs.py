@@ -111,23 +111,23 @@ class Recorder(Protocol):
 
 
 class Cost(Protocol):
-    """What calls of a network take by their rows."""
+    """Seconds of a network's calls, by number of rows."""
 
     def seconds(self, rows: int) -> float:
-        """Expected of a call of so many rows."""
+        """Return the expected seconds of a call with a number of rows."""
         ...
 
     def correct(self, rows: int, seconds: float) -> None:
-        """From now on a call of so many rows takes so long."""
+        """Expect these seconds of calls with this number of rows from now on."""
         ...
 
 
 class Form(Protocol):
-    """All of a call of a model's networks that is no tensor; equal for calls that are alike."""
+    """The non-tensor part of a call of a network; equal for calls that one recording can serve."""
 
     @property
     def subject(self) -> str:
-        """What is called, as a log says it."""
+        """Name of the network that is called, for the log."""
         ...
 
     @property
@@ -137,11 +137,11 @@ class Form(Protocol):
 
     @property
     def kind(self) -> str:
-        """What rows are given that is not a tensor, in a few words; empty of plain rows."""
+        """The non-tensor inputs of rows in a few words; empty for plain rows."""
         ...
 
     def evaluate(self, model: HostedModel, tensors: Given) -> Tensor:
-        """The call itself, with other tensors."""
+        """Make a call of this form with other tensors."""
         ...
 
 
@@ -151,7 +151,7 @@ class Shape(NamedTuple):
     Attributes:
         rows: number of rows.
         others: name, shape without the rows, and dtype of each tensor.
-        form: form of the inputs: all of them that is not a tensor.
+        form: form of the call: everything except its tensors.
     """
 
     rows: int
@@ -266,12 +266,12 @@ class Graphs:
         return self._model.evaluate(x, t, inputs) if recorded is None else recorded
 
     def replayed(self, given: Given, form: Form, cost: Cost) -> Tensor | None:
-        """What a recording puts out; None where there is none, and the call may be recorded later.
+        """Replay a call if it is recorded; else return None, and note that it may be recorded.
 
         Args:
-            given: tensors of the call, of which "x" has a row for each of its rows.
-            form: all else of it.
-            cost: of such calls, which is corrected should this one be recorded.
+            given: tensors of the call; "x" has one entry for each of its rows.
+            form: form of the call: everything except its tensors.
+            cost: cost of such calls, which is corrected if this one is recorded.
         """
         shape = shape_of(given, form)
         recorded = self._recorded.pop(shape, None)

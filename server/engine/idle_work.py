@@ -106,12 +106,12 @@ class IdleWork:
         return self._preparation.forwards(model, shape, cost, most)
 
     def encoder_of(self, model: HostedModel) -> Callable[[Tensor], Tensor]:
-        """What stands for ``HostedModel.encode_image`` of a model."""
+        """The function that encodes pictures for a model, with recordings if they are prepared."""
         calls = None if self._preparation is None else self._preparation.autoencoder(model)
         return model.encode_image if calls is None else calls.encode
 
     def decoder_of(self, model: HostedModel) -> Callable[[Tensor], Tensor]:
-        """What stands for ``HostedModel.decode`` of a model."""
+        """The function that decodes latents of a model, with recordings if they are prepared."""
         calls = None if self._preparation is None else self._preparation.autoencoder(model)
         return model.decode if calls is None else calls.decode
 

@@ -63,7 +63,7 @@ class LiveChoice(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """The turn of the streams of one lane, the set of images that can share a forward pass.
+    """The turn of the streams of one lane: of images of one model and one latent shape.
 
     Attributes:
         first: oldest image of the least served stream; it runs in any case.

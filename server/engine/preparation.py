@@ -106,7 +106,7 @@ class Preparation:
         return made
 
     def autoencoder(self, model: HostedModel) -> AutoencoderCalls | None:
-        """The calls of a model's autoencoder; None of a model that was not added."""
+        """The calls of a model's autoencoder; None for a model that was not added."""
         return self._autoencoders.get(model.facts.name)
 
     def of(self, name: str, shape: Shape) -> PreparedForwards:
@@ -168,12 +168,12 @@ class Preparation:
         return None
 
     def _recorded(self) -> Iterator[Graphs]:
-        """What is recorded of all models; safe from any thread."""
+        """Recordings of all models; safe from any thread."""
         for name in list(self._autoencoders):
             yield from self._recorded_of(name)
 
     def _recorded_of(self, name: str) -> Iterator[Graphs]:
-        """What is recorded of a model: of its denoiser first, which most calls are of."""
+        """Recordings of a model, first those of its denoiser, which has the most calls."""
         if (graphs := self._graphs.get(name)) is not None:
             yield graphs
         if (autoencoder := self._autoencoders.get(name)) is not None:

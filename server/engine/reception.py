@@ -277,7 +277,7 @@ class Reception:
                 member.rows_at_once = rows
 
     def _heaviest(self, task: ImageTask) -> float:
-        """Rows as those of an image without references, whose rows read only their own cells."""
+        """Maximum rows of a stage; a row that also reads references counts as more than one."""
         read = self._kind(task)[1]
         own = self._models[task.model].latent_shape(task.width, task.height)
         return heaviest(task) * read[2] / own[2]

@@ -61,8 +61,8 @@ class RowSizes:
         Args:
             rows: number of rows before padding.
             most: maximum number of rows that fit into memory.
-            seconds: function that returns the expected seconds of a pass of so many rows that has
-                run before.
+            seconds: function from a number of rows to the expected seconds of a pass that has run
+                at this number before.
         """
         options: list[tuple[float, int]] = []
         known = bisect_left(self._known, rows)

@@ -102,7 +102,7 @@ class Selection:
         self.turns.wait({one.flow for one in chain(done, first or running)}, now)
 
     def charge(self, parts: Mapping[Sequence, float], seconds: float) -> None:
-        """Charge seconds of the device to the clients of some images, divided by their parts."""
+        """Charge seconds of the device to the clients of some images, in proportion to parts."""
         whole = sum(parts.values())
         by_flow: dict[Flow, float] = {}
         for sequence, part in parts.items():

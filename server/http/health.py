@@ -25,8 +25,8 @@ async def livez(service: ServiceDep) -> JSONResponse:
 async def readyz(service: ServiceDep, request: Request) -> JSONResponse:
     """Readiness for requests: 200 if the models are loaded and warmed up.
 
-    Also without the database of durable jobs, which `degraded` then names: other requests do not
-    need it, and it is as far from every server that shares it.
+    It stays 200 while the database of durable jobs cannot be reached, which `degraded` then says:
+    other requests do not need it, and every server that shares it is affected alike.
     """
     service.ready_engine()
     jobs = request.app.state.jobs

@@ -34,7 +34,7 @@ class RowInputs:
 
     Attributes:
         conditioning: conditioning of each row on its prompt.
-        edits: what each row changes inside the network, without edits that the model refuses; empty
+        edits: what each row changes inside the network, none of it refused by the model; empty
             where no row changes anything.
         scale_embedding: guidance scales less 1 that the network receives, ``[rows]``, 0 where a row
             has none; None where no row has one. For models whose facts say ``embeds_scale``.

@@ -80,18 +80,18 @@ class InputsForm:
 
     @property
     def subject(self) -> str:
-        """What is called, as a log says it."""
+        """Name of the network that is called, for the log."""
         return "denoiser"
 
     def evaluate(self, model: HostedModel, tensors: Mapping[str, Tensor]) -> Tensor:
-        """See ``HostedModel.evaluate``, of inputs of this form.
+        """See ``HostedModel.evaluate``; the inputs are of this form.
 
         Args:
-            model: whose inputs they are.
-            tensors: x, t and those of the inputs, by the names of :func:`tensors_of`.
+            model: model that the inputs are for.
+            tensors: x, t and the tensors of the inputs, by the names of :func:`tensors_of`.
 
         Raises:
-            Gone: the form is no more alive.
+            Gone: the form is no longer alive.
         """
         return model.evaluate(tensors["x"], tensors["t"], self.inputs(tensors))
 

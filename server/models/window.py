@@ -8,7 +8,7 @@ __all__ = ["in_window"]
 def in_window(start: float, end: float, stage: int, stages: int) -> bool:
     """Whether a stage lies entirely within a window of the run, as in diffusers' pipelines.
 
-    A stage is one evaluation of the denoiser.
+    A stage is one evaluation of the guided prediction.
 
     Args:
         start: start of the window as a fraction of the run, from 0 to 1.

@@ -82,8 +82,9 @@ class Decoder:
             do not depend on how many finished with it.
         give_back: function that frees memory which is not needed, and returns whether there was
             any.
-        decoder_of: function that returns what stands for ``HostedModel.decode`` of a model.
-        interrupted: function that waits for other work for at most so many seconds, and returns
+        decoder_of: function that returns the function that decodes latents of a model, which
+            replaces ``HostedModel.decode``.
+        interrupted: function that waits for other work, at most a number of seconds, and returns
             whether there is any.
 
     Attributes:

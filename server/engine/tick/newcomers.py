@@ -55,7 +55,8 @@ class Admission:
         models: hosted models by name.
         lane_of: function that returns the lane for a task, its conditioning and the number of rows
             that it needs at once in a forward pass; makes the lane if there is none.
-        encoder_of: function that returns what stands for ``HostedModel.encode_image`` of a model.
+        encoder_of: function that returns the function that encodes pictures for a model, which
+            replaces ``HostedModel.encode_image``.
         deterministic: whether to encode prompts and pictures at fixed batch sizes.
     """
 

@@ -88,7 +88,7 @@ def encode_pictures(
         members: images that start now.
         kept: latents of reference images of this model that were encoded before, by picture; new
             ones are added.
-        encode: what stands for ``HostedModel.encode_image``.
+        encode: function that replaces ``HostedModel.encode_image``.
         fixed: whether to encode at a fixed batch size, so that a picture's bits do not depend on
             the other pictures of its batch.
 

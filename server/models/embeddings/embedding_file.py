@@ -38,7 +38,8 @@ class EmbeddingTarget:
         model: name of the model.
         widths: token embedding width, by the encoder's name in a model folder; empty where prompts
             cannot use embeddings.
-        most: maximum number of tokens that a prompt may use for embeddings, excluding markers.
+        most: maximum number of tokens of a prompt for all of the encoders, excluding markers; an
+            embedding has at most this many vectors.
     """
 
     model: str
