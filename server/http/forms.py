@@ -167,7 +167,7 @@ def _check_files(value: Any, path: tuple[str, ...] = ()) -> None:
     """Refuse files in fields that hold no pictures; files in other fields are uploads by now."""
     if isinstance(value, bytes):
         field = ".".join(path)
-        raise InvalidRequest(field, f"{field} is a file; it must be text.")
+        raise InvalidRequest(field, f"{field} is a file; no file is accepted there.")
     entries = enumerate(value) if isinstance(value, list) else ()
     for name, inner in value.items() if isinstance(value, dict) else entries:
         _check_files(inner, (*path, str(name)))

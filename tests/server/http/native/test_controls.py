@@ -119,7 +119,9 @@ def test_what_is_wrong_with_a_control_is_said(
         data={"prompt": "x", "controls[0][image]": "eA=="},
         files={"controls[0][name]": ("depth.png", b"x", "image/png")},
     )
-    assert form.json()["error"]["message"] == "controls.0.name is a file; it must be text."
+    assert (
+        form.json()["error"]["message"] == "controls.0.name is a file; no file is accepted there."
+    )
 
 
 def test_the_catalog_lists_the_controls_of_each_model(client: httpx2.Client, depth: str) -> None:

@@ -286,6 +286,10 @@ REFUSED: dict[str, tuple[Callable[[OpenAI], Any], Refused]] = {
         edited_as([{"image_url": DATA_URL}] * 2),
         (BAD, "image", "2 images"),
     ),
+    "markup": (
+        lambda sdk: sdk.images.edit(prompt="x", image=png(WHITE), markup=png(HOLE)),
+        (BAD, "markup", "no file is accepted there"),
+    ),
     "stream": (
         lambda sdk: list(sdk.images.generate(prompt="x", stream=True, n=1000)),
         (BAD, "n", "at most"),
