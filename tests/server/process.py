@@ -20,10 +20,10 @@ from embedded import MODEL_FOLDER
 
 PATIENCE_S = 120
 STACKS_S = 0.5
-"""In which a process writes what its threads do."""
+"""Time for a process to write the stacks of its threads."""
 
 SMALL = ("--row-budget", "4", "--model", f"embedded={MODEL_FOLDER}")
-"""Options of a server that is soon ready."""
+"""Options of a server that is ready quickly."""
 
 FORKING = """
 import json
@@ -65,10 +65,10 @@ os.environ.update(asked["environment"])
 sys.argv[1:] = asked["arguments"]
 exec(asked["code"])
 """
-"""Forks processes, and says how they ended.
+"""Forks processes, and reports how they ended.
 
-It has imported what a server does, which takes several seconds, and has one thread. A fork goes on
-with its code to the end of the interpreter, as `python -c` does.
+It has already imported what a server imports, which takes several seconds, and has one thread. A
+fork runs its code to the end of the interpreter, as `python -c` does.
 """
 
 
@@ -86,21 +86,21 @@ class Process(Protocol):
 
 
 class Starter(Protocol):
-    """Begins processes."""
+    """Starts processes."""
 
     def begun(self, log: Path, code: str, *arguments: str) -> AbstractContextManager[Process]:
         """A process that runs the code, and is killed if the test leaves it running.
 
         Args:
             log: file for what it writes to its standard output and error.
-            code: that it runs, as `python -c` does.
-            arguments: of its command line.
+            code: code that it runs, as `python -c` does.
+            arguments: arguments of its command line.
         """
         ...
 
 
 class NewInterpreters:
-    """Begins processes that share nothing: what a process knows of CUDA is of no use to a fork."""
+    """Starts separate processes, as a fork cannot use CUDA if its parent has."""
 
     @contextmanager
     def begun(self, log: Path, code: str, *arguments: str) -> Generator[subprocess.Popen[bytes]]:
@@ -117,7 +117,7 @@ class NewInterpreters:
 
 
 class Fork:
-    """A process that a :class:`Forks` began."""
+    """A process that a :class:`Forks` started."""
 
     def __init__(self, forks: Forks, pid: int) -> None:
         self._forks = forks
@@ -144,7 +144,7 @@ class Fork:
 
 
 class Forks:
-    """Begins processes that need not import torch, diffusers and transformers again."""
+    """Starts processes that need not import torch, diffusers and transformers again."""
 
     def __init__(self) -> None:
         self._parent = subprocess.Popen(
@@ -214,11 +214,11 @@ def changed(self, *given, **named):
 UNetModel.evaluate = changed
 main()
 """
-"""`weft` with another denoiser: the change is made to it while the flag, a file, exists."""
+"""`weft` with a changed denoiser: the change acts while a file, the flag, exists."""
 
 
 class Server:
-    """A `weft serve` whose denoiser breaks or slows down at a sign."""
+    """A `weft serve` whose denoiser breaks or slows down on demand."""
 
     def __init__(self, process: Process, port: int, flag: Path, log: Path) -> None:
         self.process = process
@@ -248,8 +248,8 @@ class Server:
         """Ask until the answer has a status.
 
         Raises:
-            RuntimeError: the process has ended; the message is what it wrote.
-            TimeoutError: it took too long; likewise, with what its threads do.
+            RuntimeError: the process has ended; the message is its output.
+            TimeoutError: it took too long; the message is its output, with its threads' stacks.
         """
         until = time.monotonic() + patience_s
         while time.monotonic() < until:
@@ -267,7 +267,7 @@ class Server:
         """Wait for the end of the process; its exit status, see :meth:`Process.poll`.
 
         Raises:
-            TimeoutError: it did not end; the message is what it wrote, with what its threads do.
+            TimeoutError: it did not end; the message is its output, with its threads' stacks.
         """
         until = time.monotonic() + patience_s
         while (status := self.process.poll()) is None:
@@ -287,10 +287,10 @@ def served(starter: Starter, folder: Path, change: str, *options: str) -> Genera
     """A server that is killed if the test leaves it running.
 
     Args:
-        starter: that begins it.
-        folder: for the flag and the log.
+        starter: what starts it.
+        folder: folder for the flag and the log.
         change: statement that the denoiser runs first, from `disturb` on.
-        options: of `weft serve`, beside those of a small one.
+        options: further options of `weft serve`, beside those in `SMALL`.
     """
     flag, log = folder / "flag", folder / "log"
     with socket.socket() as probe:

@@ -23,11 +23,11 @@ PATIENCE_S = 60
 
 
 class SmallServer:
-    """uvicorn in a thread; its event loop's longest stop is watched.
+    """uvicorn in a thread, with a watch on how long its event loop is blocked at most.
 
     Args:
-        settings: of the server.
-        hosted: its engine and models, if not the toy.
+        settings: settings of the server.
+        hosted: its engine and models; the toy model if None.
     """
 
     def __init__(self, settings: Settings, hosted: Hosted | None = None) -> None:

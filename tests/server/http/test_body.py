@@ -1,4 +1,4 @@
-"""What is posted is bounded before it is read, and never stops the event loop."""
+"""The size of a body is checked before it is read, and reading never blocks the event loop."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_a_hostile_body_is_refused_and_does_not_stop_the_event_loop(
     server.longest_stop_s = 0
     answered, message = sentence(server.post(body))
     assert (answered, words in message) == (status, True), message
-    # 14 s, 2.5 s and more before; 0.02 s on an idle machine.
+    # It was 14 s, 2.5 s and more before; on an idle machine it is 0.02 s.
     assert server.longest_stop_s < 1
 
 
@@ -165,7 +165,7 @@ def test_bodies_under_way_are_bounded_and_their_memory_is_returned() -> None:
             done.wait(20)
 
     with small_server(bodies_bytes=64 * MIB, max_pending=16) as server:
-        # A first request needs memory of its own, and a worker of the tests has some to give back.
+        # A first request takes memory that stays, and a test worker may free some of its own.
         assert server.post({"prompt": "x", "steps": 2})[0] == 200
         return_free_memory()
         before = resident()

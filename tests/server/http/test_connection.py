@@ -1,4 +1,4 @@
-"""A connection that sends too much, too slowly, or does not read, is ended; others are served."""
+"""Connections that send too much or too slowly, or do not read, are ended; others are served."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SOON_S = 0.5
 
 
 LARGE = bytes(16 * 2**20)
-"""More than the system keeps for a client that does not read."""
+"""More than the system buffers for a client that does not read."""
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def server() -> Iterator[SmallServer]:
 
 
 def rest_of(client: socket.socket) -> bytes:
-    """All that the server sends before it ends the connection."""
+    """Everything that the server sends until it ends the connection."""
     received = b""
     with suppress(ConnectionError):
         while chunk := client.recv(65536):
@@ -38,7 +38,7 @@ def rest_of(client: socket.socket) -> bytes:
 
 
 def closed_after(client: socket.socket) -> float:
-    """Seconds until the server ends the connection, whatever it says before."""
+    """Seconds until the server ends the connection, whatever it sends before."""
     began = time.monotonic()
     rest_of(client)
     return time.monotonic() - began

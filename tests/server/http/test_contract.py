@@ -1,8 +1,8 @@
-"""Every route keeps to what its schema says, however it is called; `make contract` runs this.
+"""Every route conforms to its schema, however it is called; `make contract` runs this.
 
-Cases are drawn by schemathesis from the application's own OpenAPI document: some that the schema
-allows, some that it does not, and some of the first kind that are made so plausible that images
-come of them.
+Schemathesis draws the cases from the application's own OpenAPI document: some that the schema
+allows, some that it does not, and some of the first kind that are made plausible enough to give
+images.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from server.settings import Settings
 from tests.server.http.small_server import small_server
 
 EXAMPLES: Final = int(os.environ["CONTRACT_EXAMPLES"])
-"""Cases of each kind for each route that takes anything."""
+"""Cases of each kind, for each route that takes input."""
 
 PATIENCE_S: Final = 60
 LIMITS: Final = {"steps": 4, "images": 2, "pixels": 64 * 64}
@@ -54,14 +54,14 @@ SERVED: Counter[int] = Counter()
 
 @pytest.fixture(scope="module")
 def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx2.Client]:
-    # A job for each case; all of them may wait.
+    # Each case makes a job, and all of them may wait.
     jobs = {"folder": tmp_path_factory.mktemp("jobs"), "waiting": 10**6}
     with small_server(limits=LIMITS, jobs=jobs) as server:
         url = f"http://127.0.0.1:{server.port}"
         with httpx2.Client(base_url=url, timeout=PATIENCE_S) as made:
             yield made
     sys.stderr.write(f"{sum(SERVED.values())} calls: {dict(sorted(SERVED.items()))}\n")
-    # Of thousands of cases some were in order, and most were not.
+    # Of thousands of cases, some were valid and most were not.
     assert SERVED[200]
     assert SERVED[422]
 
@@ -97,7 +97,7 @@ NOT_OF_JOBS: Final = ("response_format", "stream")
 
 
 def made_plausible(body: Any) -> Any:
-    """The body with texts and pictures that are in order, and at the model's own size."""
+    """The body with valid texts and pictures, at the model's own size."""
     if not isinstance(body, dict):
         return body
     fields = {name: PLAUSIBLE.get(name, value) for name, value in body.items()}
@@ -130,7 +130,7 @@ def sent(client: httpx2.Client, case: Any) -> tuple[int, bytes]:
 
 
 def _part(value: Any) -> Any:
-    """A field of a form as httpx takes it, which wants numbers as texts."""
+    """A field of a form as httpx takes it, with numbers as texts."""
     if isinstance(value, tuple):
         name, content, *rest = value
         return name, content if isinstance(content, bytes) else str(content), *rest

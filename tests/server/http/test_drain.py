@@ -1,4 +1,4 @@
-"""A server that is told to stop becomes a lame duck first, and leaves nobody without an answer."""
+"""A server that is told to stop is a lame duck first, and leaves no client without an answer."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def half_a_request(server: Server) -> socket.socket:
 def test_requests_under_way_finish_or_hear_why_not(
     forks: Forks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # So long that only a second signal ends what is under way.
+    # So long that only a second signal ends what is in progress.
     monkeypatch.setenv("WEFT_DRAIN_S", f"{2 * PATIENCE_S}")
     with served(forks, tmp_path, SLOW) as server:
         server.wait_for("/readyz", 200)

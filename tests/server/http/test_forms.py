@@ -83,7 +83,7 @@ def test_fields_that_say_two_things_are_refused(parts: list[FormPart], words: st
 
 
 def test_objects_of_a_list_have_the_fields_that_openai_s_clients_send_for_them() -> None:
-    """All fields of one name together, and entries that are no objects before them."""
+    """Fields of one name are sent together, after entries that are not objects."""
     parts = texts(
         ("adapters[]", "pastel"),
         ("adapters[][name]", "ink"),

@@ -30,7 +30,7 @@ def routes() -> list[tuple[str, str]]:
         if isinstance(route.original_route, APIRoute)
         for method in route.methods or ()
     }
-    # All documents are of one kind of route, and test_documents asks for each of them.
+    # All documents are one kind of route, and test_documents requests each of them.
     alike = set[str]() if EVERY_CELL else PATHS - {"/", "/docs"}
     found = {*served, ("GET", "/openapi.json")}
     return sorted((method, path) for method, path in found if path not in alike)

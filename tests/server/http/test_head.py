@@ -15,7 +15,7 @@ from tests.server.http.small_server import PATIENCE_S, SmallServer, small_server
 
 CHANGING = {"date", "x-request-id", "transfer-encoding"}
 MEASURED = {"/metrics", "/sdapi/v1/memory"}
-"""Paths whose bodies, and so lengths, change between two requests."""
+"""Paths whose bodies, and so their lengths, change between two requests."""
 
 KEY = "correct horse battery staple"
 
@@ -54,7 +54,7 @@ def test_head_is_get_without_the_body_on_every_route(client: httpx2.Client) -> N
 
 
 def told(path: str, answer: httpx2.Response) -> tuple[int, dict[str, str]]:
-    """Status and headers of an answer, but those that differ between two requests anyway."""
+    """Status and headers of an answer, without headers that differ between any two requests."""
     changing = CHANGING | ({"content-length"} if path in MEASURED else set())
     headers = {name: value for name, value in answer.headers.items() if name not in changing}
     return answer.status_code, headers

@@ -70,7 +70,7 @@ def test_a_load_that_ends_in_something_else_than_an_error_is_said_too(
 
 @pytest.fixture
 def breakable(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[TestClient, Callable[[], None]]]:
-    """A client of a server, and what makes its engine fail."""
+    """A client of a server, and a function that makes its engine fail."""
     engine, failing = started(Toy(), 8), list[Callable[[], None]]()
     nowhere: Any = None
 

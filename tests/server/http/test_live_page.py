@@ -16,7 +16,7 @@ from tests.server.models.image_prompts.tiny_image_prompts import put_adapter, pu
 
 KEY = "a-key-of-the-test-suite-of-the-page"
 LEAST_DIFFERENCE = 4
-"""Mean difference of the bytes of two pictures from which on they are different ones."""
+"""Least mean difference of the bytes of two pictures at which they count as different."""
 
 WATCHED = """
 var refused = [];
@@ -207,7 +207,7 @@ def test_an_image_prompt_changes_the_picture_until_it_is_removed(style: str, tab
 def test_frames_of_a_model_that_edits_pictures_may_be_such_a_picture(
     tab: Tab, trained: Running
 ) -> None:
-    """What the page sends, with a catalog in which the model reads two."""
+    """Checks what the page sends with a catalog in which the model reads two pictures."""
     edits = """
     const ask = window.fetch;
     window.fetch = async (...asked) => {
@@ -272,7 +272,7 @@ def test_a_refused_setting_is_shown_as_a_sentence_and_the_stream_goes_on(tab: Ta
 def test_a_stream_whose_frames_are_refused_says_so_once_and_waits_for_other_settings(
     tab: Tab, trained: Running
 ) -> None:
-    """Here, as pictures of their size lately did not fit into memory."""
+    """They are refused here because pictures of their size lately did not fit in memory."""
     count = """
     const NativeSocket = window.WebSocket;
     window.refusals = 0;

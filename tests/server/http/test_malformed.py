@@ -41,7 +41,7 @@ def assert_answered(content: bytes, content_type: str = "application/json") -> N
     answer = CLIENT.post("/v1/generate", content=content, headers=headers)
     error = answer.json()["error"]
     assert answer.status_code in (400, 406, 413, 415, 422, 503), answer.text
-    # 503 says that the request was in order: this application has no engine.
+    # 503 would mean that the request was valid, since this application has no engine.
     assert answer.status_code != 503 or error["code"] == "not_ready"
     assert error["message"].endswith(".")
     assert "\n" not in error["message"]

@@ -1,4 +1,4 @@
-"""The page at `/`: its text, and what it does in a browser where this machine has one."""
+"""The page at `/`: its text, and, if this machine has a browser, what it does in one."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ PAGE = "\n".join(
 CHOICES = {
     choice.entries: choice.field + (".0" if choice.most > 1 else "") for choice in catalog().choices
 }
-"""Where the page puts what it chose from each list of the catalog."""
+"""Where the page puts its choice from each list of the catalog."""
 
 WORDS = {"upscalers": "upscaler", "mask_contents": "mask_content"}
-"""The page's input for each list of the catalog that has names alone."""
+"""The page's input for each list of the catalog that has only names."""
 
 TOOLS = """
 const $ = (id) => document.getElementById(id);
@@ -85,7 +85,7 @@ sessionStorage.fresh = true;
 """Empties the browser's gallery before a tab first looks into it."""
 
 OF_ITS_OWN = 'form.width.value = form.height.value = "";'
-"""Leaves the size to the server."""
+"""Lets the server choose the size."""
 
 READY = f"await until(() => selects().length === {len(CHOICES)});"
 
@@ -441,7 +441,7 @@ def test_pictures_come_first_on_phones_and_desktops(tab: Tab) -> None:
 
 
 def test_presets_wait_for_the_catalog(browser: str, client: httpx2.Client) -> None:
-    """A server that loads, as the page sees it: the answer to its first question comes late."""
+    """To the page, a server that is still loading is one whose first answer comes late."""
     held = "window.held = new Promise((go) => { window.go = go; }); const ask = window.fetch;"
     held += "window.fetch = async (...asked) => { await window.held; return ask(...asked); };"
     with new_tab(browser, TOOLS) as tab:
@@ -452,7 +452,7 @@ def test_presets_wait_for_the_catalog(browser: str, client: httpx2.Client) -> No
             const hidden = optional.map((id) => $(id).closest("[hidden]") !== null);
             return [$("presets").disabled, $("preset-words").textContent, hidden];
         """
-        # What only some models have is not shown for a moment.
+        # What only some models have is not shown even for a moment.
         assert tab.run(shown) == [True, "Waiting for what the server offers.", [True] * 4]
         disabled, words, hidden = tab.run(f"window.go(); {READY} {shown}")
         assert (disabled, hidden) == (False, [True, True, True, False])
@@ -541,7 +541,7 @@ window.fetch = async (...request) => {
   return Response.json(catalog);
 };
 """
-"""The first model of the catalog, as if it had what the embedded one does not have."""
+"""Gives the first model of the catalog what the embedded one does not have."""
 
 
 def test_what_some_models_have_is_asked_for_and_comes_back_with_the_settings(
@@ -616,7 +616,7 @@ def test_what_some_models_have_is_asked_for_and_comes_back_with_the_settings(
     )
     assert hidden == [False] * 4
     assert most == [MOST_IMAGE_PROMPTS, MOST_CONTROLS, 1, MOST_ADAPTERS]
-    # A new one is another than those that are there, while there is another.
+    # A new one differs from those already there, while another is left.
     assert names == ["pastel", "ink", *["pastel"] * (MOST_ADAPTERS - 2)]
     first, again, square, several = map(json.loads, sent)
     GenerateRequest.model_validate(first)
@@ -636,7 +636,7 @@ def test_what_some_models_have_is_asked_for_and_comes_back_with_the_settings(
     assert first["negative_prompt"] == "inkstyle"
 
     size = {"width": 96, "height": 160, "steps": 20}
-    # In multiples of 32 pixels, that scale makes 128 x 224 of it as 1.5 does.
+    # In multiples of 32 pixels, that scale gives 128 x 224, as 1.5 does.
     larger = {"hires": first["hires"] | {"scale": 1.4}}
     inverted = {"controls": [first["controls"][0] | {"preprocessor": "invert"}]}
     assert again == first | size | larger | inverted
@@ -694,7 +694,7 @@ def test_several_requests_run_at_once_and_each_is_cancelled_alone(
         """
     )
     running.settle()
-    # Two wait in the page itself.
+    # Two wait in the page, not yet sent.
     assert got == [7, 5, "Cancelled.", ""]
 
 

@@ -1,4 +1,4 @@
-"""What an API key may have of the server, over a socket."""
+"""How much of the server an API key may use, checked over a socket."""
 
 from __future__ import annotations
 

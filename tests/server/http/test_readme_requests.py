@@ -1,4 +1,4 @@
-"""The requests that the README shows, sent as it shows them: by curl, from a shell."""
+"""The requests in the README, sent as it shows them: by curl, from a shell."""
 
 import json
 import re
@@ -19,7 +19,7 @@ def test_the_requests_of_the_readme_draw_what_it_says(running, tmp_path: Path) -
     blocks = re.findall(INDENTED, README, re.MULTILINE)
     lines = "".join(block for block in blocks if "curl" in block).splitlines()
     script = "\n".join(line.removeprefix("    ") for line in lines)
-    # Of a quarter of the size, which changes nothing of what is looked at below.
+    # A quarter of the size, which changes nothing that is checked below.
     script = re.sub(r'"prompt"', '"width": 64, "height": 64, "prompt"', script)
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", script.replace("http://127.0.0.1:8000", running.url)],

@@ -1,4 +1,4 @@
-"""Images that are answered as URLs, fetched from a running server."""
+"""Images that are returned as URLs, fetched from a running server."""
 
 from __future__ import annotations
 

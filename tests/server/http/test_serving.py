@@ -17,7 +17,7 @@ from server.http.serving import listen
 from server.settings import Settings
 
 ELSEWHERE = "192.0.2.1"
-"""An address of documentation, which no machine has."""
+"""An address reserved for documentation, which no machine has."""
 
 
 def test_a_port_is_taken_on_every_address_of_a_name_that_is_here(

@@ -27,7 +27,7 @@ def picture(answer: httpx2.Response) -> NDArray[np.uint8]:
 
 
 def test_statistics_are_those_of_the_scale(generate: Generate) -> None:
-    """At scale 4, which there are statistics of, the nearest are the exact ones."""
+    """At scale 4, for which statistics exist, the nearest statistics are the exact ones."""
     fields: dict[str, Any] = {"steps": 4, "guidance": {"name": "cfg", "scale": 4}}
     exact = picture(generate(sampler="dpm_solver_v3", **fields))
     assert np.array_equal(exact, picture(generate(sampler=NEAREST, **fields)))

@@ -1,4 +1,4 @@
-"""Text is told from pictures while it arrives, wherever the chunks are cut."""
+"""Text is distinguished from pictures as it arrives, wherever it is cut into chunks."""
 
 import base64
 import json

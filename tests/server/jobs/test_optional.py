@@ -19,13 +19,13 @@ from server.settings import JobSettings, Limits, Settings
 
 ROOT = Path(server.__file__).parent
 WITHOUT = {"server.jobs.job"}
-"""What other packages import of it."""
+"""What other packages import from it."""
 LATER = {"http/predictions/events.py"}
-"""Imported when jobs are on."""
+"""Imported only when jobs are on."""
 
 
 def imported_at_once(path: Path) -> set[str]:
-    """Modules that are imported with a module, but not those for type checkers alone."""
+    """Modules that are imported with a module, except those only for type checkers."""
     body = ast.parse(path.read_text()).body
     return {node.module or "" for node in body if isinstance(node, ast.ImportFrom)}
 

@@ -1,4 +1,4 @@
-"""A PostgreSQL database, Debian's, which the tests start: shared by servers, or out of reach."""
+"""A PostgreSQL database (Debian's, started by the tests), shared by servers or unreachable."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class PostgreSQL:
     """A server of PostgreSQL with an empty database."""
 
     def __init__(self) -> None:
-        # PostgreSQL does not run as root, and does not reach into pytest's folders.
+        # PostgreSQL does not run as root, and then cannot reach pytest's folders.
         user = "postgres" if os.getuid() == 0 else None
         self.folder = Path(tempfile.mkdtemp())
         if user is not None:
@@ -142,14 +142,14 @@ class Answer(NamedTuple):
 
 
 class Outage(NamedTuple):
-    """What a server said while its database was down, and after that.
+    """What a server answered while its database was down, and afterwards.
 
     Attributes:
-        during: answers while it was down, by what was asked for.
-        log: log in this time, with tracebacks.
-        after: answers after it was up again.
-        ended: job that was accepted before, and ended while it was down.
-        events: data of the events of that job, whose stream began before.
+        during: answers while it was down, by request.
+        log: log of this time, with tracebacks.
+        after: answers once it was up again.
+        ended: a job that was accepted before, and ended while it was down.
+        events: data of that job's events, from a stream that began before.
     """
 
     during: dict[str, Answer]
@@ -160,7 +160,7 @@ class Outage(NamedTuple):
 
 
 class Gated(Toy):
-    """A toy that draws when it is allowed to."""
+    """A toy that draws only when it is allowed to."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -173,7 +173,7 @@ class Gated(Toy):
 
 @contextmanager
 def serving(postgresql: PostgreSQL, pictures: Path) -> Generator[tuple[TestClient, Gated]]:
-    """A server whose jobs are in a database, and its model."""
+    """A server whose jobs are in this database, and its model."""
     toy = Gated()
     toy.allowed.set()
     engine, nowhere = started(toy, 8), cast("Any", None)
@@ -245,7 +245,7 @@ def until(happened: Callable[[], Any]) -> None:
 
 @contextmanager
 def logged() -> Generator[io.StringIO]:
-    """Everything that is logged in a `with` block, formatted with tracebacks."""
+    """Everything logged in a `with` block, formatted with tracebacks."""
     text = io.StringIO()
     handler = logging.StreamHandler(text)
     handler.setFormatter(logging.Formatter("%(levelname)s %(message)s"))

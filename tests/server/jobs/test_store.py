@@ -1,4 +1,4 @@
-"""What the database promises: each job ends once, and owners take turns."""
+"""What the database guarantees: each job ends once, and owners take turns."""
 
 from __future__ import annotations
 

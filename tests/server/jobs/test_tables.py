@@ -1,4 +1,4 @@
-"""The migrations leave the tables that the queries are written for."""
+"""The migrations create the tables that the queries expect."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Webhooks are signed as the standard says, and go to the internet only."""
+"""Webhooks are signed as in the standard, and only go to public addresses."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ NETWORK = nn.ModuleDict({"mid": nn.Linear(6, 5)})
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> HostedModel:
-    """With two styles, and one adapter for few steps."""
+    """A model with two style adapters, and one adapter for few steps."""
     folder = tmp_path_factory.mktemp("adapters")
     for name, metadata in (("pastel", {}), ("ink", {}), ("quick", {"weft.convention": "lcm_lora"})):
         tensors, _ = files.peft({"unet": changes(NETWORK, 2)})
@@ -163,7 +163,7 @@ def warnings(model: HostedModel, adapters: Any, **fields: Any) -> tuple[str, ...
 
 
 def test_what_is_fitted_to_the_model_alone_is_said(model: HostedModel) -> None:
-    """By a policy whose coefficients nobody need have fitted here."""
+    """Checked with a policy whose coefficients need not be fitted here."""
     guidance = {"name": "cfg", "policy": "linear_adaptive"}
     [said] = warnings(model, "pastel", guidance=guidance)
     assert said.startswith("guidance.policy 'linear_adaptive' is fitted to model 'toy' without")

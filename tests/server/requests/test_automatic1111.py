@@ -1,4 +1,4 @@
-"""What AUTOMATIC1111's clients say, in our own words."""
+"""Requests of AUTOMATIC1111's clients, translated to ours."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def test_every_listed_sampler_and_schedule_type_is_taken() -> None:
 
 
 def test_a_name_means_what_it_means_to_automatic1111() -> None:
-    """`UniPC` is of order 3 there and `unipc` of order 2 here, `Beta` over sigma and over time."""
+    """There `UniPC` has order 3 and `Beta` is over sigma; here, order 2 and over time."""
     sampler, spacing = sampler_and_spacing("unipc", "beta")
     assert sampler.model_dump()["order"] == 3
     assert spacing is not None

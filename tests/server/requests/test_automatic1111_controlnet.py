@@ -1,4 +1,4 @@
-"""What units of AUTOMATIC1111's extension for ControlNets say, in our own words."""
+"""Units of AUTOMATIC1111's ControlNet extension, translated to our requests."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ FIELDS: dict[str, Callable[[Any], dict[str, Any]]] = {
     **{part.plural: _beside_a_rule(part) for part in PARTS},
     "caches": lambda one: {"cache": one},
 }
-"""What a request says to choose one of a list."""
+"""Fields of a request that choose an entry, for each list."""
 
 ENTRIES = [(title, entry) for title in LISTS for entry in getattr(catalog(), title)]
 

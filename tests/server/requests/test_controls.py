@@ -1,4 +1,4 @@
-"""The field `controls` of a request: what it may say, and what becomes of it."""
+"""The field `controls` of a request: what it may hold, and what is made of it."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ PICTURE = "aGVsbG8="
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> HostedModel:
-    """With ControlNets for edges and depth."""
+    """A model with ControlNets for edges and depth."""
     folder = tmp_path_factory.mktemp("controls")
     for name in ("edges", "depth"):
         put_plain(folder, name)
@@ -85,7 +85,7 @@ def test_a_precedence_is_refused_where_the_controlnets_know_none(model: HostedMo
         "controls.0.precedence is 'prompt', but only models with a U-Net support it, and model "
         "'toy' has none; leave it out."
     )
-    # What a client of AUTOMATIC1111 sends by habit is left out, and said.
+    # What a client of AUTOMATIC1111 sends by default is left out, with a warning.
     habitual = asked.read_as(Reading(habitual=True))
     chosen = resolve(habitual, model, Limits(), None)
     assert chosen.controls[0].precedence is None
@@ -141,7 +141,7 @@ def test_those_that_never_fit_together_are_refused_for_good(tmp_path: Path) -> N
         "controls: the ControlNets of this request take 48 bytes of memory together; at most 40 "
         "are allowed."
     )
-    # One with two pictures is there once, and one of scale 0 not at all.
+    # A ControlNet with two pictures is counted once, one of scale 0 not at all.
     resolved(toy, {"name": "edges"}, {"name": "edges"}, {"name": "depth", "scale": 0})
 
 

@@ -1,4 +1,4 @@
-"""A sampler of somebody's own that uses statistics is served as it declares."""
+"""A user's own sampler that uses statistics is served as it declares."""
 
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -34,7 +34,7 @@ SCHEDULE = NoiseSchedule.from_diffusers({})
 
 
 class Halved(FittedSampler, frozen=True):
-    """DDIM, told apart by the number that its statistics are full of."""
+    """DDIM whose results show the number that its statistics are filled with."""
 
     summary: ClassVar[str] = "For tests."
     source: ClassVar[str] = "None."
@@ -64,7 +64,7 @@ def statistics(tmp_path: Path) -> ModelStatistics:
 
 
 class Model:
-    """As much of a hosted model as statistics are asked of."""
+    """The part of a hosted model that provides statistics."""
 
     def __init__(self, statistics: ModelStatistics) -> None:
         self.statistics = statistics
@@ -93,7 +93,7 @@ def resolved(sampler: Sampler, scale: float) -> ResolvedRequest:
 def test_its_default_guidance_is_what_there_are_statistics_of() -> None:
     assert default_guidance(Halved()).name == "cfg"
     assert default_guidance(Halved(statistics="nearest")) == default_guidance(DPMSolverV3())
-    # Without them there is nothing to keep to.
+    # Without statistics, nothing restricts the guidance.
     assert default_guidance(Halved(statistics="none")) == default_guidance(DDIM())
     assert default_guidance(DDIM()).name == "apg"
 

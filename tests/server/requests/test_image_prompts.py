@@ -1,4 +1,4 @@
-"""The field `image_prompts` of a request: what it may say, and what becomes of it."""
+"""The field `image_prompts` of a request: what it may hold, and what is made of it."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ PICTURE = "aGVsbG8="
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> HostedModel:
-    """With IP-Adapters called style and face."""
+    """A model with IP-Adapters called style and face."""
     folder = tmp_path_factory.mktemp("models")
     pipeline = tiny_sd.make(BASE)
     pipeline.save_pretrained(folder / "tiny")

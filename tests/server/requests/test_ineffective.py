@@ -1,4 +1,4 @@
-"""What a request sets in vain is said, and nothing else is."""
+"""Settings of a request that have no effect are reported, and no others."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def warnings(
 
 
 def test_masked_content_of_a_run_from_noise_alone_is_said_to_have_no_effect() -> None:
-    """What a network that is shown picture and mask draws anew."""
+    """A network that is shown picture and mask draws the content anew at strength 1."""
     sent: dict[str, Any] = {"image": "x", "mask": "x", "mask_content": "fill"}
     shown = Toy(embeds_scale=False, reads_mask=True)
     (said,) = warnings("cfg", model=shown, has_picture=True, **sent)
@@ -101,7 +101,7 @@ UNGUIDED = defaults_by("tcd", "the test says so")
 
 
 class WithoutCrossAttention(Toy):
-    """A toy in which no attention can be led away from a text."""
+    """A toy without attention that could be guided away from a text."""
 
     def refuses(self, edit: Edit) -> str | None:
         return "makes no edits"
@@ -142,7 +142,7 @@ def test_several_predictions_are_warned_of_whatever_the_convention() -> None:
         model = Toy(embeds_scale=own.policy.embeds, defaults=own)
         warned = warnings({"name": "cfg", "scale": 3.0}, model=model, steps=own.steps)
         if own.rule.combines and not own.policy.embeds:
-            # The convention of a model that was not distilled.
+            # This is the convention of a model that was not distilled.
             assert warned == (), name
             continue
         [said] = warned

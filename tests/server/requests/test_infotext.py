@@ -110,7 +110,7 @@ def test_a_prompt_cannot_pass_for_another_field(field: str, line_break: str) -> 
     ]
     starts = [line for line in written.splitlines() if line.strip().lower().startswith("steps:")]
     assert starts == [written.splitlines()[-1]]
-    # Nothing else is changed, and it reads the same.
+    # Nothing else is changed, and a reader sees the same text.
     assert forged.replace("t:", "t :").replace("STEPS:", "STEPS :") in written
 
 

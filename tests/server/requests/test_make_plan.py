@@ -1,4 +1,4 @@
-"""Settings that no plan can be made of are refused by the field to change."""
+"""Settings that allow no plan are refused, with an error that names the field to change."""
 
 import sys
 from typing import Any, ClassVar, Literal
@@ -88,7 +88,7 @@ class Gone(Barren, frozen=True):
 
 
 class Leaving(Reluctant, frozen=True):
-    """Would end the server."""
+    """Raises what would end the server."""
 
     @override
     def plan(self, grid: Grid) -> Plan:

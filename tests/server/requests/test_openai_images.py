@@ -1,4 +1,4 @@
-"""What OpenAI's clients say, in our own words."""
+"""Requests of OpenAI's clients, translated to ours."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What requests say of prompts that change, in each of their runs and for each model."""
+"""Requests with prompts that change, in each of their runs and for each model."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.server.toy_model import Toy
 
 
 class Weighing(Toy):
-    """Reads the syntax."""
+    """A toy that reads the syntax."""
 
     weighs_prompts = True
 
@@ -46,7 +46,7 @@ def told(task: ImageTask) -> list[str]:
 
 
 def test_times_are_shares_of_all_evaluations_of_a_run() -> None:
-    """Of `heun` twice the steps; of a run from an image those of the whole run, as there."""
+    """`heun` has twice the steps; from an image, those of the whole run count, as there."""
     assert timelines_of(resolved()) == timelines_of(resolved(sampler="dpm_fast")) == (Timeline(10),)
     assert timelines_of(resolved(sampler="heun")) == (Timeline(20),)
     image = {"strength": 0.5, "width": 32, "height": 32}

@@ -1,4 +1,4 @@
-"""Requests in the words of other programs get what they mean, or are told the word here."""
+"""Requests in other programs' terms get what they mean, or an error with the term used here."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from tests.server.toy_model import Toy, started
 
 
 def read(**fields: Any) -> dict[str, Any]:
-    """What is left of a request but its prompt, each choice by name and what it sets."""
+    """The request without its prompt, each choice as its name and the fields that it sets."""
     request = GenerateRequest.model_validate({"prompt": "x"} | fields)
     return request.model_dump(mode="json", exclude_unset=True, exclude={"prompt"})
 
@@ -120,7 +120,7 @@ def test_every_name_of_other_programs_is_accepted() -> None:
             },
             "sampler 'euler_cfg_pp' is 'euler' here, with guidance 'cfg_plus_plus'.",
         ),
-        # A name that is ours means what it means here, though ComfyUI's ddim is Euler's method.
+        # A name that Weft has keeps Weft's meaning, though ComfyUI's ddim is Euler's method.
         ({"sampler": "ddim", "spacing": "beta"}, {"sampler": {"name": "ddim"}}, None),
         ({"size": "64x32", "seed": -1, "scheduler": None}, {"width": 64, "height": 32}, None),
         ({"size": "auto", "resize_mode": 1}, {"resize_mode": "crop"}, None),
@@ -227,7 +227,7 @@ def test_a_stream_reads_names_and_answers_other_words_with_ours() -> None:
     assert request.seed is None
     assert request.reading.rule_left_out
     assert len(request.reading.notes) == 1
-    # Later messages are merged over earlier ones, so that a field has one name only.
+    # Later messages are merged over earlier ones, so a field has only one name.
     assert refused(StreamSettings, num_inference_steps=4)[1].startswith(
         "num_inference_steps is not a known field (did you mean steps?)"
     )
@@ -239,7 +239,7 @@ def test_names_for_other_faces() -> None:
     assert sampler_of("euler", "Karras") == (CHOICES["sampler"]["euler"](), Karras())
     assert sampler_of("unipc")[1] is None
     assert schedule_of("Automatic") is None
-    # Ours have two of the names.
+    # Two of the names also exist here.
     for name in set(LACKING) - set(CHOICES["sampler"]):
         with pytest.raises(NoEqual, match=" has no equivalent here: "):
             sampler_of(name)

@@ -1,4 +1,4 @@
-"""What a resolved request hands to the engine."""
+"""What a resolved request passes to the engine."""
 
 from __future__ import annotations
 

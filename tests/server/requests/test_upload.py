@@ -1,4 +1,4 @@
-"""Pictures are taken out of a request's JSON, and put back where they were."""
+"""Pictures are taken out of a request's JSON, and put back in their places."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which step caches are refused, and in what words."""
+"""Which step caches are refused, and with which messages."""
 
 from __future__ import annotations
 

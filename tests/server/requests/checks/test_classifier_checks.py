@@ -1,4 +1,4 @@
-"""What requests may ask of a model's classifier, and what they are told otherwise."""
+"""What requests may ask of a model's classifier, and the errors for everything else."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -26,7 +26,7 @@ def hosted() -> HostedModel:
 
 @pytest.fixture
 def model(hosted: HostedModel) -> Iterator[HostedModel]:
-    """The embedded model with a classifier of fewer attributes than its own."""
+    """The embedded model with a classifier that has fewer attributes than its own."""
     kept = hosted.classifier
     channels = hosted.facts.latent_channels
     hosted.classifier = LatentClassifier(channels, HEADS, hosted.facts.denoiser)

@@ -1,4 +1,4 @@
-"""Which requests make their images one group, and what the others are told."""
+"""Which requests make their images one group, and the errors for the others."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SDE = {"name": "ddim", "eta": 1.0}
 def resolved(
     guidance: dict[str, Any], *, n: int = 3, has_picture: bool = False, **fields: Any
 ) -> ResolvedRequest:
-    """As `resolve` leaves it; a `reference` may be any text, which is decoded elsewhere."""
+    """The request after `resolve`; `reference` may be any text, as it is decoded elsewhere."""
     request = GenerateRequest.model_validate(
         {
             "prompt": "x",

@@ -1,4 +1,4 @@
-"""What of guidance is refused, and in which words."""
+"""Which guidance is refused, and with which messages."""
 
 from __future__ import annotations
 
@@ -159,7 +159,7 @@ class Idle(Policy, frozen=True):
 
 
 class Trained(Idle, frozen=True):
-    """A policy of another package that is fitted by that package alone."""
+    """A policy of another package that only that package can fit."""
 
     fitted: ClassVar[int] = 3
     estimates: ClassVar[bool] = True
@@ -217,7 +217,7 @@ def test_coefficients_are_those_of_the_run_and_of_no_other(tmp_path: Path) -> No
         "policy (nothing is fitted)."
     )
 
-    # A file that comes while the server runs is found.
+    # A file that is added while the server runs is found.
     made = LinearFit(np.arange(6.0 * TERMS).reshape(6, TERMS), identity, 8, np.ones(6))
     (tmp_path / "weft").mkdir()
     (tmp_path / "weft" / "linear-ag-broken.safetensors").write_bytes(b"no")

@@ -1,4 +1,4 @@
-"""What is out of all proportion is refused before anything looks at what it says."""
+"""Requests of excessive size or depth are refused before their content is examined."""
 
 from typing import Any
 
