@@ -385,3 +385,25 @@ def test_the_text_encoder_of_flux_is_adapted_as_by_diffusers(
     _, theirs, _ = adapted.encode_prompt("a star", max_sequence_length=LENGTH)
     assert difference(ours.tensors[POOLED], theirs[0]) < 1e-5
     assert difference(ours.tensors[POOLED], plain.tensors[POOLED]) > 1e-2
+
+
+@torch.inference_mode()
+def test_a_change_of_a_norm_of_a_text_encoder_is_in_what_it_tells(
+    hosted: Callable[[str], Hosted], tmp_path: Path
+) -> None:
+    """By LyCORIS' name, and for one of two prompts."""
+    _, pipeline, model = flux = hosted("flux1")
+    moved = drawn(pipeline.text_encoder.config.hidden_size, seed=5)
+    name = "lora_te1_text_model_encoder_layers_0_layer_norm1.w_norm"
+    one = loaded(flux, {name: moved}, tmp_path / "one.safetensors")
+    rows = RowAdapters(((one,), ()))
+    ours, beside = model.encode_prompts(["a star", "a star"], 32, 32, rows)
+    _, plain = model.encode_prompts(["a star", "a star"], 32, 32)
+    changed = copy.deepcopy(pipeline)
+    norms = dict(changed.text_encoder.named_modules())
+    [norm] = [norm for layer, norm in norms.items() if layer.endswith("layers.0.layer_norm1")]
+    norm.weight.data += 0.8 * moved
+    _, theirs, _ = changed.encode_prompt("a star", max_sequence_length=LENGTH)
+    assert difference(ours.tensors[POOLED], theirs[0]) < 1e-5
+    assert difference(ours.tensors[POOLED], plain.tensors[POOLED]) > 1e-2
+    assert torch.equal(beside.tensors[POOLED], plain.tensors[POOLED])
