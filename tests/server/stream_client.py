@@ -23,7 +23,7 @@ SMALL = {
     "output_format": "png",
     "max_fps": 1000,
 }
-"""Settings of a stream whose frames are cheap and can be compared to the bit."""
+"""Settings of a stream whose frames are cheap and can be compared bit for bit."""
 
 
 class Output(NamedTuple):
@@ -44,7 +44,7 @@ class StreamClient:
         self.socket = socket
 
     def settings(self, **fields: Any) -> dict[str, Any]:
-        """Change settings; returns the next message, which answers it if nothing is under way."""
+        """Change settings; return the next message, which is the answer if nothing is running."""
         self.tell(json.dumps(fields))
         return self.heard()
 
@@ -52,7 +52,7 @@ class StreamClient:
         self.socket.send(message)
 
     def heard(self) -> dict[str, Any]:
-        """The next message, a JSON one."""
+        """The next message, which must be JSON."""
         said = self.socket.recv(PATIENCE_S)
         assert isinstance(said, str)
         return json.loads(said)
@@ -73,7 +73,7 @@ class StreamClient:
         return Output(header, image)
 
     def turned(self, frame: bytes) -> Output:
-        """The output of a frame, while no other is under way."""
+        """The output of a frame, while no other is in progress."""
         self.tell(frame)
         return self.output()
 

@@ -1,4 +1,4 @@
-"""Files of a place that several servers write to, on a disk that may be full."""
+"""Files in a place that several servers write to, on a disk that may be full."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_two_servers_may_delete_the_same_files_at_once(
     remove = os.remove
 
     def late(path: str) -> None:
-        """As if the other server had been faster by a moment."""
+        """Write as if another server had been faster by a moment."""
         remove(path)
         remove(path)
 

@@ -35,7 +35,7 @@ from tests.server.process import PATIENCE_S, Forks
 
 PROMPT = "a red circle"
 TOO_LONG = "a" * 300
-"""No name of a file may have so many characters."""
+"""More characters than a file name may have."""
 
 
 def weft(*arguments: str) -> Result:
@@ -142,7 +142,7 @@ def test_generate_reads_reference_images_from_files(tmp_path: Path) -> None:
 def test_generate_evaluates_the_model_for_its_own_image_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Timing forwards of many sizes, as a server does at its start, would take seconds."""
+    """Timing forwards of many sizes, as a server does when it starts, would take seconds."""
     rows: list[int] = []
     evaluate = UNetModel.evaluate
 
@@ -264,7 +264,7 @@ def marked(self):
 Engine._warm_up = marked
 main()
 """
-"""`weft generate` that never gets beyond warming up, which it marks by a file."""
+"""`weft generate` that never finishes warming up, and creates a file when it begins to."""
 
 
 IMPORTING = """
@@ -284,7 +284,7 @@ class Finder:
 sys.meta_path.insert(0, Finder)
 main()
 """
-"""`weft`, which is told to end while it imports torch."""
+"""`weft` that gets the signal to end while it imports torch."""
 
 
 @pytest.mark.parametrize(("number", "status"), [("SIGINT", 130), ("SIGTERM", 143)])

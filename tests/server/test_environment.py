@@ -1,4 +1,4 @@
-"""What an operator reads about settings that cannot be used."""
+"""The messages for operators about settings that cannot be used."""
 
 import socket
 

@@ -1,4 +1,4 @@
-"""The collector of reference cycles while a process starts."""
+"""The collector of reference cycles during the start of a process."""
 
 import gc
 import weakref
@@ -23,7 +23,7 @@ def many_cycles() -> list[weakref.ref[Cycle]]:
 
 @pytest.fixture(autouse=True)
 def kept_as_before() -> Iterator[None]:
-    """The tests that follow would otherwise wait for a collector that looks at all imports."""
+    """Otherwise later tests would wait for a collector that visits all imports."""
     kept = gc.get_freeze_count() > 0
     yield
     gc.unfreeze()

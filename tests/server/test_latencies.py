@@ -1,4 +1,4 @@
-"""A histogram holds each time in the bucket of the least bound that is not below it."""
+"""A histogram counts each time in the bucket with the least bound that is not below it."""
 
 from server.latencies import Latencies
 

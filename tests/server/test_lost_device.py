@@ -1,4 +1,4 @@
-"""A server whose device or engine fails says so and ends, so that a supervisor starts it again."""
+"""A server whose device or engine fails reports it and ends, so that a supervisor restarts it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from tests.server.process import Forks, NewInterpreters, Server, Starter, served
 
 ASSERTS = 'torch.zeros(1, device="cuda")[torch.tensor([5], device="cuda")]'
-"""What no later call on a GPU survives."""
+"""A device-side assertion, after which no call on the GPU works."""
 
 READY_ON_GPU_S = 60
 END_S = 40
@@ -28,7 +28,7 @@ def test_a_lost_device_is_said_within_two_seconds_and_ends_the_process(
 def test_a_gpu_that_is_lost_is_said_within_two_seconds_and_ends_the_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # A graph that is replayed does not come by the fault.
+    # The replay of a graph would not run the fault.
     monkeypatch.setenv("WEFT_CUDA_GRAPHS", "off")
     _loses_its_device(NewInterpreters(), tmp_path, ASSERTS, "--device", "cuda")
 

@@ -1,4 +1,4 @@
-"""What is kept is bounded by its bytes."""
+"""A cache is bounded by the bytes of what it keeps."""
 
 from server.lru import ByteBoundedLRU
 

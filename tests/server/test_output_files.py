@@ -62,7 +62,7 @@ def test_a_disk_that_is_full_leaves_what_was_there(
 def test_a_folder_that_cannot_be_written_to_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Not by its mode, which root may ignore.
+    # Not by the folder's mode, which root may ignore.
     monkeypatch.setattr(os, "access", lambda folder, _: folder != tmp_path)
     with pytest.raises(InvalidRequest, match="but that folder cannot be written to"):
         OutputFiles(tmp_path / "x.png", force=False)

@@ -1,4 +1,4 @@
-"""`--plugin FILE` of the commands: what it adds, and what they say of a file of no use."""
+"""`--plugin FILE` of the commands: what it adds, and the errors for unusable files."""
 
 import json
 import os
@@ -82,7 +82,7 @@ main(["my_euler", "nobody", *plugins])
 
 @pytest.fixture(scope="module")
 def used(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What one process says of the README's sampler, and of a file of several classes."""
+    """One process's output for the README's sampler, and for a file of several classes."""
     folder = tmp_path_factory.mktemp("plugins")
     (folder / "my_sampler.py").write_text(indented_block("class MyEuler"))
     (folder / "several.py").write_text(RULE_AND_MORE)

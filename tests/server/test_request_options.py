@@ -1,4 +1,4 @@
-"""What options of a command say of a request."""
+"""Options of a command as fields of a request."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def guidance_in(written: Any) -> Any:
 
 
 @pytest.mark.parametrize("options", [{"policy": "reuse"}, {"scale": 6.0}], ids=list)
-# The second goes by statistics of plain guidance, which is therefore its default.
+# The second uses statistics of plain guidance, which is therefore its default.
 @pytest.mark.parametrize("sampler", ["unipc", "dpm_solver_v3"])
 def test_scale_and_policy_change_the_guidance_of_a_request_that_names_none(
     sampler: str, options: dict[str, Any]

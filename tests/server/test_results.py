@@ -1,4 +1,4 @@
-"""Images at URLs are there for their time, and take no more room than they may."""
+"""Images at URLs exist for their lifetime, and take no more room than allowed."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_a_process_goes_on_where_another_was_killed(tmp_path: Path) -> None:
         await asyncio.sleep(0.1)
         assert files(tmp_path) == {*names, "notes.txt"}
         assert (await store.read(names[0]))[0] == FILE
-        # What was found counts.
+        # Files found at the start count.
         await store.keep("", "png", [FILE, FILE])
         assert await gone(store, names[0])
         await store.close()
@@ -198,7 +198,7 @@ def test_what_cannot_be_written_is_given_up(
         with pytest.raises(NotReady, match="b64_json"):
             await store.keep("", "png", [FILE])
         (tmp_path / "results").unlink()
-        # It holds no room.
+        # It takes up no room.
         await store.keep("", "png", [FILE])
         await store.close()
 

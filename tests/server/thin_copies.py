@@ -1,4 +1,4 @@
-"""The embedded model with thin networks of random weights, whose forwards take little time.
+"""Copies of models with thin networks of random weights, whose forwards take little time.
 
 Its pictures show nothing, but tell seeds, prompts, samplers, guidance and edits apart more sharply
 than those of the trained one.
@@ -28,7 +28,7 @@ UNET: dict[str, Any] = {
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
     "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
 }
-"""Sides of pictures are multiples of those of the trained ones."""
+"""As many levels as the trained networks, so that sides are multiples of the same number."""
 
 VAE: dict[str, Any] = {
     "encoder_block_out_channels": (8,) * 4,
@@ -39,9 +39,9 @@ VAE: dict[str, Any] = {
 
 
 def put_thin_model(folder: Path, trained: Path = MODEL_FOLDER) -> None:
-    """Write its folder: what is not given here is as the trained model has it.
+    """Write the folder of a thin model; what is not given here is as in the trained model.
 
-    What was derived from the weights of the trained one is said to be of these.
+    Files derived from the weights of the trained model are marked as derived from these.
     """
     left_out = shutil.ignore_patterns("unet", "vae", "weak", "adapters")
     shutil.copytree(trained, folder, ignore=left_out)
@@ -51,7 +51,7 @@ def put_thin_model(folder: Path, trained: Path = MODEL_FOLDER) -> None:
     if (trained / WEAK_FOLDER).exists():
         _unet(trained).save_pretrained(folder / WEAK_FOLDER)
     vae = _made(AutoencoderTiny, trained / "vae", VAE)
-    # Pictures of all brightnesses, and latents of the size of noise.
+    # Pictures of all brightnesses, and latents as large as noise.
     _spread(vae.decoder, torch.randn(4, 4, 16, 16), 0.5)
     _spread(vae.encoder, torch.rand(4, 3, 64, 64) * 2 - 1, 0.7)
     vae.save_pretrained(folder / "vae")
@@ -71,7 +71,7 @@ def put_thin_model(folder: Path, trained: Path = MODEL_FOLDER) -> None:
 def _unet(trained: Path) -> Any:
     unet = _made(UNet2DConditionModel, trained / "unet", UNET)
     with torch.no_grad():
-        # Predictions of the size of a trained one's, which the text clearly moves.
+        # Predictions as large as a trained network's, with a clear effect of the text.
         for name, weight in unet.named_parameters():
             weight *= 3 if name.startswith("conv_out") else 2 if "attn2" in name else 1
     return unet
@@ -79,10 +79,10 @@ def _unet(trained: Path) -> Any:
 
 @torch.no_grad()
 def _spread(network: Any, inputs: Tensor, deviation: float) -> None:
-    """Let what each channel puts out have no mean and this standard deviation."""
+    """Give the output of each channel mean 0 and this standard deviation."""
     channels, last = (0, 2, 3), network.layers[-1]
     last.weight *= (deviation / network(inputs).std(channels)).view(-1, 1, 1, 1)
-    # Of what a bias adds, a decoder makes twice as much.
+    # A decoder doubles what a bias adds.
     last.bias[:] = 0
     without = network(inputs).mean(channels)
     last.bias += 1

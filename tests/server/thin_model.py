@@ -36,14 +36,14 @@ VAE: dict[str, Any] = {
 
 
 def put_thin_model(folder: Path) -> None:
-    """Write its folder: what is not given here is as the embedded one has it."""
+    """Write the folder of the thin model; what is not given here is as in the embedded model."""
     shutil.copytree(MODEL_FOLDER, folder, ignore=shutil.ignore_patterns("weft", "unet", "vae"))
     torch.manual_seed(0)
     for name in ("unet", WEAK_FOLDER):
         _unet().save_pretrained(folder / name)
     vae = _made(AutoencoderTiny, "vae", VAE)
     with torch.no_grad():
-        # Pictures of all brightnesses, and latents of the size of noise.
+        # Pictures of all brightnesses, and latents as large as noise.
         for part in (vae.decoder, vae.encoder):
             part.layers[-1].weight *= 8
     vae.save_pretrained(folder / "vae")
@@ -52,7 +52,7 @@ def put_thin_model(folder: Path) -> None:
 def _unet() -> Any:
     unet = _made(UNet2DConditionModel, "unet", UNET)
     with torch.no_grad():
-        # Predictions of the size of a trained one's, which the text clearly moves.
+        # Predictions as large as a trained network's, with a clear effect of the text.
         for name, weight in unet.named_parameters():
             weight *= 3 if name.startswith("conv_out") else 2 if "attn2" in name else 1
     return unet
@@ -63,9 +63,9 @@ def _made(kind: Any, part: str, changed: dict[str, Any]) -> Any:
 
 
 def thin_model(folder: Path) -> HostedModel:
-    """Load it from its folder, with what the embedded one knows of latents.
+    """Load the thin model from its folder, with what the embedded model has for its latents.
 
-    Those are its classifier, and its statistics, which DPM-Solver-v3 takes as they come.
+    That is its classifier and its statistics; DPM-Solver-v3 uses whatever statistics it is given.
     """
     model = load_model(folder, name="embedded", device="cpu", dtype="float32")
     model.classifier = LatentClassifier.load(classifier_file(MODEL_FOLDER))

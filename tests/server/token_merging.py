@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 
 class Apart:
-    """Negative token merging after a plain attention, over a whole batch, as the paper writes it.
+    """Negative token merging after plain attention, over a whole batch, as in the paper.
 
     O_i <- (1 + a) O_i - a O_ref[j*], j* = argmax_j cos(O_i, O_ref,j), where that cosine is above
     the threshold; the reference is the batch's first image.

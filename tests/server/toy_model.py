@@ -1,4 +1,4 @@
-"""A model of a few lines, whose rows depend on all that they are told and on no other row."""
+"""A model of a few lines; each row depends on all of its inputs, and on no other row."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ FACTS = ModelFacts(
 
 
 class Toy(HostedModel):
-    """Keeps what it was shown; refuses no edit but those of the layer "none"."""
+    """Records what it was shown; refuses only edits of the layer "none"."""
 
     def __init__(self, **facts: object) -> None:
         super().__init__(replace(FACTS, **facts), torch.device("cpu"), torch.float32)
@@ -95,7 +95,7 @@ class Toy(HostedModel):
 
 
 class Neighbourly(Toy):
-    """A toy whose rows feel the row that they are to keep apart from."""
+    """A toy whose rows respond to the row that they are to keep apart from."""
 
     def evaluate(self, x: Tensor, t: Tensor, inputs: RowInputs) -> Tensor:
         plain = [
@@ -108,14 +108,14 @@ class Neighbourly(Toy):
                 if isinstance(edit, ApartFrom):
                     assert edit.reference is not None
                     assert edit.reference != row
-                    # As in a network, where a NaN is like no token, it moves nobody.
+                    # As in a network, where a NaN is similar to no token, it moves nothing.
                     away = (raw[row] - raw[edit.reference]).nan_to_num()
                     moved[row] += edit.strength * away / 4
         return moved
 
 
 class Ear:
-    """Hears of a submission."""
+    """A listener of a submission."""
 
     def __init__(self, images: int) -> None:
         self.results: dict[int, ImageResult] = {}

@@ -60,7 +60,7 @@ def make(service: Service, **fields: Any) -> Pictures:
 
 @pytest.fixture
 def done(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The costly work that the service does, in its order."""
+    """The costly work that the service does, in order."""
     seen: list[str] = []
 
     def noting(owner: Any, name: str) -> None:
@@ -179,7 +179,7 @@ def test_slow_uploads_do_not_delay_what_needs_no_upload(engine: Engine) -> None:
 def test_both_runs_of_a_request_are_admitted_at_once_and_nothing_of_them_is_left(
     service: Service, engine: Engine
 ) -> None:
-    """A second client finds no room between the two runs, which the first would need then."""
+    """Between the two runs, another client cannot take the room that the second run needs."""
 
     async def run() -> Pictures:
         fields = {"prompt": "x", "steps": 50, "n": MOST // 2, "hires": {"strength": 1}}

@@ -37,7 +37,7 @@ def request(**fields: Any) -> GenerateRequest:
 
 
 async def answered(service: Service, asked: GenerateRequest, cancel: Awaitable[None]) -> bool:
-    """Whether the pictures came, while `cancel` runs beside."""
+    """Whether the request got its pictures, while `cancel` runs concurrently."""
 
     async def post() -> bool:
         try:
@@ -60,7 +60,7 @@ def test_a_cancelled_generation_has_no_pictures(service: Service) -> None:
     async def cancel() -> None:
         await asyncio.sleep(0)
         service.cancel("one")
-        # Asking again changes nothing.
+        # Cancelling again changes nothing.
         service.cancel("one")
 
     assert not asyncio.run(answered(service, request(steps=200), cancel()))

@@ -1,4 +1,4 @@
-"""A second run from enlarged latents: its truth is the same by the library's loop."""
+"""A second run from enlarged latents equals the same two runs by the library's loop."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ class ByHand:
 
 @pytest.mark.parametrize("upscaler", OF_LATENTS)
 def test_latents_are_enlarged_and_drawn_on_as_by_hand(upscaler: Upscaler) -> None:
-    """By the interpolation that AUTOMATIC1111's name for it says."""
+    """With the interpolation that AUTOMATIC1111's name for the upscaler states."""
     label = UPSCALER_LABELS[upscaler].removeprefix("Latent").strip(" ()")
     mode = label.removesuffix("antialiased").strip() or "bilinear"
     how = {"mode": mode, "antialias": label.endswith("antialiased")}
@@ -119,7 +119,7 @@ def test_so_are_those_that_a_transformer_reads_in_packed_tokens(tmp_path: Path) 
 
 
 def test_in_other_proportions_the_middle_of_the_latents_is_kept() -> None:
-    """As AUTOMATIC1111 truncates them: 3 of 6 cells go, the odd one at the end."""
+    """As AUTOMATIC1111 truncates them: 3 of 6 cells are removed, the odd one at the end."""
     latents = torch.arange(8.0).view(1, 1, 8).expand(4, 4, 8)
     wide = enlarged_latents(latents, (6, 9), "latent_nearest_exact")
     whole = F.interpolate(latents[None], (6, 12), mode="nearest-exact")[0]

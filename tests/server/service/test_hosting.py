@@ -1,4 +1,4 @@
-"""How a model is kept follows from the memory that its device has."""
+"""How a model is placed follows from the memory of its device."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What fills the part of a picture that is repainted."""
+"""What fills the repainted part of a picture at first."""
 
 from __future__ import annotations
 

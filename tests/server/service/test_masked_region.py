@@ -1,4 +1,4 @@
-"""The region around a mask: where it is, and that nothing else of the picture changes."""
+"""The region around a mask: its place, and that nothing outside it changes."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ from tests.server.full_ticks import full_ticks
 from tests.server.toy_model import Toy, started
 
 BYTES = 4000
-"""Of each model; of memory there is enough for two of them."""
+"""Size of each model; there is memory for two of them."""
 
 PATIENCE_S = 30
 
@@ -57,7 +57,7 @@ class Weighty(Toy):
 
 
 class Store:
-    """Where more toys come from: "slow" waits for a sign, "big" and "broken" cannot be loaded."""
+    """A store of toys: "slow" waits for a signal, "big" and "broken" cannot be loaded."""
 
     def __init__(self) -> None:
         self.may_load = Event()
@@ -98,7 +98,7 @@ class Store:
 @pytest.fixture(scope="module")
 def engine(young_garbage: None) -> Iterator[Engine]:
     made = started(Weighty("a"), 8)
-    # What the forwards of an added model cost is no matter here.
+    # The cost of forwards of an added model does not matter here.
     with full_ticks():
         yield made
     made.stop(0)
@@ -111,7 +111,7 @@ def store() -> Store:
 
 @pytest.fixture
 def service(engine: Engine, store: Store) -> Iterator[Service]:
-    """With the model "a" loaded."""
+    """A service with the model "a" loaded."""
     for name in store.names():
         if name != "a" and name in engine._models:
             engine.remove_model(name)
@@ -174,7 +174,7 @@ def test_the_least_recently_used_model_goes_where_memory_is_short(
     asyncio.run(made(service, "b"))
     asyncio.run(made(service, "c"))
     assert loaded(service) == ["b", "c"]
-    # Nothing of the one that went is kept anywhere.
+    # Nothing keeps any part of the unloaded model.
     assert gone() is None
     assert "a" in engine_knew
     assert all(name != "a" for name, _, _ in engine.tick_costs())
@@ -276,7 +276,7 @@ def test_who_waits_too_long_is_told_what_for(
             pytest.raises(NotReady, match=in_use),
         ):
             await shelf.lend("c")
-        # Nobody waits for it any more, so that it is not loaded later.
+        # Nobody waits for it any more, so it must not be loaded later.
         await asyncio.sleep(0.5)
         assert "c" not in store.loads
         with pytest.raises(NotReady, match="'slow' is still being loaded"):
@@ -308,7 +308,7 @@ def test_a_model_that_cannot_be_loaded_is_nobody_elses_trouble(
     assert isinstance(picture, np.ndarray)
     with pytest.raises(ModelMismatch):
         asyncio.run(made(service, "broken"))
-    # Its files are not read again for each of many requests.
+    # Its files are not read again for every request.
     assert store.loads == ["broken"]
 
 
@@ -347,7 +347,7 @@ def test_who_waits_hears_of_a_cancellation_and_of_the_end(
 def test_whoever_waits_for_a_model_hears_at_once_that_the_engine_failed(
     service: Service, store: Store, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whether a request or, as of a stream, its settings."""
+    """This holds for a request, and for the settings of a stream."""
 
     async def run() -> None:
         waiting: list[asyncio.Task[Any]] = [
@@ -355,7 +355,7 @@ def test_whoever_waits_for_a_model_hears_at_once_that_the_engine_failed(
             asyncio.create_task(service.ready_shelf().lend("slow")),
         ]
         await asyncio.to_thread(store.loading.wait, PATIENCE_S)
-        # Asked for earlier, it might have its turn first.
+        # If requested earlier, it might get its turn first.
         waiting.append(asyncio.create_task(service.ready_shelf().unload("a")))
         await asyncio.sleep(0.01)
         monkeypatch.setattr(engine, "failure", RuntimeError())
@@ -427,7 +427,7 @@ def test_a_model_is_unloaded_on_demand_unless_it_is_in_use(service: Service, sto
         assert loaded(service) == ["b"]
         with pytest.raises(UnknownModel):
             await shelf.unload("z")
-        # One that is being loaded for somebody is in use, too.
+        # A model that is being loaded for a request is also in use.
         waiting = asyncio.create_task(shelf.lend("slow"))
         await asyncio.to_thread(store.loading.wait, PATIENCE_S)
         unloading = asyncio.create_task(shelf.unload("slow"))
@@ -469,7 +469,7 @@ def test_an_unload_that_was_refused_or_whose_client_left_takes_no_effect_later(
                 await lending
         else:
             (await lending).release()
-            # Its turn would have been before this one's.
+            # Its turn would have come before this one's.
             await shelf.unload("slow")
 
     asyncio.run(run())
@@ -534,7 +534,7 @@ def test_a_model_whose_client_has_left_before_its_turn_is_not_loaded(
         finally:
             store.may_load.set()
             (await lending).release()
-        # Its turn comes behind that of the one before.
+        # Its turn comes after that of the previous one.
         (await shelf.lend("c")).release()
 
     asyncio.run(run())
@@ -544,7 +544,7 @@ def test_a_model_whose_client_has_left_before_its_turn_is_not_loaded(
 def test_no_cuda_graph_is_recorded_while_a_model_is_unloaded_on_demand(
     service: Service, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What gives memory back would spoil it."""
+    """Giving memory back to the system would spoil the recording."""
     stood_still: list[bool] = []
 
     def reclaim(_: torch.device) -> None:

@@ -1,4 +1,4 @@
-"""What was chosen for a distilled model reaches the client, at once and with the images."""
+"""Clients are told what was chosen for a distilled model, at once and with the images."""
 
 from __future__ import annotations
 

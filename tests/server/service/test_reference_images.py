@@ -1,4 +1,4 @@
-"""Reference images reach both networks of a model at the sizes that each reads, in both runs."""
+"""Reference images reach both networks of a model, each at its own size, in both runs."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from tests.server.toy_model import Toy, run, started
 
 
 class Reading(Toy):
-    """The toy, which keeps what it was shown of pictures and draws as without."""
+    """A toy that records the pictures it is shown, and draws as if without them."""
 
     def __init__(self, **facts: Any) -> None:
         super().__init__(references=ReferencesRead(3, (), 64 * 64, 32 * 32), **facts)
@@ -53,7 +53,7 @@ class Reading(Toy):
 
 
 class Full(Toy):
-    """The toy, whose memory does not hold large pictures beside an image."""
+    """A toy without memory for large pictures beside an image."""
 
     def __init__(self) -> None:
         super().__init__(references=ReferencesRead(3))
@@ -71,7 +71,7 @@ class Full(Toy):
 
 
 class Seeing(Toy):
-    """The toy, whose texts are longer for each picture that the encoder sees."""
+    """A toy whose texts grow with each picture that the encoder sees."""
 
     def __init__(self) -> None:
         super().__init__(references=ReferencesRead(3))
@@ -101,7 +101,7 @@ def serving(model: Toy, **limits: int) -> Generator[Service]:
 
 
 def asked_with(*sizes: tuple[int, int], **fields: Any) -> GenerateRequest:
-    """A request with reference images of some heights and widths."""
+    """A request with reference images of these heights and widths."""
     files = [
         base64.b64encode(saved(Image.fromarray(np.zeros((*size, 3), np.uint8)), "PNG")).decode()
         for size in sizes
@@ -111,7 +111,7 @@ def asked_with(*sizes: tuple[int, int], **fields: Any) -> GenerateRequest:
 
 
 async def drawn(service: Service, request: GenerateRequest) -> tuple[int, int]:
-    """Width and height of what a request's images are."""
+    """Width and height of the image that a request gives."""
     generation = await service.admit(request, "one")
     try:
         settings = (await service.pictures(generation)).settings
@@ -127,7 +127,7 @@ def test_both_networks_are_shown_the_pictures_in_both_runs() -> None:
         model.read.clear()
         model.saw.clear()
         size = asyncio.run(drawn(service, request))
-    # Of as many pixels as the model reads, in multiples of 32, and in cells of 8.
+    # As many pixels as the model reads, in multiples of 32, and in cells of 8.
     assert size == (128, 32)
     assert model.read == [[(4, 4, 16), (4, 8, 8)]] * 2
     assert model.saw == {((32, 64, 3), (32, 32, 3))}
@@ -144,7 +144,7 @@ def test_a_long_picture_is_brought_to_sides_that_the_model_reads_within_a_low_li
 
 
 def test_a_size_that_follows_from_a_picture_is_not_refused_beforehand() -> None:
-    # The model's own size is too large here, and that of the picture is not.
+    # The model's own size is too large here, but that of the picture is not.
     model = Reading(default_width=256)
     with serving(model, pixels=64 * 64) as service:
         asyncio.run(service.check(asked_with((16, 16))))

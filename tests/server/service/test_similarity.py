@@ -13,7 +13,7 @@ FRAMES = 4000
 
 
 def frame(cosine: float) -> Tensor:
-    """A frame of that cosine with `frame(1)`."""
+    """A frame with this cosine similarity to `frame(1)`."""
     flat = torch.zeros(3, 4, 4)
     flat[0, 0, 0], flat[0, 0, 1] = cosine, (1 - cosine**2) ** 0.5
     return flat

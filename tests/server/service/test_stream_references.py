@@ -45,7 +45,7 @@ SETTINGS: dict[str, Any] = {
 
 
 class Referring(Toy):
-    """The toy, which draws by what its two networks are shown of pictures, in their order."""
+    """A toy that draws by the pictures its two networks are shown, in their order."""
 
     def __init__(self) -> None:
         super().__init__(references=ReferencesRead(3, (), 64 * 64, 32 * 32))
@@ -89,7 +89,7 @@ def service(model: Referring) -> Iterator[Service]:
 
 
 async def turned(session: StreamSession, frame: bytes) -> NDArray[np.uint8]:
-    """What a stream makes of a frame, while no other is under way."""
+    """What a stream makes of a frame, while no other is in progress."""
     assert session.offer(frame) is None
     output = await session.next()
     assert not isinstance(output, FailedFrame), output.error
@@ -97,7 +97,7 @@ async def turned(session: StreamSession, frame: bytes) -> NDArray[np.uint8]:
 
 
 async def alone(service: Service, **fields: Any) -> NDArray[np.uint8]:
-    """The image of a request of its own."""
+    """The image of a separate request."""
     shared = {name: one for name, one in SETTINGS.items() if name != "max_fps"}
     generation = await service.admit(GenerateRequest.model_validate(shared | fields), "one")
     try:

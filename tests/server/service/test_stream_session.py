@@ -26,7 +26,7 @@ def test_no_frame_is_made_from_the_prompt_after_a_change_to_input_frames(
     submit = StreamSession._begin
 
     def submit_and_start(self: StreamSession, frame: Any, *rest: Any) -> None:
-        """Hold the change up until the engine has started the frame, so that another may come."""
+        """Delay the change until the engine has started the frame, so that another may come."""
         submit(self, frame, *rest)
         while not (frame.started and changing.is_set()):
             time.sleep(0.005)

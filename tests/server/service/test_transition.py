@@ -1,4 +1,4 @@
-"""What each frame is told while a prompt replaces another."""
+"""The prompt of each frame while one prompt replaces another."""
 
 from __future__ import annotations
 

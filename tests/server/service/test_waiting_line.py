@@ -1,4 +1,4 @@
-"""Positions count who is before, whoever leaves."""
+"""Positions count the requests ahead, also when some leave."""
 
 from __future__ import annotations
 

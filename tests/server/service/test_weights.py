@@ -1,4 +1,4 @@
-"""Requests whose weights are in memory do not wait for those whose weights are being read."""
+"""Requests with weights in memory do not wait for those whose weights are being read."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ from tests.server.toy_model import Toy, started
 
 PATIENCE_S = 20
 THREADS = 2
-"""Of the event loop, in place of as many as there are cores and some."""
+"""Threads of the event loop's executor, instead of one per core and a few more."""
 
 
 class Slow(Plain):
-    """ControlNets that are read for as long as an event is not set."""
+    """ControlNets whose reading lasts until an event is set."""
 
     def __init__(self) -> None:
         self.begun, self.readable = Event(), Event()
@@ -45,7 +45,7 @@ class Slow(Plain):
 
 
 class Steered(Toy):
-    """The toy, which takes ControlNets and draws as without."""
+    """A toy that takes ControlNets, and draws as if without them."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__()
