@@ -1,9 +1,9 @@
 """Sharing of the device between live streams and ordinary images: pure, touches no device.
 
 Live streams have the device except for a fixed share of its time, which is promised to ordinary
-images; they save what they do not use. Live streams share the rest equally among themselves, by
-device time and not by frames: a stream with many stages or further predictions gets fewer frames,
-and does not slow down the others beyond its share.
+images; what ordinary images do not use is saved for them. Live streams share the rest equally among
+themselves, by device time and not by frames: a stream with many stages or further predictions gets
+fewer frames, and does not slow down the others beyond its share.
 """
 
 from __future__ import annotations

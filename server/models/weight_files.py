@@ -136,7 +136,7 @@ def bytes_in_memory(folder: Path, dtype: torch.dtype, placement: Placement | Non
         Memory in bytes.
 
     Raises:
-        ModelMismatch: the folder is not a model folder, or a file is not a safetensors file.
+        ModelMismatch: the folder is not a model folder, or a file has no valid header.
     """
     # Imported here as they load torch, which reading settings and the catalog must not need.
     from server.models.placement import Placement
@@ -174,7 +174,7 @@ def bytes_on_host(folder: Path, dtype: torch.dtype, placement: Placement) -> int
         Memory in bytes.
 
     Raises:
-        ModelMismatch: the folder is not a model folder, or a file is not a safetensors file.
+        ModelMismatch: the folder is not a model folder, or a file has no valid header.
     """
     return sum(
         1 << (nbytes - 1).bit_length()
@@ -195,7 +195,7 @@ def bytes_of_part(folder: Path, part: str, stem: str, width: int) -> int:
         width: bytes per number once it is loaded.
 
     Raises:
-        ModelMismatch: a file is not a safetensors file.
+        ModelMismatch: a file has no valid header.
     """
     return sum(tensor.nbytes(width) for _, tensor in _tensors_of_part(folder, part, stem))
 
@@ -271,7 +271,7 @@ def _tensors_of_file(folder: Path, name: str) -> list[tuple[str, _Tensor]]:
     """The tensors of a file by its header; the file is not mapped, which could fail if it is large.
 
     Raises:
-        ModelMismatch: it has no such header.
+        ModelMismatch: it has no valid header of a safetensors or GGUF file.
     """
     if name.endswith(GGUF):
         return [

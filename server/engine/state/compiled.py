@@ -29,8 +29,8 @@ class CompiledPlan:
         scale_in: factor of x in the network's input.
         skip: ``denoised = skip * x + out * raw``.
         out: see ``skip``.
-        as_velocity: input scale, skip and out of a network that predicts the velocity, as which
-            step caches see this one.
+        as_velocity: input scale, skip and out of an equivalent network that predicts the velocity,
+            which step caches see in place of this one.
         noisy: whether each stage draws noise.
         slots: number K of state slots of the pool that it was made for.
         device: device that the tables go to.

@@ -54,7 +54,7 @@ class StreamProtocol(WebSocketsSansIOProtocol):
     @override
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
-        # By default asyncio would buffer 64 KB more. Now only the rest of one message waits here.
+        # By default asyncio buffers 64 KB more. With 0, only the rest of one message waits here.
         self.transport.set_write_buffer_limits(high=0)
         connection = transport.get_extra_info("socket")
         internet = connection.family in (socket.AF_INET, socket.AF_INET6)

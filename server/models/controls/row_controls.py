@@ -151,7 +151,7 @@ class RowControls:
             places.setdefault(row, place)
         return RowControls(
             tuple(self.rows[row] for row in rows),
-            # Where the prompt's row is not selected, a row takes its place itself.
+            # If the prompt's row is not selected, a row stands in for it.
             tuple(places.get(self.prompts[row], places[row]) for row in rows),
             self.fixed,
         )
