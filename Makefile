@@ -10,7 +10,7 @@ PYTEST_ARGS ?=
 MINUTES ?= 10
 FOLDER ?= docs/gpu
 CONTRACT_EXAMPLES ?= 300
-# Processes of `make test`. Each loads torch and holds a model: about 1 GB.
+# Processes of `make test`. They share what is imported; each holds models of its own.
 WORKERS ?= 2
 
 BIN := $(VENV)/bin
@@ -45,7 +45,7 @@ test: setup-dev ## lint, type-check and run the test suite
 	@$(BIN)/ruff format --check --quiet .
 	@types=$$(mktemp); $(BIN)/pyright >"$$types" 2>&1 & checking=$$!; \
 	trap 'kill $$checking 2>/dev/null || true; rm -f "$$types"' EXIT; \
-	tested=0; $(BIN)/pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS) || tested=$$?; \
+	tested=0; $(BIN)/pytest --processes $(WORKERS) $(PYTEST_ARGS) || tested=$$?; \
 	typed=0; wait $$checking || typed=$$?; cat "$$types"; \
 	exit $$((tested ? tested : typed))
 

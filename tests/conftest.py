@@ -1,26 +1,20 @@
 """Settings for the whole suite: threads, no network, the `cuda` marker, hypothesis, a umask."""
 
-import fcntl
 import gc
 import os
-from collections.abc import Generator, Iterator
-from contextlib import suppress
+from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import settings
 
+from tests.forking import run
+
 if TYPE_CHECKING:
     from tests.server.process import Forks
 
-# Read when torch is imported, which no test module has done yet. With small models, many threads
-# spend their time waiting for one another, and so do processes that share the cores. Workers of
-# xdist inherit the settings from the process that starts them.
-if "PYTEST_XDIST_WORKER" in os.environ:
-    os.environ["OMP_NUM_THREADS"] = "1"
-else:
-    os.environ.setdefault("OMP_NUM_THREADS", "2")
 # A test that tries to download a model fails immediately with a clear error.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -63,7 +57,7 @@ LONGEST = (
 process starts a long one when everything else is done."""
 
 COMPANY = {
-    f"tests/{name}": shared
+    TESTS / name: shared
     for shared, names in {
         "forks": (
             "benchmarks/test_promises.py",
@@ -80,34 +74,33 @@ COMPANY = {
 """Files that run in one process, as they share something that takes seconds to start."""
 
 
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--processes", type=int, default=1, help="processes that share the test files")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Set what torch reads when it is imported, which no test module has done yet."""
+    if config.option.processes > 1:
+        # With small models, many threads spend their time waiting for one another, and so do
+        # processes that share the cores.
+        os.environ["OMP_NUM_THREADS"] = "1"
+        # A process that has initialised CUDA cannot fork others that use it. With this, torch asks
+        # the driver's library whether there is a device.
+        os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
+    os.environ.setdefault("OMP_NUM_THREADS", "2")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop(session: pytest.Session) -> bool | None:
     """Give each process one file at a time, or all files of a company."""
-    from xdist.scheduler import LoadFileScheduling
-
-    class LoadCompanies(LoadFileScheduling):
-        def _split_scope(self, nodeid: str) -> str:
-            file = super()._split_scope(nodeid)
-            return COMPANY.get(file, file)
-
-    return LoadCompanies(config, log)
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_collection() -> Generator[None, object, object]:
-    """Collect in one process at a time.
-
-    In a fresh environment the first process compiles what it imports, which takes longer than the
-    import itself, and the others can use the result; meanwhile pyright can use their processors.
-    """
-    folder = os.open(TESTS, os.O_RDONLY)
-    try:
-        # A network file system may not support this lock; collection is then only slower.
-        with suppress(OSError):
-            fcntl.flock(folder, fcntl.LOCK_EX)
-        return (yield)
-    finally:
-        os.close(folder)
+    options = session.config.option
+    if options.processes == 1 or session.testsfailed or options.collectonly:
+        return None
+    groups: defaultdict[str | Path, list[pytest.Item]] = defaultdict(list)
+    for item in session.items:
+        groups[COMPANY.get(item.path, item.path)].append(item)
+    run(session, [*groups.values()], options.processes)
+    return True
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
