@@ -1,4 +1,4 @@
-"""What tests of families ask a model for, and how they compare latents."""
+"""What tests of model families request from a model, and how they compare latents."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def task_of(model: HostedModel, *, image: Tensor | None = None, **fields: Any) -
     """The task of a request of one image, whose fields are those of a JSON body.
 
     Args:
-        model: that will serve it.
+        model: model that will serve it.
         image: picture to start from, ``[3, H, W]`` in [-1, 1].
-        fields: of the request.
+        fields: fields of the request.
     """
     request = GenerateRequest.model_validate(fields)
     size = None if image is None else (image.shape[-1], image.shape[-2])
@@ -55,10 +55,10 @@ def their_start(pipeline: Any, steps: int, shape: tuple[int, ...], seed: int = 5
     """The latents ``[1, C, h, w]`` for a pipeline that starts from the same x as ours.
 
     Args:
-        pipeline: of Stable Diffusion, with Euler's method.
-        steps: of its run.
-        shape: of the latent of one image.
-        seed: of the image.
+        pipeline: pipeline of Stable Diffusion, with Euler's method.
+        steps: steps of its run.
+        shape: shape of the latent of one image.
+        seed: seed of the image.
     """
     pipeline.scheduler.set_timesteps(steps)
     sigma = float(pipeline.scheduler.sigmas[0])
@@ -76,13 +76,13 @@ def assert_among(seen: list[Tensor], expected: Tensor) -> None:
 
 
 def assert_apart(ours: Tensor, sprung: Tensor) -> None:
-    """A trap must be visible, or a test that avoids it shows nothing."""
+    """Check that a mistake would be visible; a test that avoids it would show nothing otherwise."""
     assert difference(sprung, ours) > 1e-2
 
 
 @torch.inference_mode()
 def assert_skipped(model: HostedModel, x: Tensor, prompt: str, blocks: str) -> None:
-    """A row without the one block of a list is as of a network that does not have it."""
+    """Check that a row that skips a list's only block equals a network without that block."""
     t, inputs = torch.full((2,), 500.0), model.inputs([prompt, prompt])
     rows = torch.stack([x, x])
     edits = [(SkippedBlocks((f"{blocks}.0",)),), ()]

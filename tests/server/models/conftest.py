@@ -1,4 +1,4 @@
-"""What tests of a family share: an engine on the module's own model, and what it decodes."""
+"""What tests of a model family share: an engine of the module's model, and what it decodes."""
 
 from collections.abc import Iterator
 

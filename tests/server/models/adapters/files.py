@@ -18,13 +18,13 @@ KOHYA = {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lor
 
 
 def factors(change: LowRank) -> tuple[Tensor, Tensor]:
-    """Both as files hold them: of a convolution, the second is one too."""
+    """Both factors as files hold them: those of a convolution are two convolutions."""
     up = change.up if change.down.ndim == 2 else change.up[..., None, None]
     return change.down.contiguous(), up.contiguous()
 
 
 def peft(parts: Parts) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """As diffusers saves today: peft's names, without an alpha."""
+    """As diffusers saves today: with peft's names and without alphas."""
     made: dict[str, Tensor] = {}
     for part, layers in parts.items():
         for layer, change in layers.items():
@@ -34,7 +34,7 @@ def peft(parts: Parts) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def peft_with_config(parts: Parts) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The same with peft's configs: alphas of their own, another one for a layer by its name."""
+    """The same with peft's configs, which hold the alphas, one of them for a layer by its name."""
     made, metadata = peft(parts)
     configs: dict[str, object] = {}
     for part, layers in parts.items():
@@ -50,7 +50,7 @@ def peft_with_config(parts: Parts) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def older(parts: Parts) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """As diffusers saved before: attention by its processors, other layers by a `lora`."""
+    """As diffusers saved earlier: attention under its processors, other layers under `lora`."""
     made: dict[str, Tensor] = {}
     for part, layers in parts.items():
         for layer, change in layers.items():
@@ -67,7 +67,7 @@ def older(parts: Parts) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def kohya(parts: Parts) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """As kohya's scripts and LyCORIS save: flat names, and an alpha of 2 for each layer."""
+    """As kohya's scripts and LyCORIS save: flat names, with an alpha of 2 for each layer."""
     made: dict[str, Tensor] = {}
     for part, layers in parts.items():
         for layer, change in layers.items():

@@ -1,4 +1,4 @@
-"""Random adapters, and the same network with them merged into its weights."""
+"""Random adapters, and a network with adapters merged into its weights."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def adapter(name: str, parts: Mapping[str, Mapping[str, LowRank]]) -> Adapter:
 
 
 def merged(network: Network, part: str, adapters: Sequence[Weighted]) -> Network:
-    """The network as every other program adapts it: all of it, in its weights."""
+    """The network as other programs adapt it, by merging the changes into its weights."""
     changed = copy.deepcopy(network)
     for one in adapters:
         for name, change in one.adapter.parts.get(part, {}).items():

@@ -1,4 +1,4 @@
-"""Rows with adapters, beside the same row alone in a network with them in its weights."""
+"""Rows with adapters equal the same row alone in a network with them merged into its weights."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def unet() -> Any:
 
 @pytest.fixture(scope="module")
 def adapters(unet: nn.Module) -> dict[str, Adapter]:
-    """Of unlike ranks: all layers with their convolutions, attention alone, convolutions alone."""
+    """Adapters of different ranks: of all layers, of attention alone, of convolutions alone."""
     parts = {
         "all": changes(unet, 4, seed=1),
         "attention": changes(unet, 8, seed=2, within="attn"),
@@ -118,7 +118,7 @@ def test_each_row_is_that_of_a_network_with_its_adapters_merged(
 def test_rows_that_share_their_factors_are_adapted_too(
     unet: nn.Module, company: list[Row], layout: str
 ) -> None:
-    """Side by side in part or all of the forward, or not; one adapter, or several in a row."""
+    """Adjacent rows, in part or all of the forward, or apart; one adapter, or several per row."""
     rows = [{"-": (), "a": company[2], "b": company[1]}[one] for one in layout]
     ours = adapted(unet, rows)
     x, t, told = drawn(len(rows))
@@ -159,7 +159,7 @@ def test_a_network_is_as_it_was_once_the_forward_is_over(
 def test_a_row_of_a_fixed_forward_is_the_same_whatever_its_neighbours_have(
     unet: nn.Module, company: list[Row]
 ) -> None:
-    """Some of its adapter, so that they share its pass; none; all."""
+    """Some of them have its adapters, and so share its pass; then none has, and then all have."""
     several = adapted(unet, company, fixed=True)
     for row in (1, 2, 5):
         alone: list[Row] = [()] * len(company)
@@ -226,7 +226,7 @@ def test_an_edited_row_is_edited_as_adapted(unet: nn.Module, company: list[Row])
 
 
 class Operations(TorchDispatchMode):
-    """Counts what a device would be asked to run; views cost it nothing."""
+    """Counts the operations that a device would run; views are not counted."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What a LoRA file must say to be used with a model, and what becomes of its weights."""
+"""What a LoRA file must hold to be used with a model, and how its weights are read."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_a_file_in_half_precision_is_loaded_in_that_of_the_model(
 def test_changes_that_are_no_narrower_than_their_layers_are_read(
     target: Target, tmp_path: Path, kind: str
 ) -> None:
-    """A whole matrix, a product of whole ones, and one of as many ranks as factors of four."""
+    """A whole matrix, a product of whole ones, and factors of as many ranks."""
     drawn = torch.randn(100, generator=torch.Generator().manual_seed(0))
     first, second = drawn[:30].view(5, 6), drawn[30:60].view(5, 6)
     operands = {
@@ -147,7 +147,7 @@ def test_whole_differences_are_placed_and_loaded(target: Target, tmp_path: Path)
 
 
 class MostHeld(TorchDispatchMode):
-    """Counts the memory of all tensors that operations have made, whenever one is made."""
+    """Finds the peak memory of all tensors that operations have made."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -183,7 +183,7 @@ def test_loading_a_lycoris_file_takes_little_more_memory_than_it_has_afterwards(
 
 
 def test_the_alpha_of_a_lokr_of_whole_operands_may_be_any(target: Target, tmp_path: Path) -> None:
-    """As ai-toolkit writes it for full ranks, in a precision that does not hold it."""
+    """ai-toolkit writes it for full ranks, in a type that cannot hold the number."""
     first, second = torch.randn(5, 2), torch.randn(1, 3)
     tensors = {
         "diffusion_model.mid.proj.lokr_w1": first,

@@ -1,4 +1,4 @@
-"""A row with adapters is what diffusers makes of the same files, in every format it converts."""
+"""A row with adapters equals diffusers with the same files, in every format that it converts."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ from tests.server.toy_model import run
 
 pytest.importorskip("peft", reason="diffusers loads adapters through peft")
 
-# Peft's, about a second adapter, which is what is meant here.
+# A warning of peft's about a second adapter, which is intended here.
 pytestmark = pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
 
 PROMPT = "a large red circle"
 SIZE = (64, 64)
 SHAPE, STEPS, SEED = (4, 32, 32), 3, 5
 UNET = "attentions|resnets|samplers|conv_(in|out)"
-"""Layers whose names kohya's scripts spell as diffusers does."""
+"""Layers that have the same names in kohya's scripts as in diffusers."""
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +131,7 @@ def test_a_row_with_an_adapter_is_that_of_diffusers(
 def test_a_dora_beside_another_adapter_is_that_of_diffusers(
     model: HostedModel, pipeline: Any, tmp_path: Path
 ) -> None:
-    """Of the U-Net and of both text encoders, whose sizes a file has beside the factors."""
+    """Checked for the U-Net and both text encoders; the file holds magnitudes beside factors."""
     own = parts(model, 4, 1, "attn")
     tensors, metadata = files.peft(own)
     networks, generator = model.adaptable(), torch.Generator().manual_seed(7)
@@ -139,7 +139,7 @@ def test_a_dora_beside_another_adapter_is_that_of_diffusers(
         for layer in layers:
             weight = networks[part].get_submodule(layer).get_parameter("weight").detach()
             size = weight.norm(dim=1) * (0.7 + torch.rand(len(weight), generator=generator))
-            # Transformers asks for another ending than diffusers.
+            # Transformers expects another ending than diffusers.
             ending = "" if part == "unet" else ".weight"
             tensors[f"{part}.{layer}.lora_magnitude_vector{ending}"] = size
     dora = files.saved((tensors, metadata), tmp_path / "dora.safetensors")
@@ -171,7 +171,7 @@ def test_blocks_numbered_as_in_the_original_code_of_stable_diffusion_xl_are_foun
 def test_a_dora_by_the_names_of_the_original_code_is_the_same_by_those_of_diffusers(
     model: HostedModel, tmp_path: Path
 ) -> None:
-    """Kohya's names, with sizes of inputs."""
+    """Kohya's names, with magnitudes per input."""
     within = r"^down_blocks\.1\.attentions\.0\.transformer_blocks"
     tensors, metadata = files.kohya({"unet": parts(model, 4, 1, within)["unet"]})
     downs = [name for name in tensors if name.endswith(".lora_down.weight")]

@@ -46,7 +46,7 @@ def klein(folder: Path) -> tuple[Any, Callable[[Any], Any]]:
 
 
 def qwen(folder: Path) -> tuple[Any, Callable[[Any], Any]]:
-    """As that of 2511, which modulates tokens of pictures by a second list of all rows."""
+    """A model like the 2511 release, which modulates tokens of pictures by a second list."""
     pipeline = tiny_qwen_image.make(QwenImageEditPlusPipeline, zero_cond_t=True)
     pipeline.save_pretrained(folder)
     pipeline.processor.image_processor.save_pretrained(folder / "processor")

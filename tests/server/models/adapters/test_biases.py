@@ -70,13 +70,13 @@ def assert_near(made: Tensor, expected: Tensor) -> None:
     assert float((made - expected).norm() / expected.norm()) < 1e-5
 
 
-# Peft takes vectors for what was left of sharded matrices.
+# Peft takes vectors for remains of sharded matrices, and warns.
 @pytest.mark.filterwarnings("ignore:Adapter 'default'")
 @pytest.mark.parametrize("fixed", [False, True])
 def test_a_bias_beside_factors_is_that_of_peft(
     network: Layers, x: Tensor, tmp_path: Path, *, fixed: bool
 ) -> None:
-    """Alpha / rank multiplies it, as diffusers' ``lora_bias`` is used; the other rows have none."""
+    """It is multiplied by alpha / rank, as with diffusers' ``lora_bias``; other rows have none."""
     peft: Any = pytest.importorskip("peft")
     own: dict[str, Any] = {"r": 2, "lora_alpha": 3, "target_modules": [*LAYERS]}
     config = peft.LoraConfig(**own, lora_bias=True, init_lora_weights=False)

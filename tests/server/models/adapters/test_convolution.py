@@ -1,4 +1,4 @@
-"""Rows with kernels of their own, held to torch's convolution of each row."""
+"""Rows with their own kernels equal torch's convolution of each row."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""DoRA: changes that depend on the size of the model's weights, as peft and LyCORIS make them."""
+"""DoRA: changes that depend on the norms of the model's weights, as peft and LyCORIS make them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ LAYERS = ("conv", "proj", "small")
 
 
 class Layers(nn.Module):
-    """Two convolutions, one of which reaches no other cell, and a linear layer."""
+    """Two convolutions, one of them with a kernel of one cell, and a linear layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ def ours(network: nn.Module, x: Tensor, rows: Sequence[Sequence[Weighted]], **ho
     adapted = AdaptedNetwork("unet", network, CPU, **how)
     with adapted.applied(RowAdapters(tuple(map(tuple, rows)), fixed)):
         first = network(x)
-        # Again, from stacks that were kept.
+        # The second time, from stacks that were kept.
         assert torch.equal(first, network(x))
     return first
 
@@ -74,7 +74,7 @@ def assert_near(made: Tensor, expected: Tensor) -> None:
 
 @pytest.fixture(scope="module")
 def trained(network: Layers, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A peft model with two DoRA and a plain LoRA, and the same as this server loads them."""
+    """A peft model with two DoRA and a plain LoRA, and the same adapters as loaded here."""
     peft: Any = pytest.importorskip("peft")
     folder, generator = tmp_path_factory.mktemp("adapters"), torch.Generator().manual_seed(2)
     model: Any = None
@@ -134,7 +134,7 @@ def test_rows_of_any_mix_are_those_of_peft(
 
 
 def drawn(layer: str, weight: Tensor, axis: int, *, hadamard: bool) -> dict[str, Tensor]:
-    """Random factors of a layer, as LyCORIS saves them, with sizes of its outputs or inputs."""
+    """Random factors of a layer as LyCORIS saves them, with magnitudes per output or input."""
     generator = torch.Generator().manual_seed(len(layer) + axis)
     out, flat = weight.flatten(1).shape
 
@@ -162,7 +162,7 @@ def drawn(layer: str, weight: Tensor, axis: int, *, hadamard: bool) -> dict[str,
 def blended(
     weight: Tensor, file: Mapping[str, Tensor], layer: str, axis: int, factor: float
 ) -> Any:
-    """A weight with a file's change in it, as ComfyUI blends it, by LyCORIS' norms."""
+    """A weight with a file's change as ComfyUI applies it, with LyCORIS' norms."""
     own = as_low_rank({k: v for k, v in file.items() if layer in k and "dora" not in k})
     down, up = (own[f"lora_unet_{layer}.lora_{end}.weight"] for end in ("down", "up"))
     alpha = own.get(f"lora_unet_{layer}.alpha", torch.tensor(2.0)) / 2
@@ -207,7 +207,7 @@ def test_sizes_by_lycoris_names_are_blended_with_the_weight(
 def test_sizes_of_inputs_scale_what_earlier_adapters_have_made_of_them(
     network: Layers, x: Tensor, trained: Any, tmp_path: Path
 ) -> None:
-    """A LoRA before it, whose columns are scaled too; alike for other rows beside it."""
+    """A LoRA comes before it, whose columns are scaled, too; the other row has only the LoRA."""
     weight = network.proj.weight.data
     file = drawn("proj", weight, 1, hadamard=False)
     dora = read(network, tmp_path / "style.safetensors", file).load(CPU, torch.float32)
@@ -230,7 +230,7 @@ def test_sizes_of_inputs_scale_what_earlier_adapters_have_made_of_them(
 
 @pytest.mark.parametrize("where", [None, slice(0, 2), torch.tensor([0, 2])])
 def test_scaled_inputs_keep_their_layout(network: Layers, where: Any) -> None:
-    """By which products round their sums, so that a row has the same bits in any company."""
+    """Products round by the layout, and a row must have the same bits beside any others."""
     x = torch.randn(3, 6, 9).mT
     count = 3 if where is None else 2
     scales = InputScales(AdaptedRows(where, count, 1), torch.full((count, 6), 2.0))
@@ -240,7 +240,7 @@ def test_scaled_inputs_keep_their_layout(network: Layers, where: Any) -> None:
 @pytest.mark.parametrize("axis", [0, 1], ids=["outputs", "inputs"])
 @torch.no_grad()
 def test_small_changes_of_size_are_whole_in_bfloat16(tmp_path: Path, axis: int) -> None:
-    """The next number of bfloat16 above 1 is 0.8 % larger, and sizes change by less."""
+    """The next number above 1 in bfloat16 is 0.8 % larger, and magnitudes change by less."""
     torch.manual_seed(0)
     layers: Any = nn.Module()
     layers.proj = proj = nn.Linear(64, 64).to(torch.bfloat16)
@@ -299,7 +299,7 @@ def test_a_quantised_weight_is_restored_in_bounded_memory(
         return forward(x)
 
     layer.forward = noted
-    # 64 columns are no multiple of the ten that are restored at once.
+    # 64 columns are not a multiple of the ten that are restored at once.
     monkeypatch.setattr(magnitude, "ENTRIES", 10 * 64)
     assert torch.equal(weight_of(layer, torch.bfloat16), at_once)
     assert shapes == [(10, 64)] * 7

@@ -1,4 +1,4 @@
-"""LyCORIS' kinds of changes, as two factors, are what peft makes of the same tensors."""
+"""LyCORIS' kinds of changes, read as two factors, equal what peft makes of the same tensors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ RANK, ALPHA = 2, 3.0
 
 
 class Layers(nn.Module):
-    """A linear layer and a convolution, of widths that LoKr divides."""
+    """A linear layer and a convolution, with widths that LoKr can factor."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -25,7 +25,7 @@ class Layers(nn.Module):
 
 
 def product(tensors: dict[str, Tensor], layer: str) -> Tensor:
-    """The change of a layer's weight, flattened behind its outputs."""
+    """The change of a layer's weight, flattened after its first dimension, the outputs."""
     made = as_low_rank(tensors)
     down, up = (made[f"lora_unet_{layer}.lora_{end}.weight"] for end in ("down", "up"))
     scale = float(made.get(f"lora_unet_{layer}.alpha", torch.tensor(len(down)))) / len(down)
@@ -58,7 +58,7 @@ def test_the_product_is_the_change_that_peft_makes(kind: str, options: dict[str,
 
 
 def test_a_kronecker_product_of_whole_operands_has_no_alpha() -> None:
-    """As in LyCORIS itself, where the rank that alpha would be divided by is that of a factor."""
+    """As in LyCORIS, where alpha is divided by the rank of a factor; whole operands have none."""
     first, second = torch.randn(4, 3), torch.randn(5, 8)
     own = {"lokr_w1": first, "lokr_w2": second, "alpha": torch.tensor(ALPHA)}
     ours = product({f"lora_unet_x.{name}": tensor for name, tensor in own.items()}, "x")
@@ -66,9 +66,9 @@ def test_a_kronecker_product_of_whole_operands_has_no_alpha() -> None:
 
 
 def test_a_hadamard_product_of_convolutions_is_that_of_matrices() -> None:
-    """As OneTrainer writes LoHa of convolutions: the factors of LyCORIS with their kernels."""
+    """OneTrainer writes LoHa of convolutions so: LyCORIS' factors, with their kernels."""
     generator = torch.Generator().manual_seed(0)
-    # So many ranks that the matrix itself is smaller.
+    # The ranks are so many that the matrix itself is smaller.
     sizes = {"a": (12, 4, 1, 1), "b": (4, 8, 3, 3)}
     own = {
         f"hada_w{number}_{end}": torch.randn(size, generator=generator)

@@ -1,4 +1,4 @@
-"""Trainers' names of layers are those of the model, and original ones those of diffusers."""
+"""Trainers' names are mapped to the model's layers, and original names to those of diffusers."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ KINDS = [
 def test_layers_of_the_original_code_are_those_of_diffusers_converters(
     kind: str, convert: Callable[[dict[str, Tensor]], dict[str, Any]], sizes: Mapping[str, int]
 ) -> None:
-    """A change of rank 1 whose first factor is 1 is the second one, as a weight of one input."""
+    """A change of rank 1 with first factor 1 equals its second factor, a weight of one input."""
     generator = torch.Generator().manual_seed(0)
     weights = {
         name: torch.randn(outs * WIDTH, 1, generator=generator) for name, outs in sizes.items()
@@ -148,7 +148,7 @@ STABLE_DIFFUSION_1: dict[str, Any] = {
 
 @pytest.mark.parametrize("config", [STABLE_DIFFUSION_1, UNET], ids=["sd1", "tiny-xl"])
 def test_a_u_nets_original_names_are_those_that_diffusers_reads(config: dict[str, Any]) -> None:
-    """Of all layers and norms, in a checkpoint of which diffusers makes its own."""
+    """Checked for all layers and norms, in a checkpoint that diffusers converts."""
     with torch.device("meta"):
         network: Any = UNet2DConditionModel(**config)
     layers = {

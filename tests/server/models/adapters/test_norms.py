@@ -22,14 +22,14 @@ from server.models.streamed import stream_blocks
 
 CPU = torch.device("cpu")
 CHANNELS = {"group": 6, "layer": 6, "heads": 3, "root": 6}
-"""Of each norm."""
+"""Width of each norm."""
 
 LYCORIS = "lora_unet_", "w_norm", "b_norm"
 COMFYUI = "diffusion_model.", "diff", "diff_b"
 
 
 class Norms(nn.Module):
-    """A norm of each kind; that of heads is asked about ``[rows, tokens, heads, channels]``."""
+    """A norm of each kind; the input of that of heads is ``[rows, tokens, heads, channels]``."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -151,7 +151,7 @@ def test_a_row_of_a_fixed_forward_has_the_same_bits_whatever_its_neighbours_have
 
 
 def test_changes_of_norms_stand_beside_those_of_layers(network: Norms, tmp_path: Path) -> None:
-    """As LyCORIS writes both, and one network may have some of the norms alone."""
+    """LyCORIS writes both; an adapter may also change only some of the norms of a network."""
     down, up = torch.randn(2, 6), torch.randn(5, 2)
     moved = {"group.weight": torch.randn(6), "layer.bias": torch.randn(6)}
     tensors = written(moved, LYCORIS)

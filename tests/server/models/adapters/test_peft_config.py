@@ -1,4 +1,4 @@
-"""Adapters that peft saved are used as peft uses them, and what it cannot say here is refused."""
+"""Adapters that peft saved act as in peft, and options that are not supported are refused."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def x() -> Tensor:
 
 
 def trained(network: nn.Module, folder: Path, **config: Any) -> Any:
-    """A model of peft with a random adapter, which has saved it."""
+    """A model of peft with a random adapter, after saving it."""
     peft: Any = pytest.importorskip("peft")
     own = peft.LoraConfig(**{"r": 2, "target_modules": [*LAYERS], **config})
     model = peft.get_peft_model(copy.deepcopy(network), own)
@@ -124,7 +124,7 @@ def test_a_config_beside_a_file_of_pefts_name_is_read_too(network: Layers, tmp_p
 
 
 def test_a_pattern_is_matched_by_the_name_that_the_trainer_knew(tmp_path: Path) -> None:
-    """Of a U-Net under the names of its original code, which the pattern has as well."""
+    """For a U-Net with the names of its original code, which the pattern uses as well."""
     network: Any = nn.Module()
     network.conv_in = nn.Linear(6, 5)
     tensors = {name.replace("first", "input_blocks.0.0"): one for name, one in FACTORS.items()}
@@ -199,7 +199,7 @@ def test_a_folder_without_a_config_is_refused(network: Layers, tmp_path: Path) -
 
 
 def test_entries_that_change_nothing_are_accepted(network: Layers, tmp_path: Path) -> None:
-    """All that peft writes today by default, and what the tensors show anyway."""
+    """Everything that peft writes today by default, and what the tensors show anyway."""
     peft: Any = pytest.importorskip("peft")
     peft.LoraConfig(r=2, lora_alpha=3, lora_dropout=0.1).save_pretrained(tmp_path / "config")
     config = json.loads((tmp_path / "config" / "adapter_config.json").read_text())

@@ -1,4 +1,4 @@
-"""Adapters by name: which there are, what they cost in memory, and when the disk is read."""
+"""Adapters by name: which exist, how much memory they take, and when the disk is read."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.server.models.adapters.low_rank import changes
 
 NETWORK = nn.ModuleDict({"mid": nn.Linear(6, 5)})
 BYTES = 4 * 2 * (6 + 5)
-"""Of an adapter of rank 2 once it is loaded."""
+"""Size of a loaded adapter of rank 2."""
 
 
 def shelved(

@@ -1,4 +1,4 @@
-"""Adapters of transformers are what diffusers makes of the same files, and none is half read."""
+"""Adapters of transformers equal diffusers with the same files, and are never read in part."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Family(NamedTuple):
     """A family's tiny pipeline, and how its transformer is called.
 
     Attributes:
-        make: the pipeline.
+        make: makes the pipeline.
         denoiser: the transformer's, see ``server.models.transformer_model``.
         names: layers by the names of trainers that follow the original code; the first factor of
             several that it joins is common to them.
@@ -61,7 +61,7 @@ class Family(NamedTuple):
 
 
 def without_controls(denoiser: Callable[[Any, Any], Any]) -> Callable[[Any], Any]:
-    """For rows that no ControlNet acts on, which never look at the one they might have."""
+    """The denoiser for rows without a ControlNet, which never use the one they might have."""
     return lambda network: denoiser(network, None)
 
 
@@ -120,12 +120,12 @@ def hosted(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Hosted]:
 
 
 def peft(network: nn.Module, names: Mapping[str, tuple[str, ...]]) -> Tensors:
-    """All linear layers, as diffusers saves."""
+    """Changes of all linear layers, as diffusers saves them."""
     return files.peft({"transformer": changes(network, RANK)})[0]
 
 
 def dora(network: nn.Module, names: Mapping[str, tuple[str, ...]]) -> Tensors:
-    """The same, with a size of each output."""
+    """The same, with a magnitude of each output."""
     tensors = peft(network, names)
     for layer in {name.removeprefix("transformer.").partition(".lora_")[0] for name in tensors}:
         weight = network.get_submodule(layer).get_parameter("weight").detach()
@@ -136,7 +136,7 @@ def dora(network: nn.Module, names: Mapping[str, tuple[str, ...]]) -> Tensors:
 def joined(
     network: nn.Module, names: Mapping[str, tuple[str, ...]]
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Factors by the original code's names."""
+    """Factors under the original code's names."""
     made = changes(network, RANK)
     return {
         name: (made[own[0]].down, torch.cat([made[layer].up for layer in own]))
@@ -154,7 +154,7 @@ def kohya(network: nn.Module, names: Mapping[str, tuple[str, ...]]) -> Tensors:
 
 
 def sparse(network: nn.Module, names: Mapping[str, tuple[str, ...]]) -> Tensors:
-    """Kohya's, of a joint projection whose parts were trained apart: their factors in blocks."""
+    """Kohya's factors of a joint projection whose parts were trained separately, in blocks."""
     tensors = kohya(network, names)
     up = tensors["lora_unet_double_blocks_0_img_attn_qkv.lora_up.weight"]
     blocks = torch.block_diag(*torch.ones(3, len(up) // 3, RANK // 3))
@@ -224,7 +224,7 @@ WHOLE = {
 
 
 class Joined:
-    """Layers of a transformer as its original code has them: one, or its halves in turn."""
+    """A layer of a transformer as in its original code: undivided, for some with halves swapped."""
 
     def __init__(self, network: nn.Module, name: str) -> None:
         self._layers = [network.get_submodule(layer) for layer in WHOLE[name]]
@@ -246,7 +246,7 @@ def drawn(*shape: int, seed: int) -> Tensor:
 
 
 def sized(whole: Joined, axis: int, seed: int) -> tuple[Tensors, Callable[[float], Tensor]]:
-    """A DoRA of an undivided layer, and the layer's weight with it by a factor."""
+    """A DoRA of an undivided layer, and the layer's weight with it as a function of a factor."""
     weight = whole.get("weight")
     out, features = weight.shape
     down, up = drawn(RANK, features, seed=seed), drawn(out, RANK, seed=seed + 1)
@@ -282,7 +282,7 @@ def loaded(hosted: Hosted, tensors: Tensors, path: Path) -> Weighted:
 def test_a_dora_of_a_layer_that_diffusers_divides_has_the_sizes_of_the_whole(
     hosted: Callable[[str], Hosted], tmp_path: Path, name: str, axis: int
 ) -> None:
-    """Of two requests each their own, beside one without."""
+    """Two rows have different adapters, beside one without."""
     flux = hosted("flux1")
     whole, rows, expected = Joined(flux.pipeline.transformer, name), list[Weighted](), list[Any]()
     for seed in (0, 10):
@@ -304,7 +304,7 @@ def test_a_dora_of_a_layer_that_diffusers_divides_has_the_sizes_of_the_whole(
 def test_a_change_of_a_bias_that_diffusers_divides_is_that_of_each_part(
     hosted: Callable[[str], Hosted], tmp_path: Path, name: str
 ) -> None:
-    """As ComfyUI's LoraSave writes it beside each LoRA."""
+    """ComfyUI's LoraSave writes it beside each LoRA."""
     flux = hosted("flux1")
     merged = copy.deepcopy(flux.pipeline.transformer)
     whole = Joined(merged, name)

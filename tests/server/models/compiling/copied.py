@@ -14,13 +14,13 @@ Tell = Callable[[Callable[..., Sequence[Tensor]] | None, str], None]
 
 @dataclass
 class Copied:
-    """Takes jobs down, and makes programs of them when it is told to.
+    """Collects jobs, and makes programs of them when told to.
 
     Attributes:
-        asked: jobs, what they are known by, and who is to be told.
-        wanted: of the last one.
-        ran: calls of programs.
-        fails: raised by all programs.
+        asked: jobs, their identities, and who is told of their results.
+        wanted: whether the last job is still wanted.
+        ran: number of calls of programs.
+        fails: error that all programs raise.
     """
 
     asked: list[tuple[BlockJob, str, Tell]] = field(default_factory=list)

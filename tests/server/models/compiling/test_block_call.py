@@ -1,4 +1,4 @@
-"""Which calls of a block one program can serve."""
+"""Which calls of a block can use the same program."""
 
 import torch
 from torch import Tensor
@@ -39,7 +39,7 @@ def test_a_call_says_what_has_an_entry_a_row_unless_sizes_coincide() -> None:
     assert layout is not None
     assert [fits(layout, given(rows), 8) for rows in (1, 3, 8, 9)] == [True, True, True, False]
     assert not fits(layout, given(3, torch.zeros(3, 2)), 8)
-    # The same tensor for all rows lies otherwise than one of each.
+    # One tensor expanded to all rows has another layout than one for each row.
     assert not fits(layout, [torch.zeros(1, 6, 4).expand(3, -1, -1), torch.zeros(6, 2)], 8)
 
 
@@ -47,7 +47,7 @@ def test_a_tensor_may_have_two_entries_a_row() -> None:
     def told(rows: int) -> BlockCall:
         return call(rows, times=torch.zeros(2 * rows, 5))
 
-    # Two rows have four entries, as many as another dimension has.
+    # Two rows have four entries, as many as another dimension.
     assert layout_of(told(2)) is None
     layout = layout_of(told(7))
     assert layout == ((0, 6, 0), (1, 0, 2), (24, 2, 5))

@@ -1,6 +1,6 @@
-"""Which blocks run compiled, when, and what becomes of all others.
+"""Which blocks run compiled, when, and what happens to all others.
 
-Here a program is the copy of a block that would be compiled; `test_compiler.py` compiles it.
+Here, programs are copies of the blocks to be compiled; `test_compiler.py` does compile.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def z_image(tmp_path_factory: pytest.TempPathFactory) -> HostedModel:
 @pytest.fixture(autouse=True)
 def soon(monkeypatch: pytest.MonkeyPatch, unet: HostedModel) -> None:
     monkeypatch.setattr(module, "OFTEN", 2)
-    # Blocks that nobody lets run compiled run as ever, whoever has wrapped them.
+    # Blocks that may not run compiled run as before, even if they are wrapped.
     monkeypatch.setattr(unet, "blocks", None)
 
 
@@ -76,7 +76,7 @@ def test_a_compiled_forward_gives_the_numbers_of_a_plain_one(
     compiler.work()
     assert compilation_of(model) == Compilation(compiled=shapes)
     assert model.blocks is not None
-    # All have changed over at once.
+    # All switched at once.
     assert model.blocks.generation == 1
     for rows, before in expected.items():
         ran = compiler.ran
@@ -117,7 +117,7 @@ def test_what_cannot_be_compiled_runs_as_ever_and_says_why_once(
     expected = predicted(unet, 2)
     monkeypatch.setattr(module, "MOST_SHAPES", 3)
     compiler = compiled(unet)
-    # There is a bound, as clients may ask for many sizes.
+    # There is a limit, as clients may request many sizes.
     assert len(compiler.asked) == 3
     compiler.refuse("there is no compiler")
     assert torch.equal(predicted(unet, 2), expected)

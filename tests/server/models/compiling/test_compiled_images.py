@@ -1,6 +1,6 @@
-"""Images with compiled blocks are those without, whatever else their rows are given.
+"""Images with compiled blocks equal those without, whatever else their rows are given.
 
-Here a program is the copy of a block that would be compiled; `test_compiler.py` compiles it.
+Here, programs are copies of the blocks to be compiled; `test_compiler.py` does compile.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def of_kontext(folder: Path) -> Given:
 
 
 def of_qwen_image_edit(folder: Path) -> Given:
-    # As that of 2511: its blocks are told two times of each row.
+    # As in the 2511 release: its blocks get two times for each row.
     pipeline = tiny_qwen_image.make(QwenImageEditPlusPipeline, zero_cond_t=True)
     pipeline.save_pretrained(folder / "m")
     pipeline.processor.image_processor.save_pretrained(folder / "m" / "processor")

@@ -1,4 +1,4 @@
-"""Blocks are traced for any number of rows, compiled by another process, and used by this one."""
+"""Blocks are traced for any number of rows, compiled in another process, and used in this one."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Block(nn.Module):
     """A small block of a transformer.
 
     Args:
-        heads: of its attention, which no weight shows.
+        heads: heads of its attention, which no weight shows.
     """
 
     def __init__(self, heads: int = 2) -> None:
@@ -84,7 +84,7 @@ def test_a_block_is_traced_for_every_number_of_rows() -> None:
 
 
 class Rotating(nn.Module):
-    """Has a region without autocast, as the rotary embedding of Z-Image has."""
+    """A block with a region without autocast, like the rotary embedding of Z-Image."""
 
     def forward(self, hidden: Tensor, angles: Tensor) -> Tensor:
         with torch.autocast("cuda", enabled=False):
@@ -106,7 +106,7 @@ def test_a_region_without_autocast_is_part_of_the_graph() -> None:
 
 
 class ToldTwice(nn.Module):
-    """Is told two times of each row, as the blocks of Qwen-Image-Edit are."""
+    """A block that gets two times for each row, like those of Qwen-Image-Edit."""
 
     def forward(self, hidden: Tensor, times: Tensor) -> Tensor:
         first, second = torch.chunk(times, 2, dim=0)
@@ -159,7 +159,7 @@ def test_without_a_compiler_it_is_said_which_one_is_missing(
 
 
 class Told:
-    """What a compiler has said."""
+    """What a compiler has reported."""
 
     def __init__(self) -> None:
         self.program: Callable[..., Sequence[Tensor]] | None = None
@@ -215,7 +215,7 @@ def test_a_note_that_cannot_be_used_counts_as_none(
 
 
 class Processes:
-    """In the place of the processes of a compiler: what they are sent, and what they say."""
+    """Stands in for the processes of a compiler: what they are sent, and what they answer."""
 
     def __init__(
         self, monkeypatch: pytest.MonkeyPatch, answer: Callable[[Path], dict[str, Any] | None]
@@ -399,7 +399,7 @@ def test_a_compiled_block_comes_from_another_process_and_from_the_folder_afterwa
 
 
 @COMPILES
-# As the process that compiles ignores what compilers warn of.
+# The process that compiles ignores compilers' warnings, too.
 @pytest.mark.filterwarnings("ignore")
 def test_a_program_with_a_region_without_autocast_can_be_stored(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -1,4 +1,4 @@
-"""What becomes of a process that compiles, as its own thread of the server sees it."""
+"""What happens to a process that compiles, as seen by the server's thread for it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ JOB = BlockJob(nn.Identity(), None, Layout((), (), ()), "cpu")
 
 def answer(jobs: Connection, _: Path) -> None:
     """Do what the name of the program's file says."""
-    # A process that is spawned has no other end of the connection; a fork has.
+    # A spawned process does not have the other end of the connection; a fork has it.
     for number in range(3, 1024):
         with suppress(OSError):
             if number != jobs.fileno() and S_ISSOCK(os.fstat(number).st_mode):
@@ -46,7 +46,7 @@ def answer(jobs: Connection, _: Path) -> None:
 
 @pytest.fixture
 def compiling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CompilingProcess:
-    # Importing torch anew would take longer than the tests.
+    # Importing torch again would take longer than the tests.
     monkeypatch.setattr(module, "METHOD", "fork")
     monkeypatch.setattr(module, "main", answer)
     return CompilingProcess(tmp_path)
@@ -72,7 +72,7 @@ def test_a_process_that_ends_or_takes_too_long_is_followed_by_another(
 def test_a_process_has_ended_by_itself_when_the_thread_that_started_it_ends(
     compiling: CompilingProcess, tmp_path: Path
 ) -> None:
-    """The system tells it of the end of that thread, which would cut its own end short."""
+    """The system signals it when that thread ends, which would interrupt its own ending."""
     compiling.compile(JOB, tmp_path / "one")
     assert compiling._running is not None
     process, _ = compiling._running

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def compiling(jobs: Connection, cleaned: Path) -> None:
-    # As multiprocessing's semaphores are given back.
+    # Like the release of multiprocessing's semaphores.
     Finalize(None, cleaned.touch, exitpriority=0)
     main(jobs, cleaned.parent)
 
@@ -34,7 +34,7 @@ def test_the_process_that_compiles_gives_back_what_it_holds_when_it_is_ended(
     ours, theirs = context.Pipe()
     process = context.Process(target=compiling, args=(theirs, tmp_path / "cleaned"), daemon=True)
     process.start()
-    # A block that is none: the answer says that the process listens.
+    # This is not a block: an answer shows that the process listens.
     ours.send((None, str(tmp_path / "program"), 1))
     assert "reason" in ours.recv()
     process.terminate()
@@ -62,7 +62,7 @@ def test_a_program_is_measured_while_no_other_process_measures_or_compiles_on_th
     monkeypatch.setattr(worker, "check", check)
     job = BlockJob(nn.Identity(), None, Layout((), (), ()), device)
     worker._measured(job, tmp_path / "program")
-    # Compilers may be many, but not beside a measurement on a CPU.
+    # Several may compile at once, but not during a measurement on a CPU.
     assert seen == [(True, device == "cuda"), (False, False)]
 
 

@@ -1,4 +1,4 @@
-"""Images of FLUX.1 steered by ControlNets are those of diffusers' own pipeline."""
+"""Images of FLUX.1 with ControlNets are those of diffusers' own pipeline."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from tests.server.models.tiny_flux1 import DEV, VAE, make
 from tests.server.models.tiny_text import LENGTH
 from tests.server.toy_model import run, started
 
-# Diffusers' own, about a class that its ControlNet imports.
+# A warning of diffusers' about a class that its own ControlNet imports.
 pytestmark = pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated")
 
 PROMPT = "a red circle"
@@ -66,7 +66,7 @@ def networks(pipeline: Any) -> dict[str, Any]:
 
 
 def network(config: dict[str, Any], **own: Any) -> Any:
-    """A ControlNet of a transformer's config, with entries of its own."""
+    """A ControlNet with a transformer's config, and further entries."""
     left_out = "out_channels"
     taken = {name: value for name, value in config.items() if name != left_out}
     return with_an_effect(FluxControlNetModel(**{**taken, **own}))
@@ -102,7 +102,7 @@ def theirs(
     channels, scale = made.vae.config.latent_channels, made.vae_scale_factor
     width, height = uses[0].picture.shape[2], uses[0].picture.shape[1]
     noise = start_noise(seed, (channels, height // scale, width // scale))[None]
-    # Tensors are taken as they are; what is read from a file is brought to [-1, 1].
+    # Tensors are taken unchanged; pictures from files are scaled to [-1, 1].
     pictures = [one.picture[None] for one in uses]
     scales = [one.scale for one in uses]
     given: dict[str, Any] = {"guidance_scale": 3.5, **fields}
@@ -137,7 +137,7 @@ def test_images_in_mixed_company_are_those_of_diffusers(
     engine: Engine,
     decoded: list[Tensor],
 ) -> None:
-    """Among them true guidance, whose negative prompt has the residuals of the prompt."""
+    """One has true guidance, whose negative prompt gets the residuals of the prompt."""
     edges, depth = use(model, "edges", 1, SIZE), use(model, "depth", 2, SIZE, scale=0.5, end=0.7)
     few = use(model, "few", 3, SIZE)
     tasks = [
@@ -197,7 +197,7 @@ def test_a_transformer_in_a_gguf_file_takes_residuals(
 def test_one_that_embeds_its_picture_adds_to_the_blocks_in_turn(
     pipeline: Any, tmp_path: Path
 ) -> None:
-    """As those of XLabs, whose autoencoder makes latents of an eighth of the picture."""
+    """Those of XLabs do, for an autoencoder whose latents are an eighth of the picture."""
     torch.manual_seed(2)
     wide: dict[str, Any] = {
         **VAE,
@@ -211,7 +211,7 @@ def test_one_that_embeds_its_picture_adds_to_the_blocks_in_turn(
     own: dict[str, Any] = {"conditioning_embedding_channels": 4, "patch_size": 2}
     layers = {"num_layers": 2, "num_single_layers": 0}
     networks = {"xlabs": network({**pipeline.transformer.config}, **own, **layers)}
-    # Random layers shrink what they are given.
+    # Random layers shrink their inputs.
     for parameter in networks["xlabs"].input_hint_block.parameters():
         parameter.mul_(4)
     model = hosted(of_eighths, networks, tmp_path)

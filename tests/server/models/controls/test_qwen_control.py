@@ -1,4 +1,4 @@
-"""Images of Qwen-Image steered by ControlNets are those of diffusers' own pipeline."""
+"""Images of Qwen-Image with ControlNets are those of diffusers' own pipeline."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def model(pipeline: Any, network: Any, tmp_path_factory: pytest.TempPathFactory)
     folder: Path = tmp_path_factory.mktemp("qwen")
     pipeline.save_pretrained(folder / "model")
     saved(network, folder / "controls", "union")
-    # No config of this family states a size, and 1024 pixels are many for a test.
+    # No config of this family states a size, and 1024 pixels are too many for a test.
     with patch.object(transformer_model, "DEFAULT_SIDE", 48):
         model = load_model(folder / "model", name="qwen", device="cpu", dtype="float32")
     model.controls = shelf_of(model, folder / "controls")
@@ -99,7 +99,7 @@ def asked(model: HostedModel, *uses: ControlUse, **fields: Any) -> Any:
 def test_images_alone_and_in_mixed_company_are_those_of_diffusers(
     pipeline: Any, network: Any, model: HostedModel, engine: Engine, decoded: list[Tensor]
 ) -> None:
-    """Prompts of several lengths; the negative prompt has the residuals of the prompt."""
+    """Prompts of several lengths; the negative prompt gets the residuals of the prompt."""
     union, late = use(model, "union", 1, SIZE), use(model, "union", 2, SIZE, start=0.3, scale=0.5)
     expected = theirs(pipeline, network, union)
     run(engine, [asked(model, union)])

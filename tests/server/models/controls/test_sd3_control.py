@@ -1,4 +1,4 @@
-"""Images of Stable Diffusion 3 steered by ControlNets are those of diffusers' own pipeline."""
+"""Images of Stable Diffusion 3 with ControlNets are those of diffusers' own pipeline."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ KINDS: dict[str, dict[str, Any]] = {
         "dual_attention_layers": (),
     },
 }
-"""Those of SD 3.5 by Stability AI read no text and have the positions of the transformer."""
+"""Those of Stability AI for SD 3.5 read no text, and have the positions of the transformer."""
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +88,7 @@ def theirs(
         **pipeline.components, controlnet=own[0] if alone else SD3MultiControlNetModel(own)
     )
     made.set_progress_bar_config(disable=True)
-    # Tensors are taken as they are; what is read from a file is brought to [-1, 1].
+    # Tensors are taken unchanged; pictures from files are scaled to [-1, 1].
     pictures, scales = [one.picture[None] for one in uses], [one.scale for one in uses]
     given: dict[str, Any] = {"guidance_scale": 4.0, **fields}
     with encoding_to_the_mean():

@@ -1,4 +1,4 @@
-"""ControlNets by name: which fit a model, what they cost in memory, and what is refused."""
+"""ControlNets by name: which fit a model, how much memory they take, and what is refused."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.server.models.original_names import unet_name
 from tests.server.models.tiny_sdxl import UNET
 
 BYTES = 4 * (2 * 2 + 2)
-"""Of a ControlNet of width 2."""
+"""Size of a ControlNet of width 2."""
 
 
 def shelved(
@@ -163,7 +163,7 @@ def test_one_that_could_never_be_loaded_is_refused_and_one_that_cannot_be_now_la
 def test_one_that_nobody_uses_makes_room_on_the_device(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All weights are allowed more bytes than the device has beside its model."""
+    """Weights may take more bytes in all than the device has beside its model."""
     for name in ("canny", "depth"):
         put_plain(tmp_path, name)
     shelf, memory = shelved(tmp_path)
@@ -236,7 +236,7 @@ def original(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 @pytest.fixture(scope="module")
 def of_unet() -> UNetControl:
-    """Of a U-Net whose latents are an eighth as wide as pictures, as the published ones are."""
+    """For a U-Net whose latents are an eighth as wide as pictures, as published ones are."""
     facts: Any = ModelFacts("xl", "", "", "epsilon", 4, 8, 16, 64, 64, 30)
     return UNetControl(UNet2DConditionModel(**UNET), facts, torch.device("cpu"))
 

@@ -1,4 +1,4 @@
-"""Images steered by ControlNets are those of diffusers' own pipelines with the same weights."""
+"""Images with ControlNets are those of diffusers' own pipelines with the same weights."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ COSTS = {1: 0.01, 8: 0.04}
 
 
 class Steered:
-    """A pipeline without ControlNets, its model here, and ControlNets of both."""
+    """A pipeline without ControlNets, its model here, and ControlNets for both."""
 
     def __init__(self, pipeline: Any, folder: Path) -> None:
         pipeline.save_pretrained(folder / "model")
@@ -124,7 +124,7 @@ def test_an_image_alone_is_that_of_diffusers(
 def test_images_in_mixed_company_are_those_of_diffusers(
     steered: Steered, model: HostedModel, engine: Engine, decoded: list[Tensor]
 ) -> None:
-    """Others' controls, none, several, other strengths and windows, one branch and two."""
+    """Beside other controls, none, several, other strengths and windows; one and two branches."""
     depth = use(model, "depth", 1, SIZE)
     weak = use(model, "depth", 2, SIZE, scale=0.4)
     early, late = use(model, "edges", 3, SIZE, end=0.5), use(model, "edges", 4, SIZE, start=0.3)
@@ -155,7 +155,7 @@ def test_a_controlnet_gives_way_by_the_factors_of_the_extension(
     decoded: list[Tensor],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """In diffusers' guess mode, which has other factors, for the prompt's prediction alone."""
+    """Diffusers' guess mode does so with other factors, for the prompt's prediction alone."""
     depth, edges = use(model, "depth", 1, SIZE), use(model, "edges", 2, SIZE)
     led, leading = replace(depth, precedence="prompt"), replace(depth, precedence="control")
     tasks = [
@@ -166,7 +166,7 @@ def test_a_controlnet_gives_way_by_the_factors_of_the_extension(
     ]
     ear = run(engine, tasks)
     assert not ear.errors, ear.errors
-    # Rows that do not give way are as without company that does.
+    # Rows that do not give way are unchanged by those that do.
     assert_among(decoded, steered.theirs(depth, seed=7))
 
     def factors(_: float, __: float, count: int, **___: Any) -> Tensor:
@@ -180,7 +180,7 @@ def test_a_controlnet_gives_way_by_the_factors_of_the_extension(
     negative = {"seed": 6, "negative_prompt": "a green star", "guess_mode": True}
     assert_among(decoded, theirs(leading, **negative))
     assert_among(decoded, theirs(leading, edges, seed=8, guidance_scale=1.0, guess_mode=True))
-    # In both branches their pipelines have no such mode, but their ControlNets do.
+    # For both branches diffusers' pipelines have no such mode, but its ControlNets do.
     network = steered.networks["depth"]
     forward = network.forward
 
@@ -244,7 +244,7 @@ def test_what_controls_take_of_a_tick_is_no_cost_of_other_ticks(
 def test_room_is_taken_for_what_controls_cost_before_they_are_loaded(
     model: HostedModel, engine: Engine
 ) -> None:
-    """A burst of requests with them would overrun what may wait."""
+    """A burst of requests with them would otherwise exceed what may wait."""
     chosen = [
         ControlSettings(name="depth"),
         ControlSettings(name="edges", end=0.5),
@@ -301,7 +301,7 @@ def test_an_image_is_bit_identical_alone_and_in_company_where_the_server_is_dete
         handle.remove()
     alone, *together = decoded
     assert any(torch.equal(alone, one) for one in together)
-    # These may be equal by luck: a library chooses its sums by the number of rows.
+    # These may be equal by chance: libraries choose the order of sums by the number of rows.
     assert rows == {8}
 
 
@@ -320,7 +320,7 @@ def test_a_controlnet_is_let_go_of_with_the_last_image_that_has_it(
 
 @torch.inference_mode()
 def test_beside_a_mask_a_controlnet_reads_the_latents_alone(tmp_path: Path) -> None:
-    """As ``StableDiffusionControlNetInpaintPipeline`` calls both networks."""
+    """``StableDiffusionControlNetInpaintPipeline`` calls both networks like this."""
     pipeline = tiny_sd.make(BASE, StableDiffusionInpaintPipeline, in_channels=9)
     pipeline.save_pretrained(tmp_path / "model")
     network = saved(of_unet(pipeline.unet, 1, in_channels=4), tmp_path / "controls", "depth")

@@ -28,7 +28,7 @@ def of_unet(unet: Any, seed: int, **config: Any) -> Any:
 
     Args:
         unet: the U-Net.
-        seed: of the weights.
+        seed: seed of the weights.
         config: entries in place of those that follow from the U-Net.
     """
     torch.manual_seed(seed)
@@ -48,7 +48,7 @@ def put_depth(model: HostedModel, folder: Path) -> str:
 
 
 def with_an_effect(network: Any) -> Any:
-    """The network, whose layers that begin as zeros do something."""
+    """The network, with random numbers in the layers that start as zeros."""
     for parameter in network.parameters():
         if not parameter.any():
             nn.init.normal_(parameter, std=0.4)
@@ -83,7 +83,7 @@ def use(model: HostedModel, name: str, seed: int, size: tuple[int, int], **how: 
 
 
 class Network(ModelMixin, ConfigMixin):
-    """A class that diffusers saves and loads, of one layer."""
+    """A network of one layer that diffusers saves and loads."""
 
     @register_to_config
     def __init__(self, width: int = 2, depth: int = 1) -> None:
@@ -92,7 +92,7 @@ class Network(ModelMixin, ConfigMixin):
 
 
 class Plain:
-    """The ControlNets of a model that takes those of width 2."""
+    """The kind of ControlNets of a model that takes those of width 2."""
 
     kind: Any = Network
     denoiser: nn.Module = nn.Linear(5, 2)
