@@ -249,7 +249,7 @@ class Graphs:
 
         Args:
             x: latents of all rows.
-            t: times of all rows.
+            t: noise levels of all rows, as given to the network.
             inputs: inputs of all rows.
             cost: cost of the ticks, which is corrected if this pass is recorded.
         """

@@ -107,7 +107,8 @@ def load_model(
         device: ``auto`` (CUDA if available), ``cpu``, ``cuda``, ``cuda:1``.
         dtype: ``auto`` (on CUDA float16, or bfloat16 where the family needs its range; otherwise
             float32), ``float32``, ``float16``, ``bfloat16``.
-        placement: how its networks are kept; by default unquantized, on the device.
+        placement: how its networks are kept; by default without further quantization, on the
+            device.
         vae: safetensors file or diffusers folder of an autoencoder whose weights replace its own.
         tell: called with the number of bytes of weights read so far, and with that of all weights.
 

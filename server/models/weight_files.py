@@ -130,7 +130,8 @@ def bytes_in_memory(folder: Path, dtype: torch.dtype, placement: Placement | Non
     Args:
         folder: model folder.
         dtype: dtype to which the weights are converted.
-        placement: how the networks will be kept; by default unquantized, on the device.
+        placement: how the networks will be kept; by default without further quantization, on the
+            device.
 
     Returns:
         Memory in bytes.

@@ -23,7 +23,7 @@ class CompiledPlan:
 
     Attributes:
         plan: plan that it was made from.
-        t: time as given to the network, a float per stage.
+        t: noise level as given to the network, a float per stage.
         alpha: signal scale at each stage and at the end of the plan.
         sigma: noise scale at each stage and at the end of the plan.
         scale_in: factor of x in the network's input.

@@ -108,7 +108,7 @@ class Sequence:
         conditioning: conditioning of every text that the network may be given.
         channels: extra input channels behind x, ``[channels, h, w]``; None if the network reads x
             alone.
-        hints: encoded picture of each of the task's ControlNets.
+        hints: picture of each of the task's ControlNets as it reads it, see ``ControlKind.hint``.
         shown: tokens to attend to for each of the task's image prompts.
         counted: rows that it still needs, as last counted in the backlog.
         recollection: what the task's step cache keeps of this image, if it has one.

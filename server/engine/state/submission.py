@@ -37,7 +37,8 @@ class Submission:
             identity, or the error of encoding one; for the engine only.
         channels: extra input channels behind the latents of its images, by the identity of their
             mask and their size; for the engine only.
-        hints: encoded pictures of ControlNets, by the identity of the use; for the engine only.
+        hints: pictures of ControlNets as these read them, see ``ControlKind.hint``, by the identity
+            of the use; for the engine only.
         shown: tokens of image prompts that rows attend to, by the identity of the use, or the error
             of encoding one; for the engine only.
     """
