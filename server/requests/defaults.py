@@ -46,7 +46,7 @@ def own_defaults(model: HostedModel, adapters: Sequence[WeightedName] = ()) -> M
             defaults unless its weight is 0; of several such, the last one counts.
 
     Raises:
-        InvalidRequest: the model does not have an adapter.
+        InvalidRequest: :func:`check_adapters` refuses the adapters.
     """
     files = check_adapters(adapters, model)
     brought = [

@@ -18,8 +18,8 @@ __all__ = ["check_editing", "prompts_of", "timelines_of", "versions_of"]
 def timelines_of(resolved: ResolvedRequest) -> tuple[Timeline, ...]:
     """Return how times in prompts are counted in each run of a request, as in AUTOMATIC1111.
 
-    In a run that starts from an image, times are shares of all its steps, whatever its strength;
-    in the second run of `hires` they are shares of the steps that it makes.
+    A time with a point is a share of the run. If the run starts from an image, it is a share of all
+    steps, whatever the strength; in the second run of `hires` it is one of the steps that are made.
     """
     sampler, hires = resolved.sampler, resolved.hires
     first = sampler.evaluations_of_full_steps(resolved.steps)
