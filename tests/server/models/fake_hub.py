@@ -1,4 +1,4 @@
-"""A hub on this machine that speaks the hub's protocol over HTTP, as far as fetching needs it."""
+"""A local server with as much of the hub's HTTP protocol as fetching models needs."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from typing import Any
 from urllib.parse import unquote
 
 CHUNK = 10 * 2**20
-"""Bytes that the hub's client writes at once; it goes on after the last whole chunk."""
+"""Bytes that the hub's client writes at once; it resumes after the last whole chunk."""
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 @dataclass
 class Hub:
-    """One repository, and what was asked of it.
+    """One repository, and the requests for it.
 
     Attributes:
-        folder: with its files.
+        folder: folder of its files.
         repository: its name.
         token: that requests must carry; None for none.
-        cut: path of a file of which the first answer ends after ``CHUNK`` bytes.
-        sent: bytes sent of each file.
+        cut: path of a file whose first answer ends after ``CHUNK`` bytes.
+        sent: bytes sent, by file.
     """
 
     folder: Path

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 WIDTH = 3072
-"""Of FLUX.1, whose converter of checkpoints knows no other."""
+"""Width of FLUX.1, the only one that its converter of checkpoints accepts."""
 
 
 def flux(names: Iterable[str], streams: dict[str, int]) -> dict[str, int]:
@@ -56,7 +56,7 @@ NORMS_OF: Mapping[str, list[str]] = {
         for n in "qk"
     ],
 }
-"""Weights of the norms that those blocks may have."""
+"""Weights of the norms that these blocks may have."""
 FLUX_1 = flux([*EMBEDDERS, *VECTOR, "single_blocks.0.modulation.lin"], {"mod.lin": 6})
 FLUX_2 = flux([*EMBEDDERS, *MODULATIONS], {})
 Z_IMAGE = {
@@ -75,7 +75,7 @@ STABLE_DIFFUSION_3 = {
         for block, stream in ((0, "x"), (0, "context"), (1, "x"))
         for name, outs in (
             *(("attn.qkv", 3), ("attn.proj", 1), ("mlp.fc1", 4), ("mlp.fc2", 1)),
-            # Of a block with a second attention, as those of 3.5 medium are.
+            # A block with a second attention, like those of 3.5 medium.
             ("adaLN_modulation.1", 9 if (block, stream) == (0, "x") else 6),
         )
     },
@@ -91,7 +91,7 @@ STABLE_DIFFUSION_3 = {
 
 
 def whole(kind: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """All tensors of a transformer with those weights."""
+    """All tensors of a transformer with these weights."""
     made = {f"{name}.weight": weight for name, weight in weights.items()}
     if kind.startswith("Flux"):
         made |= {name: torch.ones(1) for name in NORMS_OF[kind]}

@@ -1,6 +1,6 @@
 """Stable Diffusion's original names of the tensors of a tiny pipeline, the inverse of diffusers'.
 
-After diffusers' ``scripts/convert_diffusers_to_original_sdxl.py``, for one ResNet a level.
+After diffusers' ``scripts/convert_diffusers_to_original_sdxl.py``, for one ResNet per level.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ OPEN_CLIP = (
 
 
 def checkpoint(pipeline: Any) -> dict[str, Tensor]:
-    """All weights of a tiny SDXL pipeline as one file has them."""
+    """All weights of a tiny SDXL pipeline as in a single file."""
     unet = {unet_name(name): tensor for name, tensor in pipeline.unet.state_dict().items()}
     first = {f"text_model.{_plain(k)}": v for k, v in pipeline.text_encoder.state_dict().items()}
     return {
@@ -125,7 +125,7 @@ def second_unet_name(name: str) -> str:
 def unet_name(name: str) -> str:
     """The original name of a tensor of a tiny U-Net, or of a ControlNet's copy of its encoder."""
     own = _name(name, UNET)
-    # Only ResNets: transformers have layers of the same names.
+    # Only ResNets, since transformers have layers of the same names.
     is_resnet = re.match(r"(in|out)put_blocks\.\d\.0\.|middle_block\.[02]\.", own)
     return _name(own, RESNET) if is_resnet else own
 
@@ -138,10 +138,10 @@ def flux_2_autoencoder(network: Any) -> dict[str, Tensor]:
 
 
 def wan_autoencoder(network: Any) -> dict[str, Tensor]:
-    """After ``WanVAE`` of ComfyUI, whose names those of Qwen-Image's autoencoder are.
+    """After ``WanVAE`` of ComfyUI, whose names Qwen-Image's autoencoder also has.
 
     Args:
-        network: of four levels, with three ResNets in each of the decoder's.
+        network: a network of four levels, with three ResNets in each level of the decoder.
     """
     made: dict[str, Tensor] = {}
     for name, tensor in network.state_dict().items():
@@ -157,7 +157,7 @@ def wan_autoencoder(network: Any) -> dict[str, Tensor]:
 
 
 def autoencoder(network: Any) -> dict[str, Tensor]:
-    """Of Stable Diffusion and FLUX.1, for two levels."""
+    """The autoencoder of Stable Diffusion and FLUX.1, for two levels."""
     made = _renamed(network.state_dict(), AUTOENCODER)
     for name, tensor in made.items():
         if re.search(r"attn_1\.(q|k|v|proj_out)\.weight", name):

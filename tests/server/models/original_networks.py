@@ -42,7 +42,7 @@ def renamed(state: dict[str, Tensor], patterns: dict[str, str]) -> dict[str, Ten
 
 
 def z_image() -> tuple[Any, dict[str, Tensor]]:
-    """As ComfyUI's files hold it, with a norm that is not used."""
+    """Z-Image as in ComfyUI's files, with a norm that is not used."""
     network = tiny_z_image.make(3.0).transformer
     state = dict(network.state_dict())
     joined(state, ("attention.to_q", "attention.to_k", "attention.to_v"), "attention.qkv")
@@ -94,7 +94,7 @@ def flux2() -> tuple[Any, dict[str, Tensor]]:
 
 
 def qwen_image() -> tuple[Any, dict[str, Tensor]]:
-    """Under diffusers' own names, and the prefix of ComfyUI's files."""
+    """Qwen-Image under diffusers' own names, with the prefix of ComfyUI's files."""
     network = tiny_qwen_image.make().transformer
     return network, {f"{WITHIN}{k}": v for k, v in network.state_dict().items()}
 
@@ -107,7 +107,7 @@ def stable_diffusion_3() -> tuple[Any, dict[str, Tensor]]:
         joined(state, ("attn2.to_q", "attn2.to_k", "attn2.to_v"), "x_block.attn2.qkv", kind)
         added = ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")
         joined(state, added, "context_block.attn.qkv", kind)
-        # Of the last norm, whose layers put out shift and scale in the other order.
+        # The layers of the last norms put out shift and scale in the other order.
         for layer in (f"transformer_blocks.{tiny_sd3.BLOCKS - 1}.norm1_context", "norm_out"):
             scale, shift = state[f"{layer}.linear.{kind}"].chunk(2)
             state[f"{layer}.linear.{kind}"] = torch.cat([shift, scale])
@@ -136,7 +136,7 @@ def stable_diffusion_3() -> tuple[Any, dict[str, Tensor]]:
 
 
 def pixart() -> tuple[Any, dict[str, Tensor]]:
-    """After ``PixArtMS`` of PixArt-alpha/PixArt-sigma, told its size as PixArt-alpha is."""
+    """After ``PixArtMS`` of PixArt-alpha/PixArt-sigma, with sizes as inputs as in PixArt-alpha."""
     network = tiny_pixart.make("alpha").transformer
     state = dict(network.state_dict())
     for kind in ("weight", "bias"):
@@ -199,6 +199,6 @@ def sana_1() -> tuple[Any, dict[str, Tensor]]:
 
 
 def unet() -> tuple[Any, dict[str, Tensor]]:
-    """A whole checkpoint, of which the U-Net is taken."""
+    """A whole checkpoint, of which only the U-Net is used."""
     pipeline = tiny_sdxl.make(tiny_sdxl.BASE)
     return pipeline.unet, checkpoint(pipeline)

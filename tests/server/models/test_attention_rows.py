@@ -1,4 +1,4 @@
-"""Rows led away from a text in their attention, beside a whole batch of their own."""
+"""Rows guided away from a text in their attention equal a whole batch that is."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_a_unet_takes_it(edited):
 
 
 def test_a_network_with_added_conditions_reads_only_the_second_text(tmp_path):
-    """SDXL: pooled vector and sizes stay the prompt's, as in the authors' pipeline."""
+    """For SDXL, pooled vector and sizes stay the prompt's, as in the authors' pipeline."""
     pipeline = make(BASE)
     model = load_model(saved(pipeline, tmp_path / "xl"), name="xl", device="cpu", dtype="float32")
     given, against = (model.inputs(texts) for texts in (["a dog", "a cat"], ["a star", "a ring"]))

@@ -1,4 +1,4 @@
-"""Blends of prompts: weighted means, arcs, and what cannot be mixed."""
+"""Blends of prompts: weighted means, arcs, and prompts that cannot be mixed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Single-file checkpoints become folders with the same weights, and what is no such file is not."""
+"""Single-file checkpoints become folders with the same weights; other files are refused."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ SHIPPED = Path(str(files("server.models") / "single_file"))
 
 @pytest.fixture(scope="module")
 def pipeline() -> Any:
-    """With ten layers in the second text encoder, by which an SDXL file is told from others."""
+    """A pipeline with ten layers in the second text encoder, by which SDXL files are recognized."""
     made = tiny_sdxl.make(tiny_sdxl.BASE)
     entries: dict[str, Any] = tiny_sdxl.text_config(48).to_dict() | {"num_hidden_layers": 10}
     made.text_encoder_2 = CLIPTextModelWithProjection(CLIPTextConfig(**entries)).eval()
@@ -52,7 +52,7 @@ def file(pipeline: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def templates(pipeline: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The configs of the tiny pipeline in place of those that ship."""
+    """The configs of the tiny pipeline, in place of those that ship with Weft."""
     made = tmp_path_factory.mktemp("templates")
     tiny_sdxl.saved(pipeline, made / "sdxl")
     for weights in made.rglob("*.safetensors"):
@@ -72,7 +72,7 @@ def test_a_checkpoint_becomes_a_folder_of_the_same_weights(
         ours = network.state_dict()
         assert theirs.keys() == ours.keys(), part
         assert all(torch.equal(theirs[name], ours[name]) for name in theirs), part
-    # It is converted once.
+    # It is converted only once.
     shutil.rmtree(folder / "unet")
     assert converted(file, tmp_path, templates) == folder
     assert not (folder / "unet").exists()
@@ -82,7 +82,7 @@ def test_two_servers_may_convert_a_file_at_once(
     file: Path, templates: Path, tmp_path: Path
 ) -> None:
     def other() -> None:
-        """Is done before the first one is."""
+        """Finish before the first one does."""
         converted(file, tmp_path, templates)
 
     folder = converted(file, tmp_path, templates, other)
@@ -120,7 +120,7 @@ def test_what_trainers_and_mergers_leave_in_a_file_is_left_out(
     """As kohya's scripts, ComfyUI and mergers save Stable Diffusion XL."""
     first, second = "conditioner.embedders.0.transformer.", "conditioner.embedders.1.model."
     weights = {
-        # Before transformers 4.
+        # As saved before transformers 4.
         name.replace(f"{first}text_model.", first): tensor
         for name, tensor in load_file(file).items()
     }
@@ -180,7 +180,7 @@ def test_a_server_is_not_started_on_another_kind_of_file(tmp_path: Path) -> None
 
 @pytest.fixture(scope="module")
 def second() -> Any:
-    """Of a text as wide as that of Stable Diffusion 2, by which its files are told from others."""
+    """A pipeline with the text width of Stable Diffusion 2, by which its files are recognized."""
     made = tiny_sd.make(
         tiny_sdxl.BASE,
         block_out_channels=(32,),
@@ -205,7 +205,7 @@ def test_a_file_of_stable_diffusion_2_becomes_a_folder_that_says_what_it_predict
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """By its weights, as no file of that time says it."""
+    """It is found from the weights, since files of that time do not state it."""
     norm = "model.diffusion_model.output_blocks.2.1.transformer_blocks.0.norm1.bias"
     monkeypatch.setattr(checkpoint_prediction, "LAST_NORM", norm)
     bias = second.unet.up_blocks[0].attentions[2].transformer_blocks[0].norm1.bias
@@ -213,7 +213,7 @@ def test_a_file_of_stable_diffusion_2_becomes_a_folder_that_says_what_it_predict
     tiny_sdxl.saved(second, tmp_path / "templates" / "sd21")
     for file in (tmp_path / "templates").rglob("*.safetensors"):
         file.unlink()
-    # The last layer is there, and no picture is drawn with it.
+    # The last layer exists, but is not used for pictures.
     last, clip = "transformer.resblocks.23.", "cond_stage_model.model."
     beside = {
         f"{clip}{last}ln_1.weight": torch.ones(1024),
@@ -246,7 +246,7 @@ def test_what_a_file_of_stable_diffusion_2_says_counts_more_than_its_weights() -
         metadata = {entry: "epsilon"}
         found = prediction_of("v2", weights, metadata)
         assert (found.velocity, found.guessed) == (velocity, guessed)
-    # Inpainting was trained on noise, and so were other kinds.
+    # Inpainting models were trained to predict noise, and so were other kinds.
     assert not prediction_of("inpainting_v2", weights, {}).velocity
 
 
@@ -263,7 +263,7 @@ def test_a_file_is_converted_again_by_another_converter(
 def test_what_the_file_says_of_its_training_reaches_the_scheduler(
     file: Path, templates: Path, tmp_path: Path
 ) -> None:
-    """By tensors without numbers, as NoobAI's, or by metadata, as kohya's scripts."""
+    """By empty tensors, as in NoobAI's files, or by metadata, as in those of kohya's scripts."""
     plain = load_file(file)
     said = {"v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}
     save_file({**plain, **said}, tmp_path / "tensors.safetensors")
@@ -276,7 +276,7 @@ def test_what_the_file_says_of_its_training_reaches_the_scheduler(
 
 
 def test_the_configs_that_ship_are_those_of_the_published_networks() -> None:
-    """By their numbers of parameters, as published."""
+    """Compared by their published numbers of parameters."""
     with torch.device("meta"):
         counts = {
             f"{kind}/{part}": sum(
@@ -317,6 +317,6 @@ def test_the_vocabulary_is_that_of_clip(tmp_path: Path) -> None:
     shutil.copytree(SHIPPED / "sdxl/tokenizer_2", tmp_path, dirs_exist_ok=True)
     write_tokenizer(tmp_path)
     tokenizer = CLIPTokenizer.from_pretrained(tmp_path)
-    # As OpenAI's own tokenizer has it.
+    # These are the tokens of OpenAI's own tokenizer.
     assert tokenizer("a photo of a cat").input_ids == [49406, 320, 1125, 539, 320, 2368, 49407]
     assert (len(tokenizer), tokenizer.pad_token_id) == (49408, 0)

@@ -38,7 +38,7 @@ SHAPE = (4, HEIGHT // 2, WIDTH // 2)
 @pytest.fixture(scope="module")
 def pipeline() -> Any:
     made = make(BASE)
-    # As trained norms do, so that a state without its norm shows.
+    # Like a trained norm, so that a state without its norm is noticed.
     made.text_encoder.final_layer_norm.bias.data.fill_(0.3)
     return made
 
@@ -60,13 +60,13 @@ def read(model: HostedModel, prompt: str | None, skip: int | None) -> Tensor:
 
 @pytest.fixture(autouse=True)
 def as_diffusers_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """transformers 5 has no trunk inside of this class, and diffusers 0.42 looks for one."""
+    """transformers 5 has no inner model in this class, but diffusers 0.42 expects one."""
     monkeypatch.setattr(CLIPTextModel, "text_model", property(lambda self: self), raising=False)
 
 
 @torch.inference_mode()
 def theirs(pipeline: Any, prompt: str, clip_skip: int | None) -> Tensor:
-    """Hidden states by diffusers, whose numbers begin with 1 at the layer before its default."""
+    """Hidden states by diffusers, which counts from 1 at the layer before its default."""
     encoded = pipeline.encode_prompt(
         prompt,
         device="cpu",
@@ -103,7 +103,7 @@ def test_models_that_read_the_layer_before_the_last_begin_with_that(
         expected, *_ = pipeline.encode_prompt(
             PROMPT, **options, do_classifier_free_guidance=False, clip_skip=their
         )
-        # T5's places are behind those of CLIP.
+        # T5's tokens come after those of CLIP.
         places = pipeline.tokenizer.model_max_length
         torch.testing.assert_close(read(model, PROMPT, skip)[:places], expected[0, :places])
 
@@ -128,7 +128,7 @@ def asked(model: HostedModel, **fields: Any) -> ImageTask:
 
 @torch.inference_mode()
 def drawn(pipeline: Any, clip_skip: int | None) -> Tensor:
-    """Final latents of diffusers. It leaves the negative prompt's layer alone; we do not."""
+    """Final latents of diffusers, which, unlike Weft, leaves the negative prompt's layer alone."""
     answer = pipeline(
         PROMPT,
         negative_prompt_embeds=theirs(pipeline, NEGATIVE, clip_skip)[None],
@@ -146,7 +146,7 @@ def drawn(pipeline: Any, clip_skip: int | None) -> Tensor:
 def test_images_of_several_layers_in_one_batch_are_each_those_of_diffusers(
     pipeline: Any, model: HostedModel, engine: Engine, decoded: list[Tensor]
 ) -> None:
-    """The same prompts each time, so that none may be taken for another that is kept."""
+    """The prompts are the same each time, so that a cached one could be mistaken for another."""
     ear = run(engine, [asked(model), asked(model, clip_skip=2), asked(model, clip_skip=3)])
     assert not ear.errors, ear.errors
     for their in (None, 1, 2):

@@ -1,4 +1,4 @@
-"""Conventions of few-step models: published as documented, and each of them builds its runs."""
+"""Conventions of few-step models are as documented, and runs can be built for each of them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_each_number_of_steps_takes_as_many_evaluations() -> None:
             plan = own.sampler.plan(schedule.grid(own.spacing_of(count), count))
             assert plan.evaluations == count, name
             if count > 1:
-                # Weights of one step start lower; all else starts from pure noise.
+                # Models of one step start lower; all others start from pure noise.
                 assert plan.t[0] == schedule.t_start, name
 
 

@@ -1,4 +1,4 @@
-"""A few-step model is sampled as its authors do, whether its folder tells how or its operator."""
+"""Few-step models are sampled as by their authors, if the folder or the operator says how."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def copy(folder: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def configs(folder: Path, tmp_path: Path) -> Path:
-    """A copy without weights, for what the configs alone tell."""
+    """A copy without weights, for what can be read from the configs alone."""
     nothing_else = shutil.ignore_patterns("*.safetensors")
     return Path(shutil.copytree(folder, tmp_path / "few", ignore=nothing_else))
 
@@ -78,12 +78,12 @@ def load(folder: Path) -> HostedModel:
 
 
 def told_by(configs: Path) -> ModelDefaults | None:
-    """How a folder's U-Net, which is told no scale, is to be sampled."""
+    """How a folder's U-Net without a guidance scale as input is to be sampled."""
     return distilled_as(configs, read_json(configs, SCHEDULER), embeds_scale=False)
 
 
 def sampled_as(base: HostedModel, configs: Path) -> HostedModel:
-    """The model as one of the same weights with other configs."""
+    """The model with the same weights and other configs."""
     model = shallow_copy(base)
     model.facts = replace(base.facts, defaults=told_by(configs))
     return model
@@ -96,7 +96,7 @@ def state(folder: Path, said: Any) -> None:
 
 
 def reschedule(folder: Path, kind: str, **fields: Any) -> None:
-    """Have the folder's scheduler be of another class, as a pipeline saves it."""
+    """Replace the folder's scheduler by another class, as a pipeline saves it."""
     edit(folder / "scheduler/scheduler_config.json", _class_name=kind, **fields)
     edit(folder / "model_index.json", scheduler=["diffusers", kind])
 
@@ -128,13 +128,13 @@ def ours(model: HostedModel, monkeypatch: pytest.MonkeyPatch, **fields: Any) -> 
         run(engine, tasks_of(prepared, model))
     finally:
         engine.stop(0)
-    # A preview, where there is one, comes first.
+    # A preview, if there is one, comes first.
     return seen[-1]
 
 
 @torch.inference_mode()
 def theirs(pipeline: Any, scheduler: Any, **call: Any) -> Tensor:
-    """Final latents of diffusers' pipeline by the lines of a model card."""
+    """Final latents of diffusers' pipeline, called as in a model card."""
     pipeline.scheduler = scheduler
     latents = start_noise(SEED, SHAPE)[None]
     if isinstance(scheduler, EulerDiscreteScheduler):
@@ -153,7 +153,7 @@ def theirs(pipeline: Any, scheduler: Any, **call: Any) -> Tensor:
 
 @dataclass(frozen=True)
 class Card:
-    """What the operator states, what a request asks, and the lines of the model card."""
+    """What the operator states, what a request asks, and the code of the model card."""
 
     said: dict[str, Any]
     scheduler: type[Any]
@@ -164,7 +164,7 @@ class Card:
 
 TRAILING = {"timestep_spacing": "trailing"}
 CARDS = {
-    # The numbers that its code counts down, and not those of four steps by the scheduler alone.
+    # The timesteps that its code lists, not those of four steps by the scheduler alone.
     "dmd2-4": Card(
         {"convention": "dmd2", "steps": 4}, LCMScheduler, {"timesteps": [999, 749, 499, 249]}
     ),
@@ -205,7 +205,7 @@ CARDS = {
 def test_a_request_for_a_prompt_alone_runs_the_lines_of_the_model_card(
     card: Card, pipeline: Any, copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # As base models are saved; only TCDScheduler does not read it.
+    # Base models are saved so; only TCDScheduler does not read it.
     edit(copy / "scheduler/scheduler_config.json", set_alpha_to_one=False)
     state(copy, card.said)
     found = ours(load(copy), monkeypatch, **card.request)
@@ -223,7 +223,7 @@ def test_a_request_for_a_prompt_alone_runs_the_lines_of_the_model_card(
 def test_a_latent_consistency_model_of_sdxl_is_told_its_scale(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As the published U-Net, in a pipeline that is called as any other of its class."""
+    """Like the published U-Net, in a pipeline that is called like any other of its class."""
     scheduler = LCMScheduler.from_config(dict(BASE.config) | {"clip_sample": False})
     told = make(scheduler, time_cond_proj_dim=32)
     found = ours(load(saved(told, tmp_path / "lcm")), monkeypatch, steps=2)
@@ -240,7 +240,7 @@ def test_a_latent_consistency_model_of_sdxl_is_told_its_scale(
 TOLD: dict[str, tuple[str, dict[str, Any], str]] = {
     "lcm": ("LCMScheduler", {"original_inference_steps": 40}, "lcm_lora"),
     "tcd": ("TCDScheduler", {"original_inference_steps": 40}, "tcd"),
-    # As `LCMScheduler.from_config` leaves the entries of the scheduler that it replaces.
+    # `LCMScheduler.from_config` leaves such entries of the scheduler that it replaces.
     "karras": (
         "LCMScheduler",
         {"original_inference_steps": 40, "use_karras_sigmas": True},

@@ -1,4 +1,4 @@
-"""Weighted and long prompts, held to AUTOMATIC1111's own examples and to formulas by hand."""
+"""Weighted and long prompts, compared with AUTOMATIC1111's examples and formulas by hand."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ from tests.server.models.tiny_sdxl import BASE, saved
 from tests.server.models.tiny_sdxl import make as make_xl
 from tests.server.toy_model import run
 
-# The examples in the docstring of `parse_prompt_attention` there.
+# Examples from the docstring of `parse_prompt_attention` in AUTOMATIC1111.
 THEIRS: dict[str, list[tuple[str, float]]] = {
     "normal text": [("normal text", 1.0)],
     "an (important) word": [("an ", 1.0), ("important", 1.1), (" word", 1.0)],
@@ -91,7 +91,7 @@ def test_no_text_takes_long_to_read() -> None:
 
 
 def tokenize(text: str) -> list[tuple[int, ...]]:
-    """A token a letter; 0 is the comma, and a capital stands for three tokens."""
+    """One token per letter; 0 is the comma, and a capital letter is three tokens."""
     return [
         (0,) if letter == "," else (ord(letter),) * (3 if letter.isupper() else 1)
         for letter in text
@@ -149,7 +149,7 @@ def test_a_plain_text_that_is_escaped_says_the_same_in_the_syntax(text: str) -> 
 
 @pytest.mark.parametrize("text", ["a screen of 16:9", "a clock, 12: .5 ", "16:9 and AND 4:3"])
 def test_a_number_at_the_end_of_a_plain_text_is_no_weight_in_its_text(text: str) -> None:
-    # AUTOMATIC1111 takes it for one without AND, too (modules/prompt_parser.py).
+    # AUTOMATIC1111 also reads it as one without AND (modules/prompt_parser.py).
     weight = re.compile(r"^((?:\s|.)*?)(?:\s*:\s*([-+]?(?:\d+\.?|\d*\.\d+)))?\s*$")
     written = escaped(text)
     assert (found := weight.search(written))
@@ -165,7 +165,7 @@ def test_a_weighted_prompt_is_no_plain_text() -> None:
 @pytest.fixture(scope="module")
 def pipeline() -> Any:
     made = make(BASE)
-    # Trained encoders' states have a mean, which those of a fresh layer norm have not.
+    # States of trained encoders have a mean; those of a fresh layer norm do not.
     made.text_encoder.final_layer_norm.bias.data.fill_(0.3)
     return made
 
@@ -184,7 +184,7 @@ def text_of(model: HostedModel, prompt: str | None) -> Tensor:
 
 @torch.inference_mode()
 def by_hand(pipeline: Any, text: str, weights: dict[str, float]) -> Tensor:
-    """One chunk: what the encoder puts out, times the weight of each word's tokens."""
+    """One chunk: the encoder's output, times the weight of each word's tokens."""
     tokenizer, encoder = pipeline.tokenizer, pipeline.text_encoder
     length = tokenizer.model_max_length
     ids = tokenizer(text, padding="max_length", max_length=length, return_tensors="pt").input_ids
@@ -224,12 +224,12 @@ def test_chunks_are_encoded_apart_and_stand_one_behind_the_other(model: HostedMo
 
 @torch.inference_mode()
 def test_a_text_that_is_repeated_is_attended_to_as_it_is_once(model: HostedModel) -> None:
-    """So rows of texts of different lengths share a forward without a mask."""
+    """So rows with texts of different lengths share a forward without a mask."""
     short, long = model.encode_prompts(["a cat", EmphasizedPrompt("a BREAK b BREAK c")], 64, 64)
     [same] = model.encode_prompts([EmphasizedPrompt("a dog BREAK a cat")], 64, 64)
     levelled = model.levelled({"a": short, "b": long, "c": same})
     assert {one.length for one in levelled.values()} == {6 * short.length}
-    # And takes no memory of its own.
+    # The repetition takes no memory of its own.
     assert [one.nbytes for one in levelled.values()] == [
         short.nbytes,
         3 * short.nbytes,

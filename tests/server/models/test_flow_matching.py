@@ -1,4 +1,4 @@
-"""Schedules of flow-matching models are diffusers' own, by size and number of steps."""
+"""Schedules of flow-matching models equal diffusers', by size and number of steps."""
 
 from __future__ import annotations
 

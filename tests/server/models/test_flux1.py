@@ -109,13 +109,13 @@ def test_final_latents_in_mixed_company_are_those_of_diffusers(
 
 
 def test_every_sampler_runs_with_its_own_spacing(model: HostedModel, engine: Engine) -> None:
-    # What is fitted to a model has to be fitted first.
+    # Samplers fitted to a model would have to be fitted first.
     kinds = [kind for kind in SAMPLERS if not issubclass(kind, FittedSampler)]
     names = [kind.model_fields["name"].default for kind in kinds]
     tasks = [asked(model, sampler=name, seed=seed) for seed, name in enumerate(names)]
     ear = run(engine, tasks)
     assert not ear.errors, ear.errors
-    # Those for distilled models are given times of continuous ones.
+    # Samplers for distilled models get the times of continuous ones.
     assert tasks[names.index("lcm")].plan.t[0] == 1
 
 
@@ -137,7 +137,7 @@ def test_a_picture_is_drawn_anew_as_diffusers_draws_it(
     )
     anew: Any = FluxImg2ImgPipeline(**pipeline.components)
     anew.set_progress_bar_config(disable=True)
-    # Of as many channels as latents have, it is taken for latents.
+    # With as many channels as latents, it is taken for latents.
     given = {"image": latents, "strength": 0.5, "num_inference_steps": 4, "guidance_scale": 3.5}
     same = {"width": WIDTH, "height": HEIGHT, "max_sequence_length": LENGTH}
     packed_ones = anew(PROMPT, output_type="latent", **given, **same).images
@@ -153,7 +153,7 @@ def test_in_bfloat16_the_thousandfold_of_sigma_is_rounded_as_by_diffusers(folder
         lambda _, args: told.append(float(args[0][0]))
     )
     half.evaluate(torch.zeros(1, *SHAPE), torch.tensor([857.7]), half.inputs([PROMPT]))
-    # Sigma itself would have been rounded to what is told as 860.
+    # Rounding sigma itself would have given 860.
     assert told == [856.0]
 
 

@@ -107,7 +107,7 @@ def test_final_latents_in_mixed_company_are_those_of_diffusers(
     assert not ear.errors, ear.errors
     assert_among(decoded, theirs(pipeline, guidance_scale=3.0))
     assert_among(decoded, theirs(pipeline, 6, 3, prompt="a star", guidance_scale=1.0))
-    # As many tokens, but not the same places: rows of both in one forward would get those of one.
+    # As many tokens at other positions: in one forward, both rows would get the positions of one.
     upright = start_noise(9, (SHAPE[0], SHAPE[2], SHAPE[1]))[None]
     size: dict[str, Any] = {"width": HEIGHT, "height": WIDTH, "latents": upright}
     assert_among(decoded, theirs(pipeline, guidance_scale=1.0, **size))
@@ -210,7 +210,7 @@ def test_in_bfloat16_the_thousandfold_of_sigma_is_rounded_as_by_diffusers(folder
     embeds = half.modules()["transformer"].get_submodule("time_guidance_embed")
     embeds.register_forward_pre_hook(lambda _, args: told.append(float(args[0][0])))
     half.evaluate(torch.zeros(1, *SHAPE), torch.tensor([857.7]), half.inputs([PROMPT]))
-    # Sigma itself would have been rounded to what is told as 860.
+    # Rounding sigma itself would have given 860.
     assert told == [856.0]
 
 

@@ -30,7 +30,7 @@ ORIGINAL = "first_stage_model."
 
 @pytest.fixture(scope="module")
 def pipeline() -> Any:
-    """With another autoencoder than the folder below."""
+    """A pipeline with another autoencoder than the folder below."""
     made = make(BASE)
     torch.manual_seed(1)
     made.vae = AutoencoderKL(**VAE).eval()
@@ -52,7 +52,7 @@ def test_each_form_of_a_vae_decodes_as_in_diffusers(
 ) -> None:
     own = load(folder)
     whole = {k: v for k, v in checkpoint(pipeline).items() if k.startswith(ORIGINAL)}
-    # As ComfyUI saves whole checkpoints of FLUX.1 (``vae_key_prefix`` of its supported models).
+    # ComfyUI saves whole checkpoints of FLUX.1 so (``vae_key_prefix`` of its supported models).
     comfy = {f"vae.{k.removeprefix(ORIGINAL)}": v for k, v in whole.items()}
     save_file(comfy | {"model.diffusion_model.x": torch.ones(1)}, tmp_path / "all.safetensors")
     bare = {name.removeprefix(ORIGINAL): tensor for name, tensor in whole.items()}
@@ -96,7 +96,7 @@ def test_the_autoencoder_of_qwen_image_is_read_by_the_names_of_wan() -> None:
     config: dict[str, Any] = {"base_dim": 4, "z_dim": 4, "dim_mult": [1, 2, 4, 4]}
     network = AutoencoderKLQwenImage(**config, temperal_downsample=[False, True, True])
     tensors = wan_autoencoder(network)
-    # These are all of the original code's layers of a ResNet, an attention and a side.
+    # All the original code's layers of a ResNet, an attention, and an encoder or decoder.
     assert {
         "conv1.weight",
         "encoder.downsamples.2.resample.1.weight",
@@ -117,7 +117,7 @@ def test_the_autoencoder_of_qwen_image_is_read_by_the_names_of_wan() -> None:
 def test_an_autoencoder_of_stable_diffusion_is_not_taken_for_that_of_qwen_image(
     pipeline: Any,
 ) -> None:
-    """Its names stay, so that the sentence about the layers that do not fit can name them."""
+    """Its names stay as they are, so that the error can name the layers that do not fit."""
     tensors = {k.removeprefix(ORIGINAL): v for k, v in checkpoint(pipeline).items()}
     config: dict[str, Any] = {"base_dim": 4, "z_dim": 4, "dim_mult": [1, 2, 4, 4]}
     network = AutoencoderKLQwenImage(**config, temperal_downsample=[False, True, True])

@@ -1,4 +1,4 @@
-"""A denoiser in one file takes the place of a model's own, and nothing else does."""
+"""A denoiser in one file replaces a model's own, and nothing else changes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def other_unet() -> Any:
-    """With weights that the folder does not have."""
+    """A U-Net with other weights than the folder's."""
     made = tiny_sdxl.make(tiny_sdxl.BASE)
     for parameter in made.unet.parameters():
         parameter.data += 0.1

@@ -1,4 +1,4 @@
-"""Models of the hub: what is fetched of them, from a hub on this machine, and what is kept."""
+"""Models of the hub: what is fetched (here from a local stand-in), and what is kept."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ Fetch = Callable[..., list[dict[str, Any]]]
 
 @pytest.fixture(scope="module")
 def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The embedded model as a repository, with much that is not to be fetched."""
+    """The embedded model as a repository, with many files that must not be fetched."""
     folder = tmp_path_factory.mktemp("hub") / "tiny"
     shutil.copytree(MODEL_FOLDER, folder, ignore=shutil.ignore_patterns("weft"))
     index = json.loads((folder / "model_index.json").read_text())
@@ -75,7 +75,7 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def fetch(tmp_path: Path) -> Fetch:
-    """Fetch models with a cache of the test's own."""
+    """Fetch models with the test's own cache."""
 
     def run(
         hub: Hub, *models: str, token: str = "", refuses: str = "", replaced: str = ""
@@ -110,13 +110,13 @@ def test_a_model_is_fetched_once_and_goes_on_where_it_was_cut(
         "vae/diffusion_pytorch_model.safetensors",
     ]
     sizes = {file: (repository / file).stat().st_size for file in hub.sent}
-    # Nothing was sent twice, also of the file whose first answer was cut.
+    # Nothing was sent twice, not even of the file whose first answer was cut.
     assert hub.sent == sizes
     [[done, total]] = fetched["told"]
     assert done == total == sum(sizes.values()) - sizes["model_index.json"]
     folder = Path(fetched["folder"])
     assert folder.name == COMMIT
-    # The hub is gone: what is in the cache serves, and what is incomplete says so.
+    # Without the hub, the cache is used, and what is incomplete is reported.
     assert fetch(hub, "org/tiny@v1", f"org/tiny@{COMMIT}") == 2 * [
         {"folder": str(folder), "told": []}
     ]
@@ -128,7 +128,7 @@ def test_a_model_is_fetched_once_and_goes_on_where_it_was_cut(
     theirs = load_model(MODEL_FOLDER, name="m", device="cpu", dtype="bfloat16").modules()["unet"]
     ours = hosted.models["tiny"].modules()["unet"].state_dict()
     assert all(torch.equal(tensor, ours[key]) for key, tensor in theirs.state_dict().items())
-    # In full precision other files are wanted.
+    # Full precision needs other files.
     with pytest.raises(ModelMismatch, match=r"cannot be reached \(HF_HUB_OFFLINE is set\)"):
         host(Settings(models=("org/tiny@v1",), dtype="float32"))
     (folder / name).unlink()
@@ -166,7 +166,7 @@ def test_weights_that_others_take_the_place_of_are_not_fetched(
     with serving(Hub(repository)) as hub:
         [fetched] = fetch(hub, "org/tiny", replaced="unet")
         assert [name for name in hub.sent if name.startswith("unet")] == ["unet/config.json"]
-    # What is there serves without the hub.
+    # Cached files are used without the hub.
     assert fetch(hub, "org/tiny", replaced="unet") == [{**fetched, "told": []}]
 
 

@@ -30,7 +30,7 @@ WIDTH, HEIGHT = 64, 48
 STEPS = 4
 SHAPE = (4, HEIGHT // 2, WIDTH // 2)
 PICTURE = torch.rand(3, HEIGHT, WIDTH, generator=torch.Generator().manual_seed(1)) * 2 - 1
-# Edges inside cells, and greys on both sides of the middle.
+# Edges inside cells, and greys above and below the middle.
 MASK = torch.zeros(HEIGHT, WIDTH)
 MASK[7:30, 11:40] = 1
 MASK[30:36, 11:40] = 0.6
@@ -130,7 +130,7 @@ def test_a_part_is_repainted_alone_as_diffusers_repaints_it(
 ) -> None:
     run(engine, [asked(model, PICTURE, MASK)])
     assert_among(decoded, theirs(pipeline, PICTURE, MASK))
-    # The picture, the mask and where the mask's middle is are all seen.
+    # The picture, the mask and the mask's threshold all make a difference.
     for sprung in (theirs(pipeline, -PICTURE, MASK), theirs(pipeline, PICTURE, MASK.ceil())):
         assert_apart(decoded[0], sprung)
 

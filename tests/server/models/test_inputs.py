@@ -1,4 +1,4 @@
-"""What rows are given can be chosen, replaced and padded without knowing what it is."""
+"""Inputs of rows can be selected, replaced and padded without knowing what they are."""
 
 from __future__ import annotations
 

@@ -99,7 +99,7 @@ def test_a_picture_gets_the_size_that_diffusers_gives_it(model: HostedModel) -> 
     assert target.size_of(3000, 1700, 2**21) == (1392, 752)
     assert target.size_of(100, 100, 2**21) == (1024, 1024)
     assert target.size_of(1700, 3000, 2**21) == (752, 1392)
-    # Where the operator allows no such size it keeps its proportions, in the model's multiples.
+    # Where the operator's limit is lower, proportions are kept, in the model's multiples.
     assert target.size_of(200, 100, 5000) == (100, 48)
 
 

@@ -41,7 +41,7 @@ BARE = {
     "steps": 4,
     "guidance": {"name": "cfg", "scale": 8.5, "policy": {"name": "embedded"}},
 }
-"""What a request gets that names a prompt alone, as diffusers' pipeline does."""
+"""What a request with only a prompt gets, as in diffusers' pipeline."""
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +67,7 @@ def pipeline() -> Any:
         vae=AutoencoderKL(**VAE).eval(),
         text_encoder=CLIPTextModel(text_config(32)).eval(),
         tokenizer=CLIPTokenizer.from_pretrained(MODEL_FOLDER / "tokenizer"),
-        # As in the published configs; the last step is at the clean picture all the same.
+        # As in the published configs; the last step still ends at the clean picture.
         scheduler=LCMScheduler(set_alpha_to_one=False, steps_offset=1),
         **without,
     )

@@ -1,4 +1,4 @@
-"""The coefficients in a model folder, looked for by several threads while files come."""
+"""Coefficients in a model folder, searched by several threads while files are added."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_a_search_goes_on_while_another_one_reads_new_files(tmp_path: Path) -> N
     assert fits.find(IDENTITY) is None
 
     class Meanwhile:
-        """An identity that is compared just when somebody else finds a new file."""
+        """An identity that is compared just when another thread finds a new file."""
 
         def __init__(self) -> None:
             self.compared = 0
@@ -90,7 +90,7 @@ def test_a_file_of_numbers_that_make_no_picture_is_left_out(
 def test_a_file_that_is_written_anew_is_read_again(
     stale: FitIdentity | None, tmp_path: Path
 ) -> None:
-    """As after `weft linear-ag` for other weights, in place of a damaged file, or with more runs.
+    """`weft linear-ag` does so for other weights, for a damaged file, or with more runs.
 
     The name of a file does not depend on the weights.
     """
@@ -100,7 +100,7 @@ def test_a_file_that_is_written_anew_is_read_again(
         file.write_bytes(b"damaged")
     else:
         store(tmp_path, stale)
-    # Clocks of file systems may not tell two writes in a row apart.
+    # Clocks of file systems may not distinguish two successive writes.
     os.utime(file, (0, 0))
     fits = LinearFits(tmp_path)
     fits.find(IDENTITY)

@@ -1,4 +1,4 @@
-"""Model folders are read without trust."""
+"""Model folders are read without trusting them."""
 
 from __future__ import annotations
 
@@ -240,13 +240,13 @@ def refuse_prediction(folder):
 
 
 def refuse_flow(folder):
-    """Of a fine-tune of Stable Diffusion XL that was trained as a flow."""
+    """Configure a fine-tune of Stable Diffusion XL that was trained as a flow."""
     name = "FlowMatchEulerDiscreteScheduler"
     edit(folder / "scheduler" / "scheduler_config.json", _class_name=name, shift=3.0)
 
 
 def refuse_edm(folder):
-    """As Playground v2.5 names its scheduler."""
+    """Configure the scheduler as Playground v2.5 does."""
     name = "EDMDPMSolverMultistepScheduler"
     edit(folder / "scheduler" / "scheduler_config.json", _class_name=name, sigma_data=0.5)
 
@@ -414,7 +414,7 @@ def test_what_is_said_of_a_spoilt_classifier_names_no_folder(folder):
 
 
 def test_torchs_default_type_stays_what_it_is_while_a_model_is_loaded(monkeypatch):
-    """It is of all threads: noise that the engine draws meanwhile would be rounded to it."""
+    """It applies to all threads: noise that the engine draws meanwhile would be rounded to it."""
     chosen, choose = [], torch.set_default_dtype
 
     def watched(dtype):
@@ -453,7 +453,7 @@ def test_weights_of_a_variant_serve_where_there_are_no_others(folder):
 
 
 def test_what_a_model_takes_is_said_by_its_headers(folder):
-    """A companion included."""
+    """This includes a companion."""
     whole, half = (bytes_in_memory(MODEL_FOLDER, dtype) for dtype in (torch.float32, torch.float16))
     assert whole == pytest.approx(bytes_of(load(MODEL_FOLDER)), rel=0.01)
     assert half < 0.6 * whole

@@ -1,4 +1,4 @@
-"""Memory of the host, as far as a container or a service may have it."""
+"""Memory of the host, as far as a container or a service may use it."""
 
 from pathlib import Path
 
@@ -51,7 +51,7 @@ def test_there_is_what_is_below_the_limit_and_what_the_kernel_keeps_of_files(
 
 
 def test_a_tenth_of_a_gpu_is_left_to_activations(monkeypatch: pytest.MonkeyPatch) -> None:
-    # What torch keeps of freed tensors is free for others.
+    # Memory of freed tensors that torch keeps counts as free.
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (500, 1000))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 300)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 250)
@@ -59,7 +59,7 @@ def test_a_tenth_of_a_gpu_is_left_to_activations(monkeypatch: pytest.MonkeyPatch
 
 
 def test_the_weights_of_an_unloaded_network_are_free_for_others(young_garbage: None) -> None:
-    """The allocator keeps blocks of a size once some were freed, below others that are in use."""
+    """The allocator keeps freed blocks that lie below others still in use."""
     device, process = torch.device(HOST), psutil.Process()
     others: list[torch.Tensor] = []
     before = process.memory_info().rss

@@ -49,7 +49,7 @@ def test_a_published_file_in_the_folder_of_a_network_is_read(make: Any, tmp_path
 
 
 def flux1() -> tuple[Any, dict[str, Tensor]]:
-    """Of the published width, which its converter counts on, and without memory for weights."""
+    """FLUX.1 at the published width, which its converter assumes, without memory for weights."""
     weights = {name: torch.ones(outs * WIDTH, 1) for name, outs in FLUX_1.items()}
     with torch.device("meta"):
         network = FluxTransformer2DModel(num_layers=1, num_single_layers=1, guidance_embeds=True)
@@ -58,7 +58,7 @@ def flux1() -> tuple[Any, dict[str, Tensor]]:
 
 @pytest.mark.parametrize("scale", ["scale", "weight"])
 def test_all_layers_of_flux_have_the_names_of_diffusers(scale: str) -> None:
-    """Scales of queries and keys are called weights in what ComfyUI has saved since 2026."""
+    """ComfyUI's files have called scales of queries and keys weights since 2026."""
     network, tensors = flux1()
     tensors = {re.sub("_norm.scale$", f"_norm.{scale}", k): one for k, one in tensors.items()}
     made = as_diffusers(tensors, network, "it", torch.float32)
@@ -118,7 +118,7 @@ def test_a_sana_whose_original_names_cannot_be_read_is_named(sprint: bool, named
 
 
 def test_a_file_trained_on_references_at_timestep_zero_needs_a_config_that_says_so() -> None:
-    """As ComfyUI's file of Qwen-Image-Edit-2511 (``comfy/model_detection.py``)."""
+    """ComfyUI's file of Qwen-Image-Edit-2511 is one (``comfy/model_detection.py``)."""
     with torch.device("meta"):
         networks = [
             QwenImageTransformer2DModel(num_layers=1, zero_cond_t=zero) for zero in (True, False)

@@ -1,4 +1,4 @@
-"""What is loaded does not follow its files."""
+"""Loaded weights do not change when their files do."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.server.models.image_prompts.tiny_image_prompts import put_adapter, pu
 def test_weights_on_a_cpu_stay_as_they_were_when_their_files_are_overwritten(
     tmp_path: Path,
 ) -> None:
-    # Each file has the type of the weights, so that nothing is copied by being converted.
+    # Each file has the data type of the weights, so that conversion copies nothing.
     without = shutil.ignore_patterns("ems-*", "linear-*")
     folder = shutil.copytree(MODEL_FOLDER, tmp_path / "model", ignore=without)
     model = load_model(folder, name="m", device="cpu", dtype="float32")

@@ -1,4 +1,4 @@
-"""Parts are built with all that their weights files do not hold."""
+"""Parts are built with everything that their weight files do not hold."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What of a model is streamed from host memory, by what the operator chose and what fits."""
+"""Which parts of a model are streamed from host memory, by the operator's choice and what fits."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_no_more_is_streamed_than_must_be() -> None:
     choices = options("auto", "none", CUDA)
     needs = dict(zip(choices, (300, 200, 100), strict=True))
     chosen = [first_that_fits(choices, needs.__getitem__, most) for most in (300, 299, 199, 0)]
-    # What does not fit even so is refused by whoever asks for the room.
+    # What still does not fit is refused later, when its room is claimed.
     assert [one.offload for one in chosen] == ["none", "text", "all", "all"]
 
 
@@ -49,7 +49,7 @@ def test_what_a_placement_takes_is_read_from_the_headers(tmp_path: Path) -> None
         return bytes_on_host(tmp_path, torch.float16, placement)
 
     assert on_host(Placement()) == on_host(Placement(offload="text")) == 0
-    # Three blocks take four, as a power of two.
+    # Three blocks take the room of four, a power of two.
     rounded = first + second + 4 * first + norm
     assert on_host(Placement(offload="all")) == 2 * rounded
     assert on_host(Placement("int8", "all")) == rounded + norm

@@ -1,4 +1,4 @@
-"""Prompts that change along a run: held to AUTOMATIC1111's schedules, and to diffusers."""
+"""Prompts that change along a run, compared with AUTOMATIC1111's schedules and diffusers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.server.models.tiny_sdxl import BASE, saved
 from tests.server.toy_model import run
 
 Schedule: TypeAlias = "list[tuple[int, str]]"
-"""Texts, each with the evaluation that it lasts until."""
+"""Texts, each with the evaluation until which it lasts."""
 
 
 def in_turns(*texts: str) -> Schedule:
@@ -123,7 +123,7 @@ def test_no_prompt_takes_long_to_read() -> None:
     deep = "[a:" * 2000 + "b" + ":3]" * 2000
     for hostile in ("[" * 8000, "[a:" * 2500, "[(" * 4000, "[:" + " " * 8000, deep, "[a:b:1e999]"):
         assert texts_along(hostile, Timeline(10))
-    # As often as a request with several prompts and two long runs asks for it.
+    # As often as for a request with several prompts and two long runs.
     for _ in range(20):
         assert len([*texts_along("[a|b]" * 400 + "()" * 1000, Timeline(400))]) == 400
     assert time.process_time() - began < 1.5
@@ -137,7 +137,7 @@ RED, STAR = "a red circle", "a green star"
 @pytest.fixture(scope="module")
 def pipeline() -> Any:
     made = make(BASE)
-    # Trained encoders' states have a mean, which those of a fresh layer norm have not.
+    # States of trained encoders have a mean; those of a fresh layer norm do not.
     made.text_encoder.final_layer_norm.bias.data.fill_(0.3)
     return made
 
@@ -157,7 +157,7 @@ def asked(model: HostedModel, prompt: str, negative: str = "") -> ImageTask:
 def drawn(
     pipeline: Any, prompt: Callable[[int], str], negative: Callable[[int], str] = lambda _: ""
 ) -> Tensor:
-    """Final latents of diffusers' pipeline, told other texts at each step, counted from 0."""
+    """Final latents of diffusers' pipeline with the texts of each step, counted from 0."""
 
     def told(step: int) -> Tensor:
         texts = (negative(step), prompt(step))
@@ -221,7 +221,7 @@ def test_images_of_one_batch_are_those_of_diffusers_whose_prompts_are_swapped_at
 def test_texts_of_unlike_length_take_turns(
     model: HostedModel, engine: Engine, decoded: list[Tensor]
 ) -> None:
-    """One chunk and two, the longer of which is told what the shorter is, twice."""
+    """Texts of one chunk and of two; the longer one is the shorter one, twice."""
     run(engine, [asked(model, f"[{RED}:{RED} BREAK {RED}:2]"), asked(model, RED)])
     changing, plain = decoded
     assert float((changing - plain).norm() / plain.norm()) < 1e-5

@@ -1,4 +1,4 @@
-"""Weights in fewer bits: which layers, how far off, how many bytes, and adapters on top."""
+"""Weights in fewer bits: which layers, the error, the bytes, and adapters on top."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from server.models.weights_held import bytes_of
 
 KINDS: tuple[Quantization, ...] = ("int8", "fp8", "nf4")
 LARGEST_ERROR = {"int8": 0.02, "fp8": 0.06, "nf4": 0.25}
-"""Of a prediction, relative to its norm."""
+"""Largest error of a prediction, relative to its norm."""
 
 
 def loaded(kind: Quantization) -> HostedModel:

@@ -31,14 +31,14 @@ from tests.server.toy_model import run, started
 WIDTH, HEIGHT = 48, 40
 SHAPE = (CHANNELS, HEIGHT // 2, WIDTH // 2)
 PIXELS, SEEN_PIXELS = 64 * 64, 56 * 56
-"""In place of a megapixel, and of what the text encoder sees."""
+"""Areas in place of a megapixel, and of the pictures that the text encoder sees."""
 
 GUIDED: dict[str, Any] = {"name": "cfg", "scale": 4.0, "cfg_norm": {"patch": 2}}
 
 
 @pytest.fixture(scope="module", autouse=True)
 def small() -> Iterator[None]:
-    """A megapixel is much for a test."""
+    """Use small areas, since a megapixel is too large for a test."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(transformer_model, "DEFAULT_SIDE", 32)
         patch.setattr(edit_plus, "VAE_IMAGE_SIZE", PIXELS)
@@ -56,7 +56,7 @@ def of_kind(kind: Any, folder: Any, **config: Any) -> tuple[Any, HostedModel]:
     read = pipeline.text_encoder.forward
 
     def placed(input_ids: Tensor, **given: Any) -> Any:
-        """As transformers 4 did by itself, with which these models were published."""
+        """Find positions as transformers 4 did, with which these models were published."""
         kinds = (input_ids == pipeline.text_encoder.config.image_token_id).int()
         return read(input_ids, mm_token_type_ids=kinds, **given)
 
@@ -116,7 +116,7 @@ def drawn(model: HostedModel, tasks: list[ImageTask]) -> list[Tensor]:
 
 
 def test_with_several_pictures_it_is_the_pipeline_of_diffusers(tmp_path: Any) -> None:
-    # As that of 2511 is configured: pictures are told that they have no noise.
+    # As in the 2511 release: for pictures, the time says that they have no noise.
     pipeline, model = of_kind(QwenImageEditPlusPipeline, tmp_path / "plus", zero_cond_t=True)
     wide, small = picture(90, 50, seed=1), picture(64, 64, seed=2)
     tasks = [
@@ -131,7 +131,7 @@ def test_with_several_pictures_it_is_the_pipeline_of_diffusers(tmp_path: Any) ->
     assert difference(two, theirs(pipeline, 6, [small, wide], "a star")) < 1e-4
     assert difference(long, theirs(pipeline, 7, [wide], "a much longer text " * 3)) < 1e-4
     assert_apart(expected, theirs(pipeline, 5, [small], "a red circle"))
-    # Seen by the text encoder alone, or by the denoiser alone, it would be another image.
+    # If only the text encoder or only the denoiser saw it, the image would be another.
     for sprung in (
         replace(tasks[0], text=replace(tasks[0].text, pictures=())),
         replace(tasks[0], text=asked(model, [small], SEEN_PIXELS, prompt="a red circle").text),
@@ -150,13 +150,13 @@ def test_with_one_picture_it_is_the_pipeline_of_diffusers(
     (pipeline, model), wide = one_picture, picture(90, 50, seed=1)
     [image] = drawn(model, [asked(model, [wide], PIXELS, prompt="a red circle", seed=5)])
     assert difference(image, theirs(pipeline, 5, wide, "a red circle")) < 1e-4
-    # Pictures are brought to a megapixel, for both networks.
+    # Pictures are resized to a megapixel, for both networks.
     target = target_of(model.facts)
     assert target == seen_target_of(model.facts)
     for size in ((900, 500), (64, 64), (500, 900)):
         ours = target.size_of(*size, 2**21)
         assert ours == edit_plus.calculate_dimensions(1024**2, size[0] / size[1])
-    # Theirs have 1376 x 768, which are a few more than a server allows that allows a megapixel.
+    # Diffusers' have 1376 x 768, slightly more than a server with a limit of a megapixel allows.
     for size in ((1920, 1080), (640, 360)):
         assert target.size_of(*size, 1024**2) == (1344, 768)
 

@@ -58,7 +58,7 @@ def folder(pipeline: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module", autouse=True)
 def small() -> Iterator[None]:
-    """No config of this family states a size, and 1024 pixels are many for a test."""
+    """No config of this family states a size, and 1024 pixels are too many for a test."""
     with patch.object(transformer_model, "DEFAULT_SIDE", 48):
         yield
 
@@ -189,9 +189,9 @@ def test_the_text_is_the_last_state_behind_the_head_of_the_template(
     torch.testing.assert_close(ours.tensors[TEXT], expected[0])
     assert torch.equal(unconditional.tensors[TEXT], spaced.tensors[TEXT])
     assert model.count_tokens(PROMPT) == len(PROMPT)
-    # What looks at pictures, and what says words, is not kept in memory.
+    # The vision tower and the output layer for words are not kept in memory.
     assert type(model.modules()["text_encoder"]).__name__ == "Qwen2_5_VLTextModel"
-    # What is read of a longer prompt is cut off where the pipeline does.
+    # A longer prompt is truncated at the same place as in the pipeline.
     [cut] = model.encode_prompts(["a" * 600], WIDTH, HEIGHT)
     expected, _ = pipeline.encode_prompt("a" * 600, max_sequence_length=512)
     torch.testing.assert_close(cut.tensors[TEXT], expected[0], rtol=1e-4, atol=1e-4)
@@ -230,7 +230,7 @@ def test_image_to_image_is_that_of_diffusers(
     )
     anew: Any = QwenImageImg2ImgPipeline(**pipeline.components)
     anew.set_progress_bar_config(disable=True)
-    # Of as many channels as latents have, it is taken for latents.
+    # With as many channels as latents, it is taken for latents.
     given: dict[str, Any] = {"image": model.encode_image(picture[None]), "strength": 0.5}
     same = {"width": WIDTH, "height": HEIGHT, "num_inference_steps": 4, "output_type": "latent"}
     told: dict[str, Any] = {"negative_prompt": " ", "true_cfg_scale": 4.0}

@@ -1,4 +1,4 @@
-"""Rows that change the network, beside the same row alone under an ordinary, whole-batch change."""
+"""Rows with edits of the network equal the same row alone under an ordinary whole-batch change."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def with_processor(network, layer, processor):
 
 
 class BlurProcessor:
-    """SEG as published: queries blurred by a kernel of odd size over mirrored borders."""
+    """SEG as published: queries blurred by a kernel of odd size, with reflected borders."""
 
     def __init__(self, sigma, height):
         self.sigma, self.height = sigma, height
@@ -106,9 +106,9 @@ class BlurProcessor:
 
 
 def published_taps(side, sigma):
-    """The authors' kernel: the next odd size from six sigma, at most the next odd one from a side.
+    """The authors' kernel, whose size is odd: from six sigma, but limited by the side.
 
-    (``kernel_size = ceil(6 sigma) + 1 - ceil(6 sigma) % 2``, then the least of that and
+    (``kernel_size = ceil(6 sigma) + 1 - ceil(6 sigma) % 2``, then the lesser of that and
     ``side - (side % 2 - 1)``.)
     """
     size = math.ceil(6 * sigma)
@@ -136,7 +136,7 @@ def freed(network):
 
 
 def skip_tuned(network, factors):
-    """Factors by up block and position, bottom to top, written into each block's forward."""
+    """Skip tuning with factors by up block and position, from the bottom up, in block forwards."""
     changed = copy.deepcopy(network)
     left = list(factors)
     for block in changed.up_blocks:
@@ -185,7 +185,7 @@ CHANGES = {
 
 
 class PAGOnly:
-    """diffusers' own perturbed attention, which expects a plain row before each perturbed one."""
+    """diffusers' own perturbed attention, for which each perturbed row follows a plain one."""
 
     def __init__(self):
         self._pag: Any = PAGIdentitySelfAttnProcessor2_0()
@@ -259,7 +259,7 @@ def test_a_network_without_a_middle_has_a_backbone_too():
 
 @pytest.mark.parametrize("sigma", [0.5, 4.0])
 def test_queries_are_blurred_over_pictures_that_are_not_square(unet, edited, sigma):
-    """Attention over 4 x 12 and, of an odd height, 3 x 8 cells."""
+    """Attention over 4 x 12 cells and, with an odd height, 3 x 8."""
     for size, height in (((8, 24), 4), ((6, 16), 3)):
         ours = forward_with(edited, [(BlurredQueries((UP,), sigma),)], size=size)
         theirs = with_processor(unet, UP, BlurProcessor(sigma, height))
@@ -268,14 +268,14 @@ def test_queries_are_blurred_over_pictures_that_are_not_square(unet, edited, sig
 
 @pytest.mark.parametrize("threshold", [0.65, 0.95])
 def test_rows_kept_apart_equal_their_own_batch_under_the_ordinary_hook(unet, threshold):
-    # In float64, as tokens about as alike as the threshold would be told apart by rounding.
+    # In float64, since rounding would decide for tokens whose similarity is near the threshold.
     unet = copy.deepcopy(unet).double()
     network = copy.deepcopy(unet)
     hooks = RowEdits(network)
     layers = tuple(name for name in hooks.layers() if name.startswith("up_blocks"))
     ordinary, merging = kept_apart(unet, layers, 0.9, threshold)
     x, t, told = (tensor.double() for tensor in inputs(3))
-    # Alike enough for some of their tokens, and at one time, as images of one request are.
+    # Similar enough for some of the tokens, and at one time, like images of one request.
     x, t, told = x[:1] + 0.8 * (x - x[:1]), t[:1].expand(3), told[:1].expand(3, -1, -1)
     theirs = forward(ordinary, x, t, told)
     assert any(0 < share < 1 for share in merging.moved)

@@ -79,7 +79,7 @@ def theirs(pipeline: Any, seed: int = 5, prompt: str = PROMPT, **fields: Any) ->
         "output_type": "latent",
     }
     if type(pipeline).__name__ == "SanaPipeline":
-        # Their noise has the deviation 1 where that of the level is .9997.
+        # Diffusers' noise has standard deviation 1, where the level's is .9997.
         pipeline.scheduler.set_timesteps(1)
         given["latents"] = given["latents"] * pipeline.scheduler.sigmas[0]
     return pipeline(prompt, **given | fields).images[0]
@@ -197,7 +197,7 @@ def test_sprint_draws_in_a_few_steps_and_is_told_its_scale(
         {"sampler": "heun", "guidance": "none", "seed": 7},
     ]
     with monkeypatch.context() as patched:
-        # It waits for the device, which a tick does once, at its end.
+        # This call waits for the device, which a tick may do only once, at its end.
         patched.setattr(Tensor, "new_tensor", None)
         ear = run(engine, [asked(sprinter, **one) for one in company])
     engine.stop(0)
@@ -218,7 +218,7 @@ def test_sprint_draws_in_a_few_steps_and_is_told_its_scale(
     assert_among(seen, drawn(num_inference_steps=1, guidance_scale=20.0, **even))
     told_nothing = {"num_inference_steps": 3, "guidance_scale": 1.0}
     assert_among(seen, drawn("a star beside a ring", **told_nothing, **even))
-    # As if the scale were told as it is, and as if the second angle were half way.
+    # As if the scale were passed unchanged, and as if the second angle were half way.
     assert_apart(usual, drawn(num_inference_steps=2, guidance_scale=45.0))
     assert_apart(usual, drawn(num_inference_steps=2, **even))
 

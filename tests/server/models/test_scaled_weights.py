@@ -1,4 +1,4 @@
-"""Eight-bit floats with scales are multiplied out, and other formats are refused."""
+"""Eight-bit floats are multiplied by their scales, and other formats are refused."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from server.models.scaled_weights import unscaled
 
 
 def format_of(kind: str) -> Tensor:
-    """As ComfyUI writes it: JSON in bytes."""
+    """The format as ComfyUI writes it: JSON in bytes."""
     return torch.tensor([*json.dumps({"format": kind}).encode()], dtype=torch.uint8)
 
 

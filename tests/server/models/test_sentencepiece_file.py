@@ -1,4 +1,4 @@
-"""T5's tokenizer of a SentencePiece file is that of its vocabulary."""
+"""T5's tokenizer read from a SentencePiece file equals that of its vocabulary."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def counted(field: int, value: bytes) -> bytes:
 
 
 def message(kind: int = 1) -> bytes:
-    """As the library writes it: pieces, then settings of the trainer and of the normalizer."""
+    """A file as the library writes it: pieces, then settings of the trainer and normalizer."""
     pieces = b"".join(
         counted(1, counted(1, text.encode()) + b"\x15" + struct.pack("<f", score) + bytes([24, of]))
         for text, score, of in PIECES

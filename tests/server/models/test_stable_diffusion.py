@@ -1,4 +1,4 @@
-"""What the denoiser of a Stable Diffusion folder can be told beside x, t and the prompt."""
+"""Inputs of a Stable Diffusion folder's denoiser beside x, t and the prompt."""
 
 from __future__ import annotations
 

@@ -95,7 +95,7 @@ def test_final_latents_alone_are_those_of_diffusers(
 ) -> None:
     run(engine, [asked(model)])
     assert_among(decoded, theirs(pipeline))
-    # Given no sigmas, their scheduler shifts the last one twice.
+    # Without given sigmas, diffusers' scheduler shifts the last one twice.
     once = torch.linspace(1, 1 / 4, 4).tolist()
     assert_apart(decoded[0], theirs(pipeline, sigmas=once))
 
@@ -120,7 +120,7 @@ def test_final_latents_in_mixed_company_are_those_of_diffusers(
     skipped: dict[str, Any] = {
         "skip_guidance_layers": [1],
         "skip_layer_guidance_scale": 2.8,
-        # They skip after the first share of the steps and before the last one.
+        # Diffusers skips layers strictly after the start fraction and before the stop fraction.
         "skip_layer_guidance_start": -1,
         "skip_layer_guidance_stop": 1,
     }
@@ -134,13 +134,13 @@ def test_the_text_is_that_of_all_three_encoders(pipeline: Any, model: HostedMode
     expected = pipeline.encode_prompt(PROMPT, None, None, **length)
     torch.testing.assert_close(ours.tensors[TEXT], expected[0][0])
     torch.testing.assert_close(ours.tensors[POOLED], expected[2][0])
-    # T5 is given no mask, so that its padding changes the prompt's own tokens too.
+    # T5 gets no mask, so its padding also changes the prompt's own tokens.
     tokens = pipeline.tokenizer_3(
         PROMPT, padding="max_length", max_length=LENGTH, return_tensors="pt"
     )
     masked = pipeline.text_encoder_3(**tokens).last_hidden_state[0]
     assert_apart(ours.tensors[TEXT][-LENGTH:], masked)
-    # Of CLIP it is the state before the last layer, and zeros fill the features up.
+    # From CLIP it takes the state before the last layer, with features padded by zeros.
     first = pipeline.tokenizer(PROMPT, padding="max_length", return_tensors="pt").input_ids
     last = pipeline.text_encoder(first, output_hidden_states=True).hidden_states[-1][0]
     clips = ours.tensors[TEXT][:-LENGTH]
@@ -192,7 +192,7 @@ def test_image_to_image_is_that_of_diffusers(
     )
     anew: Any = StableDiffusion3Img2ImgPipeline(**pipeline.components)
     anew.set_progress_bar_config(disable=True)
-    # Of as many channels as latents have, it is taken for latents.
+    # With as many channels as latents, it is taken for latents.
     given: dict[str, Any] = {"image": model.encode_image(picture[None]), "strength": 0.5}
     same = {"width": WIDTH, "height": HEIGHT, "num_inference_steps": 4, "output_type": "latent"}
     told: dict[str, Any] = {"guidance_scale": 4.0, "max_sequence_length": LENGTH}

@@ -75,7 +75,7 @@ def assert_among(seen: list[Tensor], expected: Tensor) -> None:
 
 
 def assert_apart(ours: Tensor, sprung: Tensor) -> None:
-    """A trap must be visible, or a test that avoids it shows nothing."""
+    """Check that a mistake would be visible; a test that avoids it would show nothing otherwise."""
     assert float((ours - sprung).norm() / ours.norm()) > 1e-2
 
 
@@ -221,7 +221,7 @@ def test_turbo_draws_in_a_few_steps_without_guidance(
 
 @pytest.fixture(scope="module")
 def turbo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """With the size that the published U-Net states; its layers do not depend on it."""
+    """A folder with the size that the published U-Net states; its layers do not depend on it."""
     made = saved(make(TURBO), tmp_path_factory.mktemp("models") / "turbo")
     edit(made / "unet" / "config.json", sample_size=64)
     return made

@@ -1,4 +1,4 @@
-"""Which statistics of a model there are, and which of them a request gets."""
+"""Which statistics of a model exist, and which of them a request gets."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ PROMPTS = ["a red circle", "a blue square above a star", ""]
 
 @pytest.fixture
 def far_away(monkeypatch: pytest.MonkeyPatch) -> None:
-    """There is one memory here: weights that would be in the other one are NaN."""
+    """There is only one memory here, so weights that would be on the host are made NaN."""
     there: dict[Tensor, Tensor] = {}
 
     def tensors_of(group: Any) -> list[Tensor]:
@@ -47,7 +47,7 @@ def far_away(monkeypatch: pytest.MonkeyPatch) -> None:
     def offload(group: Any) -> None:
         for tensor in tensors_of(group):
             if tensor not in there:
-                # As where a stream of its own copies the next group.
+                # As when a separate stream copies the next group.
                 group.cpu_param_dict[tensor] = tensor.data
                 there[tensor] = tensor.data
                 tensor.data = torch.full_like(
@@ -67,12 +67,12 @@ def embedded(_: Path) -> Path:
 
 
 def flux1(folder: Path) -> Path:
-    """A CLIP, a T5 with tied weights, and a transformer of two kinds of blocks."""
+    """A model of a CLIP, a T5 with tied weights, and a transformer of two kinds of blocks."""
     return saved(tiny_flux1.make(tiny_flux1.DEV, guided=True), folder)
 
 
 def z_image(folder: Path) -> Path:
-    """A transformer whose forward is Weft's own."""
+    """A model with a transformer whose forward is Weft's own."""
     return saved(tiny_z_image.make(3.0), folder)
 
 
@@ -101,7 +101,7 @@ def test_a_streamed_model_gives_the_same_bits(
                 stream_blocks(network, CPU)
         away = [p for n in model.modules().values() for p in n.parameters() if p.isnan().any()]
         assert away
-        # Twice, as a forward must leave them as it found them.
+        # Twice, since a forward must leave weights as it found them.
         for _ in range(2):
             streamed = conditioned(model)
             for name, tensor in told.conditioning.tensors.items():

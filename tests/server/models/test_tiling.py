@@ -1,4 +1,4 @@
-"""Large pictures pass autoencoders in tiles, and others whole, bit by bit as diffusers has it."""
+"""Large pictures pass autoencoders in tiles, others whole, with the same bits as in diffusers."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def network() -> Any:
 
 @pytest.fixture
 def sides(network: Any) -> Any:
-    """Of what the decoder was given at once, in pixels."""
+    """Sides, in pixels, of what the decoder was given at once."""
     seen: list[int] = []
 
     def watch(_: Any, given: tuple[Tensor, ...]) -> None:
@@ -54,7 +54,7 @@ def test_a_picture_over_the_bound_is_decoded_and_encoded_in_tiles(
     theirs = network.encode(whole).latent_dist.mode() * network.config.scaling_factor
     assert encoded.shape == latents.shape
     assert torch.equal(encoded, theirs)
-    # The next picture that is not so large is whole again.
+    # The next picture, if it is not so large, is decoded whole again.
     assert torch.equal(
         autoencoder.decode(latents[..., :40]), network.decode(scaled[..., :40]).sample
     )

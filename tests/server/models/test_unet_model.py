@@ -1,4 +1,4 @@
-"""What models of a U-Net and an autoencoder share, whatever their text encoders."""
+"""What models of a U-Net and an autoencoder have in common, with any text encoders."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_channels_beside_the_latents_are_read_behind_them() -> None:
         ({"shift_factor": 0.5}, lambda z: z / 0.13025 + 0.5),
         (
             {"latents_mean": [1.0, 2.0, 3.0, 4.0], "latents_std": [2.0, 4.0, 6.0, 8.0]},
-            # As StableDiffusionXLPipeline prepares latents for such an autoencoder.
+            # StableDiffusionXLPipeline prepares latents like this for such an autoencoder.
             lambda z: (
                 z * torch.tensor([2.0, 4, 6, 8]).view(1, 4, 1, 1) / 0.13025
                 + torch.tensor([1.0, 2, 3, 4]).view(1, 4, 1, 1)

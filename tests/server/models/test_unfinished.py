@@ -1,4 +1,4 @@
-"""A folder that is being filled is removed when its process is gone, and not before."""
+"""An unfinished folder is removed once its process is gone, and not before."""
 
 from __future__ import annotations
 

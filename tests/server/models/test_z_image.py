@@ -81,7 +81,7 @@ def test_final_latents_alone_are_those_of_diffusers(
 ) -> None:
     run(engine, [asked(model)])
     assert_among(decoded, theirs(pipeline))
-    # Their scale of 4 is ours of 5.
+    # Diffusers' scale of 4 is 5 here.
     assert_apart(decoded[0], theirs(pipeline, scale=4.0))
 
 
@@ -105,7 +105,7 @@ def test_final_latents_in_mixed_company_are_those_of_diffusers(
 def test_guidance_is_capped_and_cut_off_as_by_diffusers(
     pipeline: Any, model: HostedModel, engine: Engine, decoded: list[Tensor]
 ) -> None:
-    # Of a share of signal over .1 they guide no longer: sigma / alpha is 9 there.
+    # Once the signal is more than .1, diffusers stops guidance; there sigma / alpha is 9.
     capped = {"name": "cfg", "scale": 9.0, "cfg_norm": {"variant": "picture"}}
     cut = {"name": "cfg", "scale": 9.0, "policy": {"name": "interval", "low": 9.0, "high": None}}
     ear = run(engine, [asked(model, guidance=capped), asked(model, guidance=cut)])
@@ -148,7 +148,7 @@ def test_rows_of_unlike_texts_are_what_the_transformers_own_forward_makes(
     assert MASK in stacked.tensors
     ours = model.evaluate(x, t, RowInputs(stacked))
     torch.testing.assert_close(ours, -torch.stack(made)[:, :, 0], rtol=1e-5, atol=1e-5)
-    # Texts are filled up with learned tokens that are attended to, and no further.
+    # Texts are padded with learned tokens that are attended to, and no further.
     stacked.tensors[MASK].fill_(True)
     assert_apart(ours[0], model.evaluate(x, t, RowInputs(stacked))[0])
 
@@ -157,7 +157,7 @@ def test_rows_of_unlike_texts_are_what_the_transformers_own_forward_makes(
 def test_rows_of_unlike_sizes_are_what_the_transformers_own_forward_makes_of_each_alone(
     pipeline: Any, model: HostedModel
 ) -> None:
-    # Pictures of 1024, 120 and 176 tokens, of which the latter two are filled up with learned ones.
+    # Pictures of 1024, 120 and 176 tokens; the latter two are padded with learned tokens.
     texts, shapes = [PROMPT, PROMPT, LONG, ""], [(64, 64), SHAPE[1:], SHAPE[1:], (16, 44)]
     told = model.encode_prompts(texts, WIDTH, HEIGHT)
     x = [start_noise(seed, (4, *shape)) for seed, shape in enumerate(shapes)]
@@ -260,7 +260,7 @@ def test_image_to_image_is_that_of_diffusers(
     )
     anew: Any = ZImageImg2ImgPipeline(**pipeline.components)
     anew.set_progress_bar_config(disable=True)
-    # Of as many channels as latents have, it is taken for latents.
+    # With as many channels as latents, it is taken for latents.
     given: dict[str, Any] = {"image": model.encode_image(picture[None]), "strength": 0.5}
     same = {"width": WIDTH, "height": HEIGHT, "num_inference_steps": 4, "output_type": "latent"}
     made = anew(PROMPT, guidance_scale=3.0, **given, **same).images

@@ -1,4 +1,4 @@
-"""Models of zero terminal SNR draw what diffusers' own pipelines draw with the same weights."""
+"""Models of zero terminal SNR draw as in diffusers' own pipelines with the same weights."""
 
 from __future__ import annotations
 

@@ -37,8 +37,8 @@ def make(
 
     Args:
         scheduler: entries of its scheduler's config.
-        guided: whether the transformer is told a guidance scale, as that of dev is.
-        channels: that the transformer reads of a token; those of 2 x 2 cells are 16.
+        guided: whether the transformer has a guidance scale as input, as that of dev does.
+        channels: channels of a token that the transformer reads; 2 x 2 cells have 16.
         kind: class of the pipeline.
     """
     torch.manual_seed(0)

@@ -16,7 +16,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from tests.server.models.tiny_qwen import VOCABULARY, byte_tokenizer
 
 LENGTH = 60
-"""Tokens of every prompt; the template has some forty bytes."""
+"""Tokens of every prompt; the template takes about forty bytes of them."""
 
 WIDTH = 16
 TEXT: dict[str, Any] = {
@@ -59,7 +59,7 @@ def make(*, distilled: bool) -> Any:
         timestep_guidance_channels=32,
         guidance_embeds=False,
     ).eval()
-    # As it is, the text hardly changes what the transformer puts out.
+    # Otherwise the text would hardly change the transformer's output.
     with torch.no_grad():
         for weight in transformer.parameters():
             weight.mul_(2)

@@ -24,12 +24,12 @@ def make(kind: str) -> Any:
     """The pipeline.
 
     Args:
-        kind: ``alpha``, which is told its size as that of 1024 pixels is, or ``sigma``.
+        kind: ``alpha``, which has sizes as inputs like that of 1024 pixels, or ``sigma``.
     """
     torch.manual_seed(0)
     transformer = PixArtTransformer2DModel(
         sample_size=128 if kind == "alpha" else 32,
-        # Sizes are told in thirds of the width.
+        # Embeddings of sizes take thirds of the width.
         num_attention_heads=3,
         attention_head_dim=16,
         num_layers=BLOCKS,

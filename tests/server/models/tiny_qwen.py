@@ -16,14 +16,14 @@ CHAT_TEMPLATE = (
     "{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n"
     "{% endif %}{% endif %}"
 )
-"""What Qwen3's own makes of one message of a user."""
+"""A template that gives the same as Qwen3's own for one message of a user."""
 
 
 def byte_tokenizer(more: tuple[str, ...] = ()) -> Any:
     """The tokenizer.
 
     Args:
-        more: special tokens behind the usual ones.
+        more: special tokens after the usual ones.
     """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     special = *SPECIAL, *more

@@ -57,7 +57,7 @@ def make(kind: Any = QwenImagePipeline, **transformer_config: Any) -> Any:
     """The pipeline.
 
     Args:
-        kind: its class; those of edits have a processor too.
+        kind: its class; those for edits also have a processor.
         transformer_config: further entries of the transformer's config.
     """
     torch.manual_seed(0)
@@ -72,7 +72,7 @@ def make(kind: Any = QwenImagePipeline, **transformer_config: Any) -> Any:
         axes_dims_rope=(4, 6, 6),
         **transformer_config,
     )
-    # As they are made, so little of a text gets through that it would not show in a picture.
+    # As initialized, so little of a text gets through that it would not show in a picture.
     for block in transformer.transformer_blocks:
         for layer in (block.img_mod[1], block.txt_mod[1], block.attn.to_out[0]):
             torch.nn.init.normal_(layer.weight, std=0.5)
@@ -105,7 +105,7 @@ def make(kind: Any = QwenImagePipeline, **transformer_config: Any) -> Any:
 
 
 class Reader:
-    """What Qwen2VLProcessor makes of texts and pictures; transformers' own needs torchvision."""
+    """Does what Qwen2VLProcessor does; transformers' own needs torchvision."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.image_processor = Qwen2VLImageProcessorPil()

@@ -23,7 +23,7 @@ VOCABULARY = {token: place for place, token in enumerate((*SPECIAL, *printable.r
 
 
 def gemma_tokenizer() -> Any:
-    """One token a character, behind the marker of the start."""
+    """One token per character, after the start token."""
     return GemmaTokenizer(vocab=VOCABULARY, merges=[], add_bos_token=True)
 
 
@@ -37,7 +37,7 @@ def gemma_encoder() -> Any:
         num_key_value_heads=1,
         head_dim=8,
         max_position_embeddings=4096,
-        # Far from the default, so that what is read shows in the states.
+        # Far from the default, so that the text shows in the states.
         initializer_range=0.5,
     )
     return Gemma2Model(config).eval()
@@ -77,7 +77,7 @@ def make(*, sprint: bool) -> Any:
         sample_size=16,
         guidance_embeds=sprint,
         qk_norm="rms_norm_across_heads" if sprint else None,
-        # Which SANA's pipeline follows, and SANA-Sprint's does not.
+        # SANA's pipeline uses this, and SANA-Sprint's does not.
         timestep_scale=TIMESTEP_SCALE,
     ).eval()
     flow = DPMSolverMultistepScheduler(

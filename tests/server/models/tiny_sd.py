@@ -17,7 +17,7 @@ def make(scheduler: Any, kind: Any = StableDiffusionPipeline, **unet: Any) -> An
     """The pipeline.
 
     Args:
-        scheduler: of the pipeline.
+        scheduler: scheduler of the pipeline.
         kind: its class.
         unet: entries of the U-Net's config beside or in place of those of the tiny SDXL's.
     """

@@ -56,7 +56,7 @@ UNET: dict[str, Any] = {
     "sample_size": 32,
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
     "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
-    # In this class the name means the number of heads.
+    # In this class the name stands for the number of heads.
     "attention_head_dim": (2, 4),
     "use_linear_projection": True,
     "addition_embed_type": "text_time",
@@ -67,7 +67,7 @@ UNET: dict[str, Any] = {
 }
 VAE: dict[str, Any] = {
     "block_out_channels": (8, 16),
-    # Of two channels and more: where a picture is all one grey, a single one is noise of rounding.
+    # Groups of at least two channels: in a uniform picture, a single one would be rounding noise.
     "norm_num_groups": 4,
     "down_block_types": ("DownEncoderBlock2D",) * 2,
     "up_block_types": ("UpDecoderBlock2D",) * 2,
@@ -81,7 +81,7 @@ def make(scheduler: Any, **unet: Any) -> Any:
     """The pipeline; its second tokenizer pads with another token, as OpenCLIP's does.
 
     Args:
-        scheduler: of the pipeline.
+        scheduler: scheduler of the pipeline.
         unet: entries of the U-Net's config beside or in place of those here.
     """
     torch.manual_seed(0)

@@ -12,7 +12,7 @@ T5_WIDTH = 24
 
 
 def t5_tokenizer() -> Any:
-    """One token a letter, padded to ``LENGTH``."""
+    """One token per letter, padded to ``LENGTH``."""
     special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
     vocabulary = special + [(letter, -3.0) for letter in ascii_lowercase]
     return T5Tokenizer(vocabulary, extra_ids=0, model_max_length=LENGTH)
@@ -27,7 +27,7 @@ def t5_encoder() -> Any:
         num_layers=2,
         num_heads=3,
         feed_forward_proj="gated-gelu",
-        # Far from the default, so that what is read shows in the states.
+        # Far from the default, so that the text shows in the states.
         initializer_factor=4.0,
     )
     return T5EncoderModel(config).eval()

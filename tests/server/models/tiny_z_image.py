@@ -56,7 +56,7 @@ VAE: dict[str, Any] = {
 def make(shift: float) -> Any:
     torch.manual_seed(0)
     transformer = ZImageTransformer2DModel(**TRANSFORMER)
-    # Zeros as they are made, and as they are in no trained model.
+    # These are initialized to zeros, which no trained model has.
     torch.nn.init.normal_(transformer.x_pad_token)
     torch.nn.init.normal_(transformer.cap_pad_token)
     pipeline = ZImagePipeline(

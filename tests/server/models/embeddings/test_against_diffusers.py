@@ -57,7 +57,7 @@ class Family:
 
     @torch.inference_mode()
     def theirs(self, prompt: str) -> tuple[Tensor, ...]:
-        """Hidden states, and what else the U-Net is told of a text."""
+        """Hidden states of a text, and the U-Net's other inputs from it."""
         more = {} if len(self.parts) == 2 else {"device": "cpu", "num_images_per_prompt": 1}
         encoded = self.pipeline.encode_prompt(prompt, **more, do_classifier_free_guidance=False)
         return tuple(one[0] for one in encoded if one is not None)
@@ -70,7 +70,7 @@ class Family:
 @pytest.fixture(scope="module", params=["sd", "xl"])
 def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Family:
     pipeline = (tiny_sd if request.param == "sd" else tiny_sdxl).make(BASE)
-    # Trained encoders' states have a mean, which those of a fresh layer norm have not.
+    # States of trained encoders have a mean; those of a fresh layer norm do not.
     pipeline.text_encoder.final_layer_norm.bias.data.fill_(0.3)
     folder, place = tmp_path_factory.mktemp("model"), tmp_path_factory.mktemp("embeddings")
     model = load_model(saved(pipeline, folder), name="m", device="cpu", dtype="float32")

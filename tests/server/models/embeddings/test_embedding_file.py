@@ -1,4 +1,4 @@
-"""Files of textual inversion: which fit a model, and why the others do not."""
+"""Files of textual inversion: which fit a model, and the errors for the others."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from server.models.weight_memory import WeightMemory
 ONE = EmbeddingTarget("small", {"text_encoder": 4}, 6)
 TWO = EmbeddingTarget("large", {"text_encoder": 4, "text_encoder_2": 5}, 6)
 BYTES = 4 * 2 * 4
-"""Of two vectors of four numbers."""
+"""Size of two vectors of four numbers."""
 
 
 def shelved(folder: Path, target: EmbeddingTarget, most_bytes: int = 2**20) -> EmbeddingShelf:
@@ -93,7 +93,7 @@ def test_other_files_are_no_embeddings_and_a_new_one_is_found_at_once(tmp_path: 
 
 
 class Counting(EmbeddingShelf):
-    """Counts the files that are looked at."""
+    """Counts the files that it examines."""
 
     looks = 0
 

@@ -1,4 +1,4 @@
-"""Where a text names an embedding."""
+"""Which places in a text name an embedding."""
 
 from __future__ import annotations
 

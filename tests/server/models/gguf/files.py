@@ -1,4 +1,4 @@
-"""GGUF files of tiny denoisers, written by the package gguf as published ones are."""
+"""GGUF files of tiny denoisers, written with the package gguf in the form of published ones."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from server.models.gguf.formats import FORMATS
 WITHIN = "model.diffusion_model."
 SHAPE_OF = "comfy.gguf.orig_shape."
 SCALES = {"Q4_K": {0: 4e-4, 2: 3e-3}, "Q6_K": {208: 5e-5}}
-"""Places of the scales of K-quants, and values that make random blocks like trained weights."""
+"""Offsets of K-quants' scales, with values that make random blocks resemble trained weights."""
 
 
 def write(
     file: Path, tensors: Mapping[str, Tensor], *kinds: str, in_rows_of_256: bool = False
 ) -> None:
-    """Write tensors as the tools do: large matrices in blocks, all others in float32.
+    """Write tensors as published tools do: large matrices in blocks, all others in float32.
 
     Args:
-        file: that is written.
-        tensors: by name.
-        kinds: of the matrices, which take them in turn; those whose rows are no whole blocks are
+        file: file to write.
+        tensors: tensors by name.
+        kinds: kinds of the matrices, used in turn; matrices whose rows are not whole blocks are
             in float16.
-        in_rows_of_256: whether weights whose rows are no whole blocks of that many numbers are
-            written in such rows, as those of U-Nets, convolutions too.
+        in_rows_of_256: whether weights whose rows are not whole blocks of 256 numbers are
+            written in rows of 256, as for U-Nets, including convolutions.
     """
     writer = GGUFWriter(file, "tiny")
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
@@ -50,7 +50,7 @@ def write(
             if kind in FORMATS and tensor.shape[1] % FORMATS[kind].numbers:
                 kind = "F16"
         if kind in SCALES:
-            # Nothing but llama.cpp makes these of numbers; any blocks are numbers, though.
+            # Only llama.cpp can encode numbers in these, but any bytes are valid blocks.
             data = blocks(kind, *tensor.shape)
         else:
             data = quants.quantize(numbers, GGMLQuantizationType[kind])

@@ -1,4 +1,4 @@
-"""Numbers in blocks are those that the package gguf, and diffusers, make of them."""
+"""Blocks are decoded to the same numbers as by the package gguf and by diffusers."""
 
 from __future__ import annotations
 

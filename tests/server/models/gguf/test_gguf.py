@@ -1,4 +1,4 @@
-"""Transformers in GGUF files draw what they draw in diffusers, in as much memory as the file."""
+"""Transformers in GGUF files draw as in diffusers, and take as much memory as the file."""
 
 from __future__ import annotations
 
@@ -61,18 +61,18 @@ SHAPE = (4, SIDE // 2, SIDE // 2)
 
 
 def flux1() -> tuple[Any, dict[str, Tensor]]:
-    """Under diffusers' names: the converter of the original ones knows one width, of 3,072."""
+    """FLUX.1 under diffusers' names: the converter of the original ones needs a width of 3,072."""
     network = tiny_flux1.make(tiny_flux1.DEV, guided=True).transformer
     return network, network.state_dict()
 
 
 def bare(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """By the names that tools which write GGUF files leave."""
+    """The tensors under the names that tools which write GGUF files leave."""
     return {name.removeprefix(WITHIN): one for name, one in tensors.items()}
 
 
 def read_by_diffusers(network: Any, file: Path) -> Any:
-    """Their transformer, which rounds restored weights to float16 whatever it computes in."""
+    """Diffusers' transformer, which rounds restored weights to float16 in any data type."""
     return type(network).from_single_file(
         str(file),
         config=str(file.parent.parent),
@@ -120,8 +120,8 @@ def test_weights_of_a_published_file_are_what_diffusers_reads(
 @pytest.mark.parametrize(
     ("make", "names", "written"),
     [
-        # ggml counts no dimensions of one in front, so these lack one in files of its writer, such
-        # as those of stable-diffusion.cpp and llama.cpp.
+        # ggml drops leading dimensions of one, so these lack one in files from its writer, such as
+        # those of stable-diffusion.cpp and llama.cpp.
         (z_image, "[a-z]+_pad_token", lambda one: one[0]),
         (stable_diffusion_3, "pos_embed", lambda one: one[0]),
         # stable-diffusion.cpp keeps these layers of SDXL as convolutions.
@@ -142,7 +142,7 @@ def test_dimensions_of_one_do_not_matter(
 
 
 def test_layers_of_flux_are_cut_from_rows_of_blocks() -> None:
-    """Of the published width, and under the original names."""
+    """At the published width, and under the original names."""
     weights = {
         name: BlockRows.of(torch.zeros(outs * WIDTH, 18, dtype=torch.uint8), "Q4_0")
         for name, outs in FLUX_1.items()
@@ -172,7 +172,7 @@ def test_blocks_of_two_kinds_are_never_joined_to_one_weight() -> None:
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """K-quants, which need rows of 256 numbers."""
+    """A file of K-quants, which need rows of 256 numbers."""
     folder = tmp_path_factory.mktemp("wide")
     wide = {**tiny_z_image.TRANSFORMER, "dim": 256, "axes_dims": [32, 16, 16]}
     with pytest.MonkeyPatch.context() as patch:
@@ -186,7 +186,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def pipeline(file: Path) -> Any:
-    """Of diffusers, with the file's weights in float32 as the package gguf restores them."""
+    """Diffusers' pipeline with the file's weights in float32, as the package gguf restores them."""
     made: Any = tiny_z_image.ZImagePipeline.from_pretrained(file.parent.parent)
     made.set_progress_bar_config(disable=True)
     weights = as_diffusers(restored(file), made.transformer, "it", torch.float32)
@@ -276,7 +276,7 @@ def test_a_model_takes_little_more_than_its_file_and_says_its_types(
         sum(one.nbytes for one in network.parameters())
         for network in (transformer, pipeline.transformer)
     )
-    # Matrices whose rows are no whole blocks are in float32.
+    # Matrices whose rows are not whole blocks are in float32.
     assert held < 0.4 * entire
     assert bytes_in_memory(folder, torch.float32) == pytest.approx(bytes_of(model), rel=0.01)
 
@@ -284,7 +284,7 @@ def test_a_model_takes_little_more_than_its_file_and_says_its_types(
 def test_a_loaded_model_stays_as_it_was_when_its_file_is_overwritten_and_cut_short(
     file: Path, tmp_path: Path
 ) -> None:
-    """A map of a file that is cut short would end the process."""
+    """Reading a memory map of a file that was cut short would end the process."""
     folder = shutil.copytree(file.parent.parent, tmp_path / "model")
     own = folder / "transformer" / file.name
     transformer = load(with_denoiser(folder, own, tmp_path / "cache")).modules()["transformer"]

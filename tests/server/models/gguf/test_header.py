@@ -1,4 +1,4 @@
-"""A GGUF file is not trusted: what it says of itself is checked before memory is taken."""
+"""GGUF files are not trusted: their headers are checked before memory is allocated."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Q8_0, F32, IQ1_S, I32 = 8, 0, 19, 26
 
 
 class Described(NamedTuple):
-    """A tensor as a header has it, whose innermost dimension is the first."""
+    """A tensor as in a header, where the innermost dimension comes first."""
 
     name: bytes = b"a"
     dimensions: tuple[int, ...] = (32, 2)
@@ -85,7 +85,7 @@ def test_a_tensor_may_be_stored_in_another_shape(tmp_path: Path) -> None:
     file.write_bytes(file_of(stored, **shaped(16, 16, 3, 3), data=9 * 8 * 34))
     [tensor] = tensors_of(file).values()
     assert (tensor.shape, tensor.stored_shape) == ((16, 16, 3, 3), (9, 8 * 34))
-    # Tools write the entry of plain tensors, too.
+    # Tools also write this entry for plain tensors.
     file.write_bytes(file_of(Described(), **shaped(4, 4, 2, 2)))
     assert load_gguf(file)["a"].shape == (4, 4, 2, 2)
 

@@ -1,4 +1,4 @@
-"""U-Nets in GGUF files draw what their restored weights draw, convolutions among them."""
+"""U-Nets in GGUF files draw as with their restored weights, including convolutions."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ KINDS = "Q8_0", "Q4_K"
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Under the original names and in rows of 256 numbers, as published ones are."""
+    """A file with the original names and rows of 256 numbers, like published ones."""
     folder = saved(make(BASE), tmp_path_factory.mktemp("models") / "xl")
     file = folder.parent / "xl-Q4_K_M.gguf"
     _, tensors = unet()
@@ -55,7 +55,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def pipeline(file: Path) -> Any:
-    """Of diffusers, with the file's weights in float32 as the package gguf restores them."""
+    """Diffusers' pipeline with the file's weights in float32, as the package gguf restores them."""
     made = make(BASE)
     made.unet.load_state_dict(renamed(restored(file), made.unet, "it", torch.float32))
     return made
@@ -105,7 +105,7 @@ def test_layers_of_both_kinds_stay_in_blocks(
     kinds = [type(one) for one in network.modules()]
     assert kinds.count(BlockLinear) > 20
     assert kinds.count(BlockConv2d) > 10
-    # As activations lie in memory as the weights of the first convolution do.
+    # Activations have the memory layout of the weights of the first convolution.
     assert type(network.get_submodule("conv_in")) is nn.Conv2d
     assert model.memory_format == "channels_last"
     assert set(model.gguf_types) == set(KINDS)

@@ -1,4 +1,4 @@
-"""IP-Adapters by name: which fit a model, what they cost in memory, and what is refused."""
+"""IP-Adapters by name: which fit a model, how much memory they take, and what is refused."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def source(unet: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder(source: Path, tmp_path: Path) -> Path:
-    """A copy, which a test may spoil."""
+    """A copy, which a test may damage."""
     for file in source.rglob("*"):
         if file.is_file():
             copied = tmp_path / file.relative_to(source)
@@ -198,7 +198,7 @@ def test_a_folder_is_listed_again_only_once_something_is_added(
     listed.clear()
     shelf.find("plain")
     assert listed == []
-    # Not the folder itself: an encoder's own files are looked at each time.
+    # The folder itself does not change: an encoder's files are examined each time.
     edit(folder / "image_encoder" / "config.json", projection_dim=32)
     with pytest.raises(ImagePromptMismatch, match="none has as many"):
         shelf.find("plain")
@@ -268,7 +268,7 @@ def test_what_never_fits_together_is_refused_for_good_and_what_does_not_now_for_
 def test_layers_are_in_the_order_of_the_published_files(
     family: str, text: int, layers: list[int]
 ) -> None:
-    """The widths of ``ip_adapter.1``, ``ip_adapter.3`` and so on: the middle comes last."""
+    """The widths of ``ip_adapter.1``, ``ip_adapter.3``, and so on; the middle comes last."""
     config = read_json(SINGLE_FILE / family, "unet/config.json")
     with torch.device("meta"):
         unet = UNet2DConditionModel(**known_entries(config, UNet2DConditionModel.__init__))

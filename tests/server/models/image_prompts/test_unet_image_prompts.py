@@ -57,7 +57,7 @@ COSTS = {1: 0.01, 8: 0.04}
 
 
 class Prompted:
-    """A pipeline, its model here, and IP-Adapters of both: two plain ones, and one called plus."""
+    """A pipeline, its model here, and IP-Adapters for both: two plain ones, and one called plus."""
 
     def __init__(self, pipeline: Any, folder: Path) -> None:
         pipeline.save_pretrained(folder / "model")
@@ -117,7 +117,7 @@ def switching(uses: tuple[ImagePromptUse, ...]) -> Any:
 
 
 def masked(uses: tuple[ImagePromptUse, ...]) -> dict[str, Any] | None:
-    """Their masks, of the size of the image; one that is white everywhere for those without."""
+    """Their masks at the size of the image, all white for those without a region."""
     if all(one.region is None for one in uses):
         return None
     processor: Any = IPAdapterMaskProcessor(vae_scale_factor=1)
@@ -161,7 +161,7 @@ def test_an_image_alone_is_that_of_diffusers(
 def test_images_in_mixed_company_are_those_of_diffusers(
     prompted: Prompted, model: HostedModel, engine: Engine, decoded: list[Tensor]
 ) -> None:
-    """Others' adapters and kinds, none, two pictures at once, a window, one branch and two."""
+    """Beside other adapters, none, two pictures at once, a window; one and two branches."""
     plain, other = use(model, "plain", 1, scale=0.6), use(model, "other", 2)
     plus, again = use(model, "plus", 3, scale=0.6), use(model, "plain", 4, scale=0.3)
     early = use(model, "plus", 1, end=0.5)
@@ -178,17 +178,17 @@ def test_images_in_mixed_company_are_those_of_diffusers(
     assert_among(decoded, prompted.theirs(plain, plus))
     assert_among(decoded, prompted.theirs(seed=6))
     assert_among(decoded, prompted.theirs(other, seed=7, guidance_scale=1.0))
-    # The negative prompt is told the prompt's text here, and is still shown no picture.
+    # The negative prompt has the prompt's text here, but still gets no picture.
     assert_among(decoded, prompted.theirs(early, seed=8, negative_prompt=PROMPT))
     assert_among(decoded, prompted.theirs(plain, again, seed=9))
-    # What each of these shows would be missed if it were not seen.
+    # Each picture makes a difference that would be noticed.
     assert_apart(prompted.theirs(plain, plus), prompted.theirs(plain, early))
 
 
 def test_several_pictures_are_attended_to_together_and_each_in_its_region(
     prompted: Prompted, model: HostedModel, engine: Engine, decoded: list[Tensor]
 ) -> None:
-    """Alone and side by side."""
+    """Checked alone and side by side."""
     left, middle = torch.zeros(2, HEIGHT, WIDTH)
     left[:, : WIDTH // 2] = 1
     middle[3:9, 5:16] = 1
@@ -208,7 +208,7 @@ def test_several_pictures_are_attended_to_together_and_each_in_its_region(
         assert_among(decoded, theirs)
     assert_among(decoded, prompted.theirs(several))
     assert_among(decoded, prompted.theirs(here, there, whole, seed=7))
-    # The region would be missed if it were not seen.
+    # The region makes a difference that would be noticed.
     assert_apart(theirs, prompted.theirs(replace(here, region=None), seed=6))
 
 
@@ -256,7 +256,7 @@ def test_rows_without_are_not_moved_by_a_bit_nor_those_of_scale_0(model: HostedM
 
 @torch.inference_mode()
 def test_a_region_has_the_resolutions_of_the_layers_where_sides_are_odd(model: HostedModel) -> None:
-    """Of 4 x 6 queries here, which diffusers takes for 3 x 8 by the proportions of the mask."""
+    """Here 4 x 6 queries, which diffusers takes for 3 x 8 from the proportions of the mask."""
     height, width = 7, 12
     seen = set[int]()
     layers = cross_attention(model.modules()["unet"])
@@ -307,14 +307,14 @@ def test_an_image_is_bit_identical_alone_and_in_company_where_the_server_is_dete
         made.append(list(decoded))
     engine.stop(0)
     assert any(torch.equal(made[0][0], one) for one in made[1])
-    # These may be equal by luck: a library chooses its sums by the number of rows.
+    # These may be equal by chance: libraries choose the order of sums by the number of rows.
     assert rows == {8}
 
 
 def test_a_lora_and_a_perturbation_act_beside_it_as_in_diffusers(
     prompted: Prompted, model: HostedModel, engine: Engine, decoded: list[Tensor]
 ) -> None:
-    """A LoRA of the layers that attend to the picture; the perturbed row is shown it too."""
+    """A LoRA of the layers that attend to the picture; the perturbed row gets the picture, too."""
     style = adapter("style", {"unet": changes(prompted.pipeline.unet, 4, within="attn2")})
     adapted = (Weighted(style, 0.7),)
     unet = merged(prompted.pipeline.unet, "unet", adapted)
@@ -335,7 +335,7 @@ def test_a_lora_and_a_perturbation_act_beside_it_as_in_diffusers(
 def test_normalized_attention_guidance_leads_the_attention_to_the_text_alone(
     model: HostedModel,
 ) -> None:
-    """At the first layer, whose inputs are the same for all rows, effects add up."""
+    """At the first layer, where all rows have the same input, the effects add up."""
     x, t = torch.randn(1, *SHAPE).expand(4, -1, -1, -1), torch.full((4,), 500.0)
     inputs = model.inputs([PROMPT] * 4, WIDTH, HEIGHT)
     one, attention = use(model, "plain", 1), model.image_attention
@@ -354,7 +354,7 @@ def test_normalized_attention_guidance_leads_the_attention_to_the_text_alone(
     watch = first.to_out[0].register_forward_hook(lambda _, args, __: attended.append(args[0]))
     model.evaluate(x, t, inputs)
     watch.remove()
-    # The last time: before, the network attended to what it is led away from.
+    # The last call: in the one before, the network attended to the text to be avoided.
     plain, pictured, away, both = attended[-1]
     torch.testing.assert_close(both - away, pictured - plain, rtol=1e-4, atol=1e-5)
     assert_apart(away, plain)

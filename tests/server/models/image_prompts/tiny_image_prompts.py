@@ -20,7 +20,7 @@ from server.requests.image_prompts import ImagePromptSettings, load_image_prompt
 ROOM = 2**26
 SIDE, PROJECTED, HIDDEN = 16, 24, 20
 RESAMPLER = 64
-"""Width of a resampler's tokens: that of a head, which diffusers takes for granted."""
+"""Width of a resampler's tokens: that of a head, as diffusers assumes."""
 
 
 def put_encoder(folder: Path, name: str = "image_encoder", **config: Any) -> Path:
@@ -33,7 +33,7 @@ def put_encoder(folder: Path, name: str = "image_encoder", **config: Any) -> Pat
         "num_attention_heads": 2,
         "image_size": SIDE,
         "patch_size": 8,
-        # Far from the default, so that pictures and layers are told apart.
+        # Far from the default, so that pictures and layers differ clearly.
         "initializer_factor": 4.0,
     }
     network: Any = CLIPVisionModelWithProjection(CLIPVisionConfig(**sizes | config))
@@ -54,11 +54,11 @@ def put_adapter(
 
     Args:
         unet: the U-Net.
-        folder: that it is put into.
-        name: of the file.
-        seed: of the weights.
-        tokens: that it makes of a picture by a resampler, as those called plus do; None for four
-            by a single layer.
+        folder: folder to put it in.
+        name: name of the file.
+        seed: seed of the weights.
+        tokens: number of tokens that its resampler makes of a picture, as in those called plus;
+            None for four tokens by a single layer.
     """
     folder.mkdir(exist_ok=True, parents=True)
     generator = torch.Generator().manual_seed(seed)
@@ -122,7 +122,7 @@ def shelf_of(model: HostedModel, *folders: Path, most_bytes: int = ROOM) -> Imag
 def use(
     model: HostedModel, name: str, *seeds: int, region: Tensor | None = None, **how: Any
 ) -> ImagePromptUse:
-    """An image prompt by an adapter of the model's, with a random picture of each seed."""
+    """An image prompt by an adapter of the model's, with a random picture for each seed."""
     chosen = ImagePromptSettings(name=name, **how)
     pictures = [random_picture(seed) for seed in seeds]
     [made] = load_image_prompts([chosen], [pictures], [region], model)
@@ -131,5 +131,5 @@ def use(
 
 def random_picture(seed: int) -> Tensor:
     pixels = torch.rand(3, SIDE, SIDE, generator=torch.Generator().manual_seed(seed))
-    # As an upload has it, of whole numbers.
+    # Like an upload, with whole numbers.
     return (255 * pixels).round() / 127.5 - 1
