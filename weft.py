@@ -38,7 +38,7 @@ def clash() -> str | None:
         folder = _imported_from(name)
         if folder is None:
             return (
-                f"Weft's package `{name}` is not in {HOME} any more; pip removes it with another "
+                f"Weft's package `{name}` is no longer in {HOME}; pip removes it with another "
                 "distribution that has one of that name. Install Weft again, into an environment "
                 "of its own."
             )

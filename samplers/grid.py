@@ -192,8 +192,7 @@ def _of_steps(spacing: Spacing, times: F64, count: int) -> F64:
     """
     if np.shape(times) != (count,):
         raise ValueError(
-            f"spacing {spacing.name!r} gave times of shape {np.shape(times)}; "
-            f"it was asked for {count}."
+            f"spacing {spacing.name!r} gave times of shape {np.shape(times)}; it must give {count}."
         )
     return times
 

@@ -227,7 +227,7 @@ def test_the_command_names_a_distribution_that_it_cannot_share_an_environment_wi
 
     # `pip uninstall guidance` takes Weft's module with it.
     (site / "guidance/__init__.py").unlink()
-    assert clash(site).startswith("Weft's package `guidance` is not in")
+    assert clash(site).startswith("Weft's package `guidance` is no longer in")
 
 
 class Readyz(HTTPServer):

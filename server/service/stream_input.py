@@ -69,7 +69,7 @@ def check_source(settings: StreamSettings, facts: ModelFacts) -> None:
     if beside >= most:
         raise InvalidRequest(
             "reference_images",
-            f"reference_images has {beside} images beside each frame; model {facts.name!r} reads "
+            f"reference_images has {beside} images besides each frame; model {facts.name!r} reads "
             f"at most {most} with the frame.",
         )
 

@@ -144,6 +144,6 @@ class TwoTimes(Trailing, frozen=True):
 
 @pytest.mark.parametrize("ends", [{}, {"t_start": 0.9, "t_end": 0.1}], ids=["whole", "part"])
 def test_a_spacing_that_gives_another_number_of_times_is_refused(ends: dict[str, float]) -> None:
-    said = r"spacing 'trailing' gave times of shape \(2,\); it was asked for [56]"
+    said = r"spacing 'trailing' gave times of shape \(2,\); it must give [56]"
     with pytest.raises(ValueError, match=said):
         VP.grid(TwoTimes(), 5, **ends)

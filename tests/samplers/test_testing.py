@@ -127,7 +127,7 @@ class Bent(Trailing, frozen=True):
 @pytest.mark.parametrize(
     ("defect", "sentence"),
     [
-        ("count", r"with 1 steps on .* gave times of shape \(1,\); it was asked for 2"),
+        ("count", r"with 1 steps on .* gave times of shape \(1,\); it must give 2"),
         ("rising", r"with 1 steps on .*: timesteps go from 0.02 to 1; each must be below"),
         ("beyond", r"with 1 steps on .*: t holds 1.1; this schedule has times from 1 down to 0"),
         ("ends", r"with 1 steps on .*: it fills 1 to 0.51, not 1 to 0.02"),

@@ -78,7 +78,7 @@ def progress_of(jobs: Sequence[ClientJob], *, with_image: bool) -> ProgressAnswe
         eta_relative=job.left_s,
         state=State(
             interrupted=job.interrupted,
-            job=f"{len(jobs)} under way",
+            job=f"{len(jobs)} running",
             job_count=job.images,
             job_no=sum(one.step == one.steps for one in seen),
             sampling_step=min((one.step for one in seen), default=0),

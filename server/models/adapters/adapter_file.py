@@ -194,7 +194,7 @@ def _join(changes: dict[str, LowRank], layers: Mapping[str, Placed]) -> None:
 def _header(path: Path) -> Header:
     weights, config = files_of(path)
     if config is None and weights != path:
-        raise AdapterMismatch("has no adapter_config.json beside its weights")
+        raise AdapterMismatch("has no adapter_config.json next to its weights")
     with safe_open(weights, framework="pt") as opened:
         names = set(opened.keys())
         alphas: dict[str, float] = {

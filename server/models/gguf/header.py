@@ -149,8 +149,8 @@ class _Header:
         self.position += count
         if self.position > self._most:
             raise _Unreadable(
-                "is cut short, or has a header of more than "
-                f"{LONGEST_HEADER} bytes, which is the most that is read"
+                f"is cut short, or has a header of more than {LONGEST_HEADER} bytes, the maximum "
+                "that is read"
             )
 
 

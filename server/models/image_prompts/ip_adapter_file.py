@@ -252,7 +252,7 @@ def _encoder_for(folder: Path, kind: Kind, width: int) -> EncoderFolder:
     if len(fitting) == 1:
         return fitting[0]
     names = ", ".join(one.path.name for one in fitting or found) or "none"
-    wanted = f"it reads {width} features of an image encoder in a folder beside it"
+    wanted = f"it reads {width} features of an image encoder in a folder next to it"
     if fitting:
         raise ImagePromptMismatch(f"{wanted}, and several have as many: {names}.")
     raise ImagePromptMismatch(f"{wanted}, and none has as many; there are: {names}.")

@@ -89,8 +89,8 @@ def coefficients_for(
         except ValueError as error:
             raise InvalidRequest(
                 "guidance.policy",
-                f"{error} A file of the model's folder is damaged; fit it anew with "
-                f"`weft {policy.fitted_by} {_options(resolved, rule, policy)}`, or choose another "
+                f"{error} A file of the model's folder is damaged; fit it again with `weft "
+                f"{policy.fitted_by} {_options(resolved, rule, policy)}`, or choose another "
                 "policy.",
             ) from None
     if plan.steps < resolved.sampler.steps_taken(resolved.steps):

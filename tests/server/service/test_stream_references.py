@@ -226,7 +226,7 @@ def test_more_pictures_than_the_model_reads_with_the_frame_are_refused(service: 
         finally:
             streams.close(session)
 
-    with pytest.raises(InvalidRequest, match="3 images beside each frame"):
+    with pytest.raises(InvalidRequest, match="3 images besides each frame"):
         asyncio.run(change())
 
 

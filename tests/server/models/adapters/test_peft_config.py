@@ -194,7 +194,7 @@ def test_a_config_that_is_no_object_is_refused(network: Layers, tmp_path: Path, 
 def test_a_folder_without_a_config_is_refused(network: Layers, tmp_path: Path) -> None:
     folder = put(tmp_path / "style")
     (folder / "adapter_config.json").unlink()
-    with pytest.raises(AdapterMismatch, match=r"has no adapter_config.json beside its weights"):
+    with pytest.raises(AdapterMismatch, match=r"has no adapter_config.json next to its weights"):
         load(network, folder)
 
 

@@ -163,10 +163,10 @@ def strange_encoder(folder: Path) -> None:
         (no_tensors, " is not a readable safetensors file: "),
         (
             other_encoder,
-            ": it reads 24 features of an image encoder in a folder beside it, and none has as "
+            ": it reads 24 features of an image encoder in a folder next to it, and none has as "
             "many; there are: image_encoder.",
         ),
-        (two_encoders, ": it reads 24 features of an image encoder in a folder beside it, and"),
+        (two_encoders, ": it reads 24 features of an image encoder in a folder next to it, and"),
         (strange_encoder, ": config.json of image encoder 'image_encoder' must have the whole"),
     ],
 )

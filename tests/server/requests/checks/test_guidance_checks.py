@@ -264,8 +264,8 @@ def test_a_file_of_other_stages_or_branches_than_it_says_is_refused_by_the_check
     assert caught.value.field == "guidance.policy"
     assert caught.value.message == (
         f"guidance.policy is 'linear_adaptive'; it needs coefficients of shape (6, {TERMS}), and "
-        f"was given ({stages}, {terms}). A file of the model's folder is damaged; fit it anew with "
-        "`weft linear-ag --model PATH --steps 6 --every 2 --sampler dpm_solver_pp --spacing "
+        f"was given ({stages}, {terms}). A file of the model's folder is damaged; fit it again "
+        "with `weft linear-ag --model PATH --steps 6 --every 2 --sampler dpm_solver_pp --spacing "
         "trailing --guidance cfg`, or choose another policy."
     )
 
