@@ -187,9 +187,11 @@ class Decoder:
 
     def _is_there(self, decoding: Decoding, *, idle: bool) -> bool:
         """Whether a call has finished, or finishes before the engine has other work to do."""
-        while not decoding.pixels_and_finite.ready:
+        copy = decoding.pixels_and_finite
+        while attempt(lambda: copy.ready, self._device) is False:
             if not idle or self._interrupted(LOOKS_AGAIN_S):
                 return False
+        # An error of the call is raised again when its pixels are fetched, and ends its images.
         return True
 
     def _most(self, first: Sequence, *, idle: bool) -> int:

@@ -131,6 +131,34 @@ def test_an_engine_without_work_waits_for_pictures_only_until_something_else_is_
     assert list(decoder._in_flight) == [unfinished]
 
 
+def test_an_error_of_decoding_that_is_seen_while_waiting_ends_its_images_alone() -> None:
+    """Not the engine, as long as the device answers."""
+
+    class Failing:
+        @property
+        def ready(self) -> bool:
+            raise RuntimeError("CUDA error: invalid argument")
+
+        def fetch(self) -> None:
+            raise RuntimeError("CUDA error: invalid argument")
+
+    decoder = Decoder(
+        torch.device("cpu"),
+        Turns(),
+        lambda: False,
+        lambda model: model.decode,
+        lambda _: False,
+        fixed=False,
+    )
+    image: Any = object()
+    failing: Any = SimpleNamespace(sequences=[image], pixels_and_finite=Failing())
+    for idle in (True, False):
+        decoder._in_flight.append(failing)
+        [(ended, error)] = decoder._finished(idle=idle)
+        assert ended is image
+        assert isinstance(error, RuntimeError)
+
+
 def test_what_waited_before_is_nothing_else_to_be_done() -> None:
     engine = Engine({"toy": Toy()}, row_budget=2, guessed_costs={1: 0.01})
     with torch.inference_mode():
