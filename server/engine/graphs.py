@@ -341,13 +341,14 @@ class Graphs:
 
     def _drop_dead(self) -> None:
         """Drop passes and recordings that can never run again, as something they read is gone."""
-        if self._under_way is not None and not self._under_way[0].form.alive:
+        gone = self._under_way is not None and not self._under_way[0].form.alive
+        if gone:
             self._stop()
         self._wanted = {shape: one for shape, one in self._wanted.items() if shape.form.alive}
         dead = [shape for shape in self._recorded if not shape.form.alive]
         for shape in dead:
             self._recorded.pop(shape).release()
-        if dead:
+        if gone or dead:
             self._give_back()
 
     def _ripe(self) -> list[Shape]:

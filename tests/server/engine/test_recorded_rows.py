@@ -224,6 +224,24 @@ def test_a_recording_goes_with_its_adapter(model: HostedModel, when: str) -> Non
     assert [one.released for one in tape.made] == [False, True][: len(tape.made)]
 
 
+def test_memory_of_a_recording_whose_adapter_is_gone_before_it_is_made_is_given_back(
+    model: HostedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tape, begun = OperationTape(), list[int]()
+    monkeypatch.setattr(tape, "begin_anew", lambda: begun.append(len(tape.made)))
+    graphs, passing = Graphs(model, tape), ink(model)
+    ours = RowAdapters(((passing,),))
+    for _ in range(OFTEN):
+        graphs.evaluate(*given(model, 1, 0, adapters=ours), COST)
+    while not tape.made:
+        graphs.record_piece(10.0)
+    assert not begun
+    del passing, ours
+    graphs.evaluate(*given(model, 1, 1), COST)
+    assert tape.made[0].released
+    assert begun == [1]
+
+
 def test_a_recording_goes_with_stacks_that_had_no_room(model: HostedModel) -> None:
     tape = OperationTape()
     graphs, ours = Graphs(model, tape), RowAdapters(((ink(model),),))
