@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from server.engine.graphs import Recorder
     from server.models.hosted import HostedModel
 
-__all__ = ["AutoencoderCalls"]
+__all__ = ["AutoencoderCalls", "Pace"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,16 +56,28 @@ class Half:
         return call(tensors["x"])
 
 
-@dataclass(slots=True)
 class Pace:
-    """Time of the calls of a half.
+    """Time of the calls of a half, from those that were timed."""
 
-    Attributes:
-        seconds_a_pixel: upper bound on the seconds per pixel of the pictures; infinite until a call
-            has been timed.
-    """
+    def __init__(self) -> None:
+        self._timed: dict[int, float] = {}
 
-    seconds_a_pixel: float = inf
+    def note(self, pixels: int, seconds: float) -> None:
+        """Note the seconds of a call with so many pixels in all of its pictures."""
+        self._timed[pixels] = min(seconds, self._timed.get(pixels, inf))
+
+    def seconds(self, pixels: int) -> float:
+        """Upper bound on the seconds of a call; infinite until one has been timed.
+
+        Args:
+            pixels: number of pixels of all its pictures. Of few, a call takes nearly as long as of
+                several times as many, since it launches as many operations.
+        """
+        as_large = [seconds for timed, seconds in self._timed.items() if timed >= pixels]
+        if as_large:
+            return min(as_large)
+        largest = max(self._timed, default=0)
+        return self._timed[largest] * pixels / largest if largest else inf
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +94,7 @@ class PictureCost:
 
     def seconds(self, rows: int) -> float:
         """Upper bound on the seconds of a call, with one picture per row."""
-        return rows * self.pixels * self.pace.seconds_a_pixel
+        return self.pace.seconds(rows * self.pixels)
 
     def correct(self, rows: int, seconds: float) -> None:
         """Do nothing, since only recordings use these costs."""
@@ -91,15 +103,16 @@ class PictureCost:
 class AutoencoderCalls:
     """The calls of one model's autoencoder, which replace those of ``HostedModel``.
 
-    A recording must equal its call bit for bit. Calls with more pixels than the decoder takes at
-    once while ticks run are not recorded: they keep a GPU busy without it, and a recording would
-    hold much memory.
+    A recording must equal its call bit for bit. Calls with more pictures or more pixels than the
+    decoder takes at once while ticks run are not recorded: they keep a GPU busy without it, a
+    recording would hold much memory, and an idle GPU decodes ever other numbers of pictures.
 
     Args:
         model: model of the autoencoder.
         recorder_of: function that makes the recorders of its calls; None to record none.
         room: function that returns the bytes that recordings may take in addition to what they
             hold.
+        fixed: whether every call has ``DECODED_AT_ONCE`` pictures.
     """
 
     def __init__(
@@ -107,8 +120,11 @@ class AutoencoderCalls:
         model: HostedModel,
         recorder_of: Callable[[HostedModel], Recorder] | None = None,
         room: Callable[[], float] = lambda: inf,
+        *,
+        fixed: bool = False,
     ) -> None:
         self.graphs: tuple[Graphs, ...] = ()
+        self._fixed = fixed
         self._model = model
         self._paces = {"encoder": Pace(), "decoder": Pace()}
         if recorder_of is not None:
@@ -141,13 +157,15 @@ class AutoencoderCalls:
             ("decoder", self.decode, self._model.default_shape),
             ("encoder", self.encode, shape),
         )
-        for pictures in range(1, max(1, min(DECODED_AT_ONCE, PIXELS_AT_ONCE // pixels)) + 1):
+        most = max(1, min(DECODED_AT_ONCE, PIXELS_AT_ONCE // pixels))
+        for pictures in (DECODED_AT_ONCE,) if self._fixed else range(1, most + 1):
             for name, call, size in calls:
                 yield partial(self._timed, self._paces[name], call, (pictures, *size), pixels)
 
     def _called(self, half: Half, given: Tensor, scale: int) -> Tensor:
         pixels = given.shape[-1] * given.shape[-2] * scale**2
-        if self.graphs and len(given) * pixels <= PIXELS_AT_ONCE:
+        beside_ticks = len(given) <= DECODED_AT_ONCE and len(given) * pixels <= PIXELS_AT_ONCE
+        if self.graphs and beside_ticks:
             graphs = self.graphs[0 if half.subject == "encoder" else 1]
             cost = PictureCost(pixels, self._paces[half.subject])
             replayed = graphs.replayed({"x": given}, half, cost)
@@ -162,8 +180,9 @@ class AutoencoderCalls:
         # the comparison.
         drawn = torch.randn(shape, generator=torch.Generator().manual_seed(0))
         given = drawn.to(self._model.device)
-        began = perf_counter()
-        # Reading one number waits for the device.
-        call(given).flatten()[0].item()
-        seconds = perf_counter() - began
-        pace.seconds_a_pixel = min(pace.seconds_a_pixel, seconds / (shape[0] * pixels))
+        # The first call of a size takes longer, since libraries choose its kernels.
+        for _ in range(2):
+            began = perf_counter()
+            # Reading one number waits for the device.
+            call(given).flatten()[0].item()
+            pace.note(shape[0] * pixels, perf_counter() - began)

@@ -87,7 +87,7 @@ class Preparation:
         if recorder_of is not None:
             recorder = recorder_of(model)
             self._graphs[name] = Graphs(model, recorder, self._room, exact=self._fixed)
-        autoencoder = AutoencoderCalls(model, recorder_of, self._room)
+        autoencoder = AutoencoderCalls(model, recorder_of, self._room, fixed=self._fixed)
         self._autoencoders[name] = autoencoder
         self._first_calls.extend((name, call) for call in autoencoder.first_calls())
         return self.forwards(model, shape, cost, most)

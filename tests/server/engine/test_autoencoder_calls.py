@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import inf
 from time import monotonic, sleep
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from embedded import MODEL_FOLDER
-from server.engine.autoencoder_calls import AutoencoderCalls
+from server.engine.autoencoder_calls import AutoencoderCalls, Pace
 from server.engine.engine import Engine
 from server.engine.preparation import Preparation
 from server.engine.scheduler import Priority
@@ -53,8 +54,8 @@ class Tapes:
 class Watched(Toy):
     """Counts the pictures of each call of its autoencoder."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, **facts: object) -> None:
+        super().__init__(**facts)
         self.encoded: list[int] = []
         self.decoded: list[int] = []
 
@@ -150,6 +151,59 @@ def test_a_call_is_recorded_between_ticks_only_once_it_is_known_how_long_it_take
         call()
     assert encoder.due(1e9)
     assert not encoder.due(0.0)
+
+
+@torch.inference_mode()
+def test_of_many_small_pictures_that_an_idle_gpu_decodes_at_once_no_recording_is_made() -> None:
+    calls = AutoencoderCalls(Watched(), Tapes())
+    for pictures in range(1, 2 * DECODED_AT_ONCE):
+        calls.decode(noise(pictures, pictures, 4, 4, 4))
+    record(calls)
+    assert calls.graphs[1].rows == [*range(1, DECODED_AT_ONCE + 1)]
+
+
+@torch.inference_mode()
+def test_where_all_calls_have_the_same_number_of_pictures_no_other_is_prepared() -> None:
+    model = Watched()
+    calls = AutoencoderCalls(model, Tapes(), fixed=True)
+    for call in calls.first_calls():
+        call()
+    assert {*model.encoded} == {*model.decoded} == {DECODED_AT_ONCE}
+
+
+def test_a_call_of_few_pixels_is_not_expected_to_take_less_than_the_smallest_that_was_timed() -> (
+    None
+):
+    """Its operations are as many, and the host takes as long to launch them."""
+    pace = Pace()
+    assert pace.seconds(1) == inf
+    pace.note(1000, 0.5)
+    pace.note(1000, 0.01)
+    pace.note(4000, 0.012)
+    assert pace.seconds(10) == pace.seconds(1000) == 0.01
+    assert pace.seconds(1001) == 0.012
+    assert pace.seconds(8000) == pytest.approx(0.024)
+
+
+@torch.inference_mode()
+def test_what_libraries_do_in_the_first_call_of_a_size_is_not_taken_for_its_cost(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of a large picture one call is made, and its size would never be recorded between ticks."""
+    now = [0.0]
+    monkeypatch.setattr("server.engine.autoencoder_calls.perf_counter", lambda: now[0])
+
+    class Cold(Watched):
+        def encode_image(self, pixels: Tensor) -> Tensor:
+            now[0] += 0.01 if self.encoded else 10.0
+            return super().encode_image(pixels)
+
+    calls = AutoencoderCalls(Cold(default_width=1024, default_height=1024), Tapes())
+    for call in calls.first_calls():
+        call()
+    for seed in range(100):
+        calls.encode(noise(seed, 1, 3, 64, 64))
+    assert calls.graphs[0].due(0.1)
 
 
 def engine_of(

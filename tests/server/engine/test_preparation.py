@@ -84,7 +84,7 @@ def test_small_sizes_have_run_when_the_server_is_ready_and_all_of_them_soon_afte
     model = Busy()
     begin(model)
     assert {size for size in ROW_SIZES if size <= AT_START} <= sizes_of(model)
-    assert model.pictures[-4:] == [1, 2, 3, 4]
+    assert model.pictures[-8:] == [1, 1, 2, 2, 3, 3, 4, 4]
     wait_for(model, MOST)
     assert sorted(set(model.tried)) == [size for size in ROW_SIZES if size <= MOST]
 
