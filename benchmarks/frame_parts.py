@@ -31,24 +31,24 @@ Given = ParamSpec("Given")
 Result = TypeVar("Result")
 
 EDGE = 5
-"""Frames at the start and at the end that do not count: fewer are under way, or none begins."""
+"""Frames at the start and end that are not counted, as fewer are in progress, or none starts."""
 
 HAND_OVER = "hand-over of the picture"
 NETWORKS = ("encoder", "denoiser", "decoder")
 
 BESIDE = ("file to pixels", "submission", "way to the event loop", "picture to file")
-"""Parts of a session's frame in other threads than the engine's, and other processes."""
+"""Parts of a session's frame outside the engine's thread: in other threads and processes."""
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """A call of a part that has ended.
+    """A finished call of a part.
 
     Attributes:
-        ended: by ``perf_counter``.
-        seconds: that it took, without those of parts inside it.
-        operations: that it asked the device for, likewise.
-        events: before and after it, on a GPU's stream; None where they were not recorded.
+        ended: time at which it ended, by ``perf_counter``.
+        seconds: seconds that it took, without those of parts inside it.
+        operations: operations that it launched on the device, without those of parts inside it.
+        events: events before and after it on a GPU's stream; None if they were not recorded.
     """
 
     ended: float
@@ -59,14 +59,14 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """What a part has of a frame.
+    """The share of a part in a frame.
 
     Attributes:
-        calls: a frame.
-        median_s: seconds of a call.
-        seconds: a frame, in the engine's thread.
-        device_s: median seconds of a call on a GPU's stream, where it waits for its turn among
-            other streams' work; None where it has no such time.
+        calls: calls per frame.
+        median_s: median seconds of a call.
+        seconds: seconds per frame, in the thread that makes the calls.
+        device_s: median seconds of a call on a GPU's stream, including waits for the work of
+            other streams; None if no such time was measured.
     """
 
     calls: float
@@ -77,19 +77,19 @@ class Part:
 
 @dataclass(slots=True)
 class _Inner:
-    """What parts inside one that goes on have had."""
+    """Seconds and operations of the parts inside a call that has not ended."""
 
     seconds: float = 0.0
     operations: int = 0
 
 
 class FrameParts:
-    """The calls of the parts.
+    """Records the calls of the parts.
 
     Args:
-        synchronises: wait for a GPU after each call of a network, so that the host's time is that
-            of the network; nothing runs beside anything then.
-        counts: count the operations that the device is asked for, which takes long.
+        synchronises: whether to wait for a GPU after each call of a network, so that the host's
+            time is that of the network; then nothing runs concurrently.
+        counts: whether to count the operations launched on the device, which is slow.
     """
 
     def __init__(self, *, synchronises: bool = False, counts: bool = False) -> None:
@@ -101,12 +101,12 @@ class FrameParts:
     def timed(
         self, name: str, call: Callable[Given, Result], *, network: bool = False
     ) -> Callable[Given, Result]:
-        """The same call, which is noted as one of a part.
+        """Wrap a call so that it is recorded as one of a part.
 
         Args:
-            name: of the part.
-            call: in the engine's thread.
-            network: it runs a network, whose time a GPU can tell.
+            name: name of the part.
+            call: the call; calls of one thread may be nested.
+            network: whether it runs a network, whose time a GPU can measure.
         """
 
         @wraps(call)
@@ -136,7 +136,7 @@ class FrameParts:
     def awaited(
         self, name: str, call: Callable[Given, Awaitable[Result]]
     ) -> Callable[Given, Awaitable[Result]]:
-        """The same call in an event loop, which is noted as one of a part."""
+        """Wrap a coroutine of an event loop so that its calls are recorded as those of a part."""
 
         @wraps(call)
         async def noted(*args: Given.args, **kwargs: Given.kwargs) -> Result:
@@ -148,12 +148,12 @@ class FrameParts:
         return noted
 
     def waited(self, name: str, since: float) -> None:
-        """A part has ended now that began at a time by ``perf_counter``."""
+        """Record that a part has ended now that began at this time by ``perf_counter``."""
         now = perf_counter()
         self._note(name, Call(now, now - since, 0, None))
 
     def counted(self, call: Callable[Given, Result]) -> Callable[Given, Result]:
-        """The same call, whose operations are counted if any are."""
+        """Wrap a call so that its operations are counted, if operations are counted at all."""
 
         @wraps(call)
         def inside(*args: Given.args, **kwargs: Given.kwargs) -> Result:
@@ -164,11 +164,11 @@ class FrameParts:
 
     @property
     def frames(self) -> int:
-        """How many frames count: those that were handed over after the first ones."""
+        """Number of frames that are counted: those handed over, without the ones at both ends."""
         return max(0, len(self._handed) - 1)
 
     def parts(self) -> dict[str, Part]:
-        """What each part has of a frame."""
+        """The share of each part in a frame."""
         if not self.frames:
             return {}
         first, last = self._handed[0].ended, self._handed[-1].ended
@@ -191,7 +191,7 @@ class FrameParts:
         return parts
 
     def operations(self) -> dict[str, float]:
-        """How many operations a call of each part asks the device for, if they were counted."""
+        """Mean number of operations that a call of each part launches, if they were counted."""
         return {
             name: sum(one.operations for one in calls) / len(calls)
             for name, calls in self._calls.items()
@@ -199,14 +199,14 @@ class FrameParts:
 
     @property
     def frame_s(self) -> float:
-        """Seconds from one frame to the next."""
+        """Mean seconds from one frame to the next."""
         if not self.frames:
             return 0.0
         return (self._handed[-1].ended - self._handed[0].ended) / self.frames
 
     @property
     def _handed(self) -> list[Call]:
-        """The hand-overs of frames that count, and of the one before them."""
+        """The hand-overs of the counted frames, and of the frame before them."""
         handed = self._calls.get(HAND_OVER, [])
         edge = min(EDGE, len(handed) // 4)
         return handed[edge : len(handed) - edge]
@@ -229,11 +229,11 @@ def _events() -> tuple[torch.cuda.Event, torch.cuda.Event] | None:
 
 @contextmanager
 def watched(engine: Engine, parts: FrameParts) -> Generator[None]:
-    """Note the calls of an engine's parts inside the ``with`` block; one engine at a time.
+    """Record the calls of an engine's parts inside the ``with`` block; one engine at a time.
 
     Args:
-        engine: that has no work yet.
-        parts: told of them.
+        engine: engine that has no work yet.
+        parts: where the calls are recorded.
     """
     own: Any = engine
     places: list[tuple[Any, str, str]] = [
@@ -276,10 +276,10 @@ def watched(engine: Engine, parts: FrameParts) -> Generator[None]:
 
 @contextmanager
 def watched_session(parts: FrameParts) -> Generator[None]:
-    """Note what sessions do beside the engine's thread inside the ``with`` block.
+    """Record what sessions do outside the engine's thread inside the ``with`` block.
 
     Args:
-        parts: told of it.
+        parts: where the calls are recorded.
     """
     decode, submit, hop, encode = BESIDE
     tell = FrameListener._tell  # pyright: ignore[reportPrivateUsage]

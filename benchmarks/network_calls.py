@@ -1,4 +1,4 @@
-"""What one call of a network costs: to launch it, until it is done, and by its operations."""
+"""The cost of one call of a network: its launch, its total time, and its longest operations."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["NetworkCall", "call_costs", "wide_group_norm"]
 
 TIMED = 5
 NAMED = 4
-"""Operations that are named, those that take longest."""
+"""Number of operations that are listed: those that take longest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,9 +29,9 @@ class NetworkCall:
     """A call of a network.
 
     Attributes:
-        launch_s: median seconds until the host has launched it, which on a CPU is all of it.
-        done_s: median seconds until the device has done it.
-        longest: names of operations with the seconds that they take of the device in one call.
+        launch_s: median seconds until the host has launched it, which on a CPU is the whole call.
+        done_s: median seconds until the device has finished it.
+        longest: names of operations, with their seconds on the device in one call.
     """
 
     launch_s: float
@@ -40,7 +40,7 @@ class NetworkCall:
 
 
 def call_costs(call: Callable[[], object]) -> NetworkCall:
-    """Time a call, and profile it once.
+    """Time a call several times, and profile it once.
 
     Args:
         call: launches the work of one network.
@@ -75,20 +75,20 @@ def call_costs(call: Callable[[], object]) -> NetworkCall:
 def wide_group_norm(
     x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> Tensor:
-    """``torch.nn.functional.group_norm`` in reductions that all of a GPU takes part in.
+    """``torch.nn.functional.group_norm`` with reductions that use the whole GPU.
 
-    torch has one block of threads for each group of a picture, and returns contiguous
-    memory whatever it is given. Here the format stays, and rounding differs.
+    torch runs one block of threads for each group of a picture, and returns contiguous
+    memory for any memory format. Here the format is kept, and rounding differs.
 
     Args:
-        x: ``[N, C, ...]``.
-        groups: of channels.
-        weight: ``[C]``; None for ones.
-        bias: ``[C]``; None for zeros.
-        eps: added to the variance.
+        x: input ``[N, C, ...]``.
+        groups: number of groups of channels.
+        weight: weight ``[C]``; None for ones.
+        bias: bias ``[C]``; None for zeros.
+        eps: number added to the variance.
     """
     rows, channels = x.shape[:2]
-    # Of a channel first, as a group's entries do not lie side by side in channels_last.
+    # Per channel first, since entries of a group are not adjacent in channels_last memory.
     variance, mean = torch.var_mean(x, dim=(*range(2, x.ndim),), correction=0)
     variance, mean = (one.float().view(rows, groups, -1) for one in (variance, mean))
     of_group = mean.mean(2, keepdim=True)

@@ -87,10 +87,10 @@ class StreamingWeft:
         return list(islice(clip(self.side, seed=stream, pauses=pauses), FRAMES_KEPT))
 
     def network_calls(self, rows: int) -> dict[str, Callable[[], Tensor]]:
-        """Calls of the networks for a tick, launched one by one.
+        """Calls of the networks of a tick, each launched separately.
 
         Args:
-            rows: of the denoiser; one picture is encoded and one decoded.
+            rows: rows of the denoiser; one picture is encoded and one decoded.
         """
         model, size, device = self.model, (self.side, self.side), self.model.device
         shape = model.latent_shape(*size)

@@ -74,7 +74,7 @@ LEAST_BESIDE_S = 2.0
 """Minimum seconds that a run takes in addition to the measured time."""
 
 COUNTED_S = 1.0
-"""Of the run in which operations are counted, which takes long and shows few numbers."""
+"""Seconds of the run in which operations are counted; it is slow, and few frames suffice."""
 
 SERVER_S = 40.0
 """Seconds in which a server starts and settles."""
@@ -254,7 +254,7 @@ def _outside(ran: Sequence[Ran]) -> str:
 
 
 def _parts_of_a_frame(turns: Turns) -> None:
-    """Of a lone stream, driven by the engine's tasks and by a session with files."""
+    """Print the parts of a single stream's frame, with tasks of the engine and with a session."""
     weft, options, allowance = turns.weft, turns.options, turns.allowance
     allowance.attempt("calls of the networks", partial(_print_network_calls, weft))
     for stages in (STAGES, 1):
@@ -283,7 +283,7 @@ def _parts_of_a_frame(turns: Turns) -> None:
 
 
 def _print_network_calls(weft: StreamingWeft) -> None:
-    """A table of what the calls of a frame cost by themselves, none of them replayed."""
+    """Print what the calls of a frame cost on their own, without replaying recordings."""
     wide = "group norms by the whole device"
     _print_head(
         "Calls of the networks, launched one by one",
@@ -303,7 +303,7 @@ def _print_network_calls(weft: StreamingWeft) -> None:
 
 
 def _print_parts(title: str, timed: FrameParts, counted: FrameParts) -> None:
-    """A table of a frame's parts, those of the engine's thread first, the longest before others."""
+    """Print a frame's parts, those of the engine's thread first, from the longest down."""
     _print_head(
         f"{title}: {1000 * timed.frame_s:.1f} ms",
         "part | calls a frame | ms a call, median | ms a frame | share | operations a frame "

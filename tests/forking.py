@@ -20,29 +20,29 @@ Group = Sequence[pytest.Item]
 """Tests that one process runs, in their order."""
 
 WIDTH = 4
-"""Bytes of a number in the queue. Of so few, a process reads all or none."""
+"""Bytes of a number in the queue; so few are always read at once."""
 
 
 @dataclass
 class Process:
-    """One that runs tests, and the last thing heard of it."""
+    """A process that runs tests, and its last report."""
 
     pid: int
     last: str = "nothing"
 
 
 def run(session: pytest.Session, groups: Sequence[Group], processes: int) -> None:
-    """Run the groups in processes that take one after another, as a test loop of pytest does.
+    """Run the groups like pytest's test loop, in processes that each take one group after another.
 
-    The calling process must have one thread, and not know of CUDA.
+    The calling process must have a single thread, and must not have initialised CUDA.
 
     Raises:
-        Failed: a process was killed or broke, or as many tests failed as may.
+        Failed: a process was killed or broke, or the limit of failed tests is reached.
         Interrupted: the session was told to stop.
     """
     terminal: Any = session.config.pluginmanager.getplugin("terminalreporter")
     if terminal:
-        # Files are under way at once, and their names would stand between each other's letters.
+        # Several files run at once, and their names would be mixed with each other's results.
         terminal.showfspath = False
     folders: Any = session.config._tmp_path_factory  # type: ignore[attr-defined]
     queue = _queue(len(groups))
@@ -61,14 +61,14 @@ def run(session: pytest.Session, groups: Sequence[Group], processes: int) -> Non
     try:
         _follow(session, heard)
     finally:
-        # Who then has something to say ends.
+        # A process that then tries to report ends.
         for connection, process in heard.items():
             connection.close()
             os.waitpid(process.pid, 0)
 
 
 def _queue(numbers: int) -> int:
-    """A pipe that holds the numbers below this one, whose end for writing is closed."""
+    """A pipe that holds the numbers below this one, with its write end closed."""
     queue, end = os.pipe()
     os.write(end, b"".join(number.to_bytes(WIDTH) for number in range(numbers)))
     os.close(end)
@@ -76,7 +76,7 @@ def _queue(numbers: int) -> int:
 
 
 def _follow(session: pytest.Session, heard: dict[Connection, Process]) -> None:
-    """Report what the processes say until they have ended."""
+    """Pass on the reports of the processes until they have ended."""
     hook = session.config.hook
     while heard:
         for connection in wait([*heard]):
@@ -107,12 +107,12 @@ def _live(
     status = 1
     try:
         _set_up(session.config, connection)
-        # Nobody listens any more where a run was given up.
+        # If the run was stopped, nobody reads the reports any more.
         with suppress(BrokenPipeError, KeyboardInterrupt):
             _run_all(session, (item for group in _taken(groups, queue) for item in group))
         session._setupstate.teardown_exact(None)
         status = 0
-    except BaseException:  # noqa: BLE001 - nothing above this function is of a fork
+    except BaseException:  # noqa: BLE001 - a fork must not return to the code of its parent
         traceback.print_exc()
     finally:
         os._exit(status)
@@ -126,14 +126,14 @@ def _taken(groups: Sequence[Group], queue: int) -> Iterator[Group]:
 def _run_all(session: pytest.Session, items: Iterator[pytest.Item]) -> None:
     item = next(items, None)
     while item is not None and not session.shouldfail and not session.shouldstop:
-        # Fixtures that it needs as well stay.
+        # Fixtures that the next test also needs are kept.
         following = next(items, None)
         session.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
         item = following
 
 
 def _set_up(config: pytest.Config, connection: Connection) -> None:
-    """Let a process capture what it prints, and tell its reports to the one that forked it."""
+    """Have a process capture its own output, and send its reports to the process that forked it."""
     plugins = config.pluginmanager
     plugins.unregister(name="terminalreporter")
     plugins.register(_Teller(config, connection))

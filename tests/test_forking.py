@@ -1,4 +1,4 @@
-"""Tests in several processes are reported as if one had run them."""
+"""Tests that run in several processes are reported as if run by one."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""Files of the operator's whose classes join Weft's own, and those that cannot be used."""
+"""Plug-in files whose classes join Weft's own, and files that cannot be used."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""What a network's call costs, and a group norm of the same formula."""
+"""The cost of a network's call, and a group norm by another order of reductions."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ def test_what_could_not_be_written_leaves_nothing_behind(tmp_path: Path) -> None
 
 
 def test_whatever_a_store_raises_is_an_error_of_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As botocore does if a host cannot be reached."""
+    """For example, botocore raises its own errors if a host cannot be reached."""
 
     def fail(*_: object) -> None:
         raise RuntimeError("Could not connect to the endpoint")

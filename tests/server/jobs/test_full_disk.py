@@ -1,4 +1,4 @@
-"""A disk that is full when the pictures of a job are stored."""
+"""What happens if the disk is full when the pictures of a job are stored."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PATIENCE_S = 30.0
 
 @asynccontextmanager
 async def opened(folder: Path) -> AsyncGenerator[Jobs]:
-    """Jobs on a toy, each begun once."""
+    """Jobs of the toy model, each of which is started only once."""
     engine, service = started(model := Toy(), 8), Service(Limits())
     service.open(engine, {"toy": model})
     settings = Settings.model_validate({"jobs": {"folder": folder, "attempts": 1}})
@@ -40,7 +40,7 @@ async def opened(folder: Path) -> AsyncGenerator[Jobs]:
 
 @pytest.fixture
 def room_for_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Room for one more picture and no others."""
+    """Leave room for only one more picture."""
     write, room = Blobs.write, [True]
 
     async def bounded(blobs: Blobs, name: str, data: bytes) -> None:

@@ -162,7 +162,7 @@ def test_a_server_without_a_job_s_key_fails_it_when_it_starts(
 
 
 def all_ended(folder: Path, jobs: list[Job]) -> list[Job]:
-    """Jobs as a server ends them that starts with them."""
+    """The jobs after a server that finds them when it starts has ended them."""
 
     async def start() -> list[Job]:
         engine, service = started(model := Toy(), 8), Service(Limits())

@@ -42,7 +42,7 @@ def changes(
 
 
 def norm_changes(network: nn.Module, seed: int = 0, size: float = 0.3) -> dict[str, NormChange]:
-    """Of all norms."""
+    """Random changes of all norms."""
     generator = torch.Generator().manual_seed(seed)
     made: dict[str, NormChange] = {}
     for name, norm in network.named_modules():

@@ -391,7 +391,7 @@ def test_the_text_encoder_of_flux_is_adapted_as_by_diffusers(
 def test_a_change_of_a_norm_of_a_text_encoder_is_in_what_it_tells(
     hosted: Callable[[str], Hosted], tmp_path: Path
 ) -> None:
-    """By LyCORIS' name, and for one of two prompts."""
+    """Named as by LyCORIS, and used for one of two prompts."""
     _, pipeline, model = flux = hosted("flux1")
     moved = drawn(pipeline.text_encoder.config.hidden_size, seed=5)
     name = "lora_te1_text_model_encoder_layers_0_layer_norm1.w_norm"
