@@ -42,7 +42,7 @@ from server.errors import Cancelled, DeviceLost, NotReady, OutOfMemory
 from server.models.memory import unused_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
     from collections.abc import Sequence as Listed
     from contextlib import AbstractContextManager
 
@@ -166,7 +166,7 @@ class Engine:
             self.measurements,
             self.row_watch,
             self._idle_work.give_back,
-            self._tell_and_count,
+            self._meanwhile,
         )
         self._admission = Admission(
             self._models, self._lanes.of, self._idle_work.encoder_of, deterministic=deterministic
@@ -424,7 +424,7 @@ class Engine:
         else:
             self._tell_and_count()
         recalled = self._recall()
-        self._collect(idle=not (chosen or recalled))
+        self._collect(self._decoder.work(idle=not (chosen or recalled)))
         live = self._selection.expects_live
         self._idle_work.beside_ticks(self._live_tick_s if live else LONGEST_PIECE_S)
 
@@ -538,10 +538,15 @@ class Engine:
             self._selection.charge_aside(dict.fromkeys(recalling, 1), seconds, self._active)
         return recalled
 
-    def _collect(self, *, idle: bool) -> None:
-        """Let the decoder work, and deliver what it has finished."""
+    def _meanwhile(self) -> None:
+        """Do what the device need not wait for, while it works on a stage."""
+        self._tell_and_count()
+        self._collect(self._decoder.finished())
+
+    def _collect(self, outcomes: Iterable[tuple[Sequence, ImageResult | Exception]]) -> None:
+        """Deliver what the decoder has finished, and charge its time."""
         before_s, live_before_s = self._decoder.seconds, self._decoder.live_s
-        for sequence, outcome in self._decoder.work(idle=idle):
+        for sequence, outcome in outcomes:
             self._finish(sequence, outcome)
         self.measurements.decode_s = self._decoder.seconds
         seconds, live_s = self._decoder.seconds - before_s, self._decoder.live_s - live_before_s

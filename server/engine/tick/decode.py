@@ -154,6 +154,14 @@ class Decoder:
             self._start(some)
         yield from self._finished(idle=idle)
 
+    def finished(self) -> Iterator[tuple[Sequence, ImageResult | Exception]]:
+        """Yield images that are finished by now, as :meth:`work` does, and start nothing.
+
+        Raises:
+            DeviceLost: the device no longer answers.
+        """
+        yield from self._finished(idle=False)
+
     def _between_ticks(self, *, idle: bool) -> Iterator[tuple[Sequence, ImageResult | Exception]]:
         """On a CPU: decode all live frames, and some ordinary images, flow by flow."""
         while self._queue.live:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from math import inf
 from time import monotonic, sleep
 
@@ -120,6 +121,33 @@ def test_rounding_alone_keeps_an_autoencoder_from_being_replayed(
         call()
     record(calls)
     assert [graphs.rows for graphs in calls.graphs] == [[], []]
+
+
+@torch.inference_mode()
+def test_the_decoder_alone_is_recorded_on_the_stream_beside_the_ticks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its recordings share memory, and are replayed there."""
+    beside, seen = [False], list[tuple[int, bool]]()
+
+    @contextmanager
+    def stream(_: torch.device) -> Generator[None]:
+        beside[0] = True
+        yield
+        beside[0] = False
+
+    class Watching(OperationTape):
+        def record(self, evaluate: Callable[..., Tensor], given: Sequence[Tensor]) -> Repeated:
+            seen.append((given[0].shape[1], beside[0]))
+            return super().record(evaluate, given)
+
+    monkeypatch.setattr("server.engine.autoencoder_calls.on_decoder_stream", stream)
+    calls = AutoencoderCalls(Watched(), lambda _: Watching())
+    for call in calls.first_calls():
+        call()
+    record(calls)
+    pixels, latents = 3, 4
+    assert set(seen) == {(pixels, False), (latents, True)}
 
 
 @torch.inference_mode()

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
+import pytest
 import torch
 
+from guidance.unguided import Unguided
 from server.engine.engine import Engine
 from server.engine.fair_queue import Turns
+from server.engine.state.sequence import ImageResult
+from server.engine.tick import decode, stage
 from server.engine.tick.decode import DECODED_AT_ONCE, TICKS_OF_BACKLOG, Decoder
+from server.engine.tick.host_copy import HostCopy
+from server.engine.tick.stopwatch import Stopwatch
 from tests.server.by_hand import task as toy_task
 from tests.server.toy_model import Ear, Toy
 
@@ -171,3 +179,42 @@ def test_what_waited_before_is_nothing_else_to_be_done() -> None:
         assert not engine._interrupted(0)
         engine.submit([toy_task()], Ear(1))
         assert engine._interrupted(0)
+
+
+def test_a_picture_is_handed_over_while_the_device_works_on_the_next_stage(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It would wait for the end of the tick, and its stream for it."""
+    order: list[str] = []
+    told: Any = stage._told
+
+    class Copy(HostCopy):
+        looks = 0
+
+        @property
+        def ready(self) -> bool:
+            self.looks += 1
+            return self.looks > 1
+
+    class Listener(Ear):
+        def finished(self, index: int, result: ImageResult) -> None:
+            order.append(f"picture {index}")
+            super().finished(index, result)
+
+    def waited(steps: Any) -> Any:
+        order.append("wait")
+        return told(steps)
+
+    monkeypatch.setattr(stage, "_told", waited)
+    monkeypatch.setattr(decode, "HostCopy", Copy)
+    monkeypatch.setattr(decode, "on_decoder_stream", nullcontext)
+    monkeypatch.setattr(decode, "Stopwatch", lambda _: Stopwatch(torch.device("cpu")))
+    engine = Engine({"toy": Toy()}, row_budget=4, guessed_costs={1: 0.01})
+    engine._warm_up()
+    engine._decoder._device = Mock(type="cuda")
+    tasks = [toy_task(rule=Unguided(), steps=steps) for steps in (1, 3)]
+    engine.submit(tasks, Listener(2))
+    with torch.inference_mode():
+        for _ in range(2):
+            engine._tick()
+    assert order == ["wait", "picture 0", "wait"]
