@@ -117,7 +117,7 @@ class GradientGuidance(ClassifierGuidance, frozen=True):
 
 
 class Reference(NamedTuple):
-    """The alternative prompt that each row is led away from, and how strongly; each ``[rows]``."""
+    """The alternative prompt that each row is guided away from, and the strength; each ``[rows]``."""
 
     choice: Tensor
     strength: Tensor

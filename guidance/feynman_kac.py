@@ -71,7 +71,7 @@ def increments(cond: Tensor, other: Tensor, scale: float, snr: float, snr_next: 
 
     Args:
         cond: denoised predictions for the prompt, ``[rows, C, h, w]``.
-        other: denoised predictions that guidance leads away from, of the same shape.
+        other: denoised predictions that guidance moves away from, of the same shape.
         scale: w, the guidance scale.
         snr: ``(alpha / sigma)^2`` at the predictions; 0 at pure noise.
         snr_next: ``(alpha / sigma)^2`` at the end of the step; finite.

@@ -20,7 +20,7 @@ class GradientFree(ReferenceGuidance, frozen=True):
     """After gradient-free classifier guidance (Shenoy et al., arXiv 2411.15393).
 
     From the paper: at each stage a classifier, used only in inference, chooses among conditional
-    predictions the reference that guidance leads away from, and sets the scale by its uncertainty
+    predictions the reference that guidance moves away from, and sets the scale by its uncertainty
     about the picture. The formula is ours: of all classes q, other than the target y, of the
     attributes that have a target, the reference is the one with the greatest ``p(q | x)``, and
 

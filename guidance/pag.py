@@ -25,7 +25,7 @@ class PAG(Perturbation, frozen=True):
     """Perturbed-attention guidance (Ahn et al., arXiv 2403.17377, section 4).
 
     In the perturbed network, self-attention returns its values, as if each position attended only
-    to itself. This gives pictures without structure, which guidance leads away from. No second
+    to itself. This gives pictures without structure, which guidance moves away from. No second
     prompt is needed.
 
     As in diffusers' pipelines (``pag_adaptive_scale``), the strength can decrease along the run:

@@ -117,7 +117,7 @@ class Rule(BaseModel, frozen=True, extra="forbid", strict=True, allow_inf_nan=Fa
 
 
 class ScaledRule(Rule, frozen=True):
-    """A rule that leads away from the negative prompt by a ``scale``; 1 is no guidance."""
+    """A rule that guides away from the negative prompt by a ``scale``; 1 is no guidance."""
 
     scale: float = Field(default=4.0, ge=0, le=100, description="Strength; 1 is no guidance.")
 

@@ -434,7 +434,7 @@ PAIRS = {
         ),
         Trailing(),
     ),
-    # Theirs lands on the first trained step, not on the clean picture.
+    # Diffusers' ends at the first trained step, not at the clean picture.
     **{
         f"deis-{order}-{steps}": Pair(
             DEISMultistepScheduler,
@@ -481,7 +481,7 @@ PAIRS = {
         tolerance=BETWEEN_TIMES,
     ),
     "lcm": Pair(LCMScheduler, {}, LCM(), LCMSpacing(), 4),
-    # Theirs lands on the first trained step whatever the config says.
+    # Diffusers' ends at the first trained step, whatever the config says.
     **{
         f"tcd-{gamma}": Pair(
             TCDScheduler, TRAINED_END, TCD(gamma=gamma), LCMSpacing(), 4, eta=gamma

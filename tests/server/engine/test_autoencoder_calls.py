@@ -202,7 +202,7 @@ def test_where_all_calls_have_the_same_number_of_pictures_no_other_is_prepared()
 def test_a_call_of_few_pixels_is_not_expected_to_take_less_than_the_smallest_that_was_timed() -> (
     None
 ):
-    """Its operations are as many, and the host takes as long to launch them."""
+    """It has as many operations, and the host takes as long to launch them."""
     pace = Pace()
     assert pace.seconds(1) == inf
     pace.note(1000, 0.5)
@@ -217,7 +217,7 @@ def test_a_call_of_few_pixels_is_not_expected_to_take_less_than_the_smallest_tha
 def test_what_libraries_do_in_the_first_call_of_a_size_is_not_taken_for_its_cost(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Of a large picture one call is made, and its size would never be recorded between ticks."""
+    """A large picture is a single call, so its size would never be recorded between ticks."""
     now = [0.0]
     monkeypatch.setattr("server.engine.autoencoder_calls.perf_counter", lambda: now[0])
 

@@ -140,7 +140,7 @@ def test_an_engine_without_work_waits_for_pictures_only_until_something_else_is_
 
 
 def test_an_error_of_decoding_that_is_seen_while_waiting_ends_its_images_alone() -> None:
-    """Not the engine, as long as the device answers."""
+    """It does not end the engine, as long as the device answers."""
 
     class Failing:
         @property

@@ -32,7 +32,7 @@ def finished(task: Callable[..., Any], listen: Callable[..., Any]) -> Finish:
 
 
 def next_of(queue: DecoderQueue) -> Sequence:
-    """As a GPU's decoder takes them, one at a time."""
+    """The next image, as a GPU's decoder takes them, one at a time."""
     if queue.live_turn():
         return queue.take_live(1)[0]
     return queue.take_ordinary(lambda _: 1)[0]

@@ -87,7 +87,7 @@ def test_units_draw_the_image_of_the_native_request(api: WebUIApi, generate: Gen
     steered = generate(**OURS, controls=[control], image_prompts=[prompt])
     assert (drawn(result) == pixels_of(steered)).all()
     assert (drawn(result) != pixels_of(generate(**OURS))).any()
-    # Of the picture as it is, inverted before.
+    # The same without a preprocessor, from the inverted picture.
     inverted = Image.fromarray(255 - np.asarray(edges))
     plain = {"name": "depth", "scale": 0.7, "end": 0.5, "image": b64(inverted)}
     plain |= {"precedence": "control"}

@@ -19,9 +19,9 @@ Network = TypeVar("Network", bound=nn.Module)
 def changes(
     network: nn.Module, rank: int, seed: int = 0, size: float = 0.3, within: str = ""
 ) -> dict[str, LowRank]:
-    """Of all linear layers and convolutions whose names match a regular expression within.
+    """Random changes of the linear layers and convolutions in whose names ``within`` matches.
 
-    Not of convolutions in groups, which no adapter changes.
+    Convolutions in groups are left out, since no adapter changes them.
     """
     generator = torch.Generator().manual_seed(seed)
     like = next(network.parameters())
