@@ -117,7 +117,7 @@ class GradientGuidance(ClassifierGuidance, frozen=True):
 
 
 class Reference(NamedTuple):
-    """The alternative prompt that each row is guided away from, and the strength; each ``[rows]``."""
+    """Alternative prompt that each row is guided away from, and its strength: ``[rows]`` each."""
 
     choice: Tensor
     strength: Tensor
