@@ -30,6 +30,7 @@ from server.models.folder import classifier_file, statistics_file
 from server.models.hosted import HostedModel
 from server.models.loading import load_model
 from tests.covering import EVERY_CELL
+from tests.server.thin_copies import put_thin_model
 
 
 @pytest.fixture(scope="module")
@@ -38,11 +39,19 @@ def model() -> HostedModel:
     return load_model(MODEL_FOLDER, name="m", device="cpu", dtype="float32")
 
 
+@pytest.fixture(scope="module")
+def thin_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model with thin networks of random weights, for which files are derived as well."""
+    folder = tmp_path_factory.mktemp("thin") / "model"
+    put_thin_model(folder)
+    return folder
+
+
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """A copy of the model without derived files."""
+def folder(tmp_path: Path, thin_folder: Path) -> Path:
+    """A copy of the thin model without derived files."""
     derived = shutil.ignore_patterns("ems-*.safetensors", "linear-ag-*.safetensors")
-    return shutil.copytree(MODEL_FOLDER, tmp_path / "model", ignore=derived)
+    return shutil.copytree(thin_folder, tmp_path / "model", ignore=derived)
 
 
 @pytest.fixture

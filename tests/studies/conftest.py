@@ -6,6 +6,8 @@ from typing import Any
 import pytest
 from matplotlib.figure import Figure
 
+from tests.server.thin_copies import put_thin_model
+
 
 @pytest.fixture
 def sketches(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
@@ -21,3 +23,11 @@ def sketches(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
 
     monkeypatch.setattr(Figure, "savefig", save_the_first)
     return drawn
+
+
+@pytest.fixture(scope="session")
+def thin_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded model with thin networks of random weights, where pictures need show nothing."""
+    folder = tmp_path_factory.mktemp("thin") / "model"
+    put_thin_model(folder)
+    return folder

@@ -162,8 +162,10 @@ def test_the_study_resumes_and_writes_its_page(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
+    thin_folder: Path,
     sketches: list[Path],
 ) -> None:
+    monkeypatch.setattr("studies.guidance.__main__.MODEL_FOLDER", thin_folder)
     few = [
         Cell(UNGUIDED, steps=FEW),
         Cell(UNGUIDED, "again", FEW),

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 
-from embedded import MODEL_FOLDER
 from samplers.dpm_solver_v3 import DPMSolverV3, Flags
 from samplers.statistics import Statistics, StatisticsIdentity
 from server.models.folder import revisions_of
@@ -44,14 +43,16 @@ DDIM = Contender("ddim", {"name": "ddim"})
 
 
 @pytest.fixture(scope="module")
-def model() -> HostedModel:
-    return load_model(MODEL_FOLDER, name="embedded", device="cpu", dtype="float32")
+def model(thin_folder: Path) -> HostedModel:
+    return load_model(thin_folder, name="embedded", device="cpu", dtype="float32")
 
 
 @pytest.fixture(scope="module")
-def study(tmp_path_factory: pytest.TempPathFactory, model: HostedModel) -> Study:
+def study(
+    tmp_path_factory: pytest.TempPathFactory, thin_folder: Path, model: HostedModel
+) -> Study:
     folder = tmp_path_factory.mktemp("study")
-    weights = revisions_of(MODEL_FOLDER / "unet").weights
+    weights = revisions_of(thin_folder / "unet").weights
     return Study(model, weights, StatisticsFiles(folder / "none"), SIZES, folder / "kept")
 
 
@@ -68,7 +69,7 @@ def test_the_reference_has_no_error(study: Study) -> None:
 
 
 def test_more_evaluations_come_closer_to_the_reference(study: Study) -> None:
-    few, many = (study.run(error_cell(DDIM, n, 1.0))["errors"] for n in (2, 8))
+    few, many = (study.run(error_cell(DDIM, n, 1.0))["errors"] for n in (2, 11))
     assert all(b < a / 2 for a, b in zip(few, many, strict=True))
 
 
@@ -149,10 +150,13 @@ def test_statistics_are_found_by_their_scale(tmp_path: Path) -> None:
 def test_the_study_writes_its_page_and_resumes(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    thin_folder: Path,
     study: Study,
     model: HostedModel,
     sketches: list[Path],
 ) -> None:
+    monkeypatch.setattr("studies.samplers.__main__.MODEL_FOLDER", thin_folder)
     data, page, images = (tmp_path / name for name in ("d.jsonl", "page.md", "images"))
     arguments = [
         *("--data", data, "--page", page, "--images", images, "--kept", tmp_path / "kept"),
