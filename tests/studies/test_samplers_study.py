@@ -48,9 +48,7 @@ def model(thin_folder: Path) -> HostedModel:
 
 
 @pytest.fixture(scope="module")
-def study(
-    tmp_path_factory: pytest.TempPathFactory, thin_folder: Path, model: HostedModel
-) -> Study:
+def study(tmp_path_factory: pytest.TempPathFactory, thin_folder: Path, model: HostedModel) -> Study:
     folder = tmp_path_factory.mktemp("study")
     weights = revisions_of(thin_folder / "unet").weights
     return Study(model, weights, StatisticsFiles(folder / "none"), SIZES, folder / "kept")

@@ -32,11 +32,20 @@ class Tab:
         self._connection = connection
         self._tools = tools
         self._numbers = itertools.count()
+        self._before: str | None = None
 
     def open(self, url: str, before: str = "") -> None:
-        """Load a page, after a script that runs before its own."""
+        """Load a page, after running a script before its own.
+
+        Args:
+            url: that differs from the last page's before the #, or has no #.
+            before: the script.
+        """
         self.call("Page.enable")
-        self.call("Page.addScriptToEvaluateOnNewDocument", source=before)
+        if self._before is not None:
+            self.call("Page.removeScriptToEvaluateOnNewDocument", identifier=self._before)
+        added = self.call("Page.addScriptToEvaluateOnNewDocument", source=before)
+        self._before = added["identifier"]
         self.call("Page.navigate", url=url)
         self._told(lambda news: news.get("method") == "Page.loadEventFired")
 

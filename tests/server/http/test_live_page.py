@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from collections.abc import Iterator
@@ -76,12 +77,21 @@ await shown();
 """
 
 
-@pytest.fixture
-def tab(browser: str, trained: Running) -> Iterator[Tab]:
-    """The tab for live streams."""
+VISITS = itertools.count()
+
+
+@pytest.fixture(scope="module")
+def any_tab(browser: str) -> Iterator[Tab]:
+    """A tab of the browser for all tests, as opening one takes a second."""
     with new_tab(browser, TOOLS) as tab:
-        tab.open(f"{trained.url}/#live")
         yield tab
+
+
+@pytest.fixture
+def tab(any_tab: Tab, trained: Running) -> Tab:
+    """The tab for live streams."""
+    any_tab.open(f"{trained.url}/?{next(VISITS)}#live")
+    return any_tab
 
 
 @pytest.fixture

@@ -78,11 +78,8 @@ const pictures = async () => {
 const act = (name) => [...$("actions").children].find((one) => one.textContent === name).click();
 """.replace("TITLES", json.dumps([*CHOICES]))
 
-FRESH = """
-if (!sessionStorage.fresh) indexedDB.deleteDatabase("weft");
-sessionStorage.fresh = true;
-"""
-"""Empties the browser's gallery before a tab first looks into it."""
+FRESH = 'indexedDB.deleteDatabase("weft");'
+"""Empties the browser's gallery before the page first looks into it."""
 
 OF_ITS_OWN = 'form.width.value = form.height.value = "";'
 """Lets the server choose the size."""
@@ -90,13 +87,20 @@ OF_ITS_OWN = 'form.width.value = form.height.value = "";'
 READY = f"await until(() => selects().length === {len(CHOICES)});"
 
 
-@pytest.fixture
-def tab(browser: str, client: httpx2.Client) -> Iterator[Tab]:
-    """The server's page, ready to use."""
+@pytest.fixture(scope="module")
+def any_tab(browser: str) -> Iterator[Tab]:
+    """A tab of the browser for all tests, as opening one takes a second."""
     with new_tab(browser, TOOLS) as tab:
-        tab.open(str(client.base_url), FRESH)
-        tab.run(f"{READY} form.steps.value = 2; form.width.value = form.height.value = 64")
         yield tab
+
+
+@pytest.fixture
+def tab(any_tab: Tab, client: httpx2.Client) -> Tab:
+    """The server's page, ready to use."""
+    any_tab.call("Emulation.clearDeviceMetricsOverride")
+    any_tab.open(str(client.base_url), FRESH)
+    any_tab.run(f"{READY} form.steps.value = 2; form.width.value = form.height.value = 64")
+    return any_tab
 
 
 def test_the_api_s_page_is_drawn_without_any_other_server(tab: Tab, client: httpx2.Client) -> None:
@@ -338,7 +342,7 @@ def test_the_page_shows_every_image_of_a_group(tab: Tab) -> None:
 
 
 def test_the_page_may_show_images_at_urls_of_another_origin(
-    browser: str, running: Running, client: httpx2.Client, monkeypatch: pytest.MonkeyPatch
+    any_tab: Tab, running: Running, client: httpx2.Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     elsewhere = running.url.replace("127.0.0.1", "localhost")
     settings = running.app.state.settings
@@ -348,17 +352,16 @@ def test_the_page_may_show_images_at_urls_of_another_origin(
     body: dict[str, Any] = {"prompt": "x", "steps": 1, "response_format": "url"}
     url: str = client.post("/v1/generate", json=body).json()["images"][0]["url"]
     assert url.startswith(elsewhere)
-    with new_tab(browser, TOOLS) as tab:
-        tab.open(str(client.base_url), FRESH)
-        fetched, shown = tab.run(
-            f"""
-            const blob = await (await fetch("{url}")).blob();
-            const image = new Image();
-            image.src = "{url}";
-            await image.decode();
-            return [blob.type, image.naturalWidth];
-            """
-        )
+    any_tab.open(str(client.base_url), FRESH)
+    fetched, shown = any_tab.run(
+        f"""
+        const blob = await (await fetch("{url}")).blob();
+        const image = new Image();
+        image.src = "{url}";
+        await image.decode();
+        return [blob.type, image.naturalWidth];
+        """
+    )
     assert (fetched, shown) == ("image/png", 128)
 
 
@@ -440,23 +443,22 @@ def test_pictures_come_first_on_phones_and_desktops(tab: Tab) -> None:
         assert across <= width
 
 
-def test_presets_wait_for_the_catalog(browser: str, client: httpx2.Client) -> None:
+def test_presets_wait_for_the_catalog(any_tab: Tab, client: httpx2.Client) -> None:
     """To the page, a server that is still loading is one whose first answer comes late."""
     held = "window.held = new Promise((go) => { window.go = go; }); const ask = window.fetch;"
     held += "window.fetch = async (...asked) => { await window.held; return ask(...asked); };"
-    with new_tab(browser, TOOLS) as tab:
-        tab.open(str(client.base_url), FRESH + held)
-        shown = """
-            await until(() => $("presets").querySelectorAll("input").length === 3);
-            const optional = ["image-prompts", "controls", "reference-images", "adapters"];
-            const hidden = optional.map((id) => $(id).closest("[hidden]") !== null);
-            return [$("presets").disabled, $("preset-words").textContent, hidden];
-        """
-        # What only some models have is not shown even for a moment.
-        assert tab.run(shown) == [True, "Waiting for what the server offers.", [True] * 4]
-        disabled, words, hidden = tab.run(f"window.go(); {READY} {shown}")
-        assert (disabled, hidden) == (False, [True, True, True, False])
-        assert words.startswith("What the server chooses")
+    any_tab.open(str(client.base_url), FRESH + held)
+    shown = """
+        await until(() => $("presets").querySelectorAll("input").length === 3);
+        const optional = ["image-prompts", "controls", "reference-images", "adapters"];
+        const hidden = optional.map((id) => $(id).closest("[hidden]") !== null);
+        return [$("presets").disabled, $("preset-words").textContent, hidden];
+    """
+    # What only some models have is not shown even for a moment.
+    assert any_tab.run(shown) == [True, "Waiting for what the server offers.", [True] * 4]
+    disabled, words, hidden = any_tab.run(f"window.go(); {READY} {shown}")
+    assert (disabled, hidden) == (False, [True, True, True, False])
+    assert words.startswith("What the server chooses")
 
 
 def test_presets_ask_for_what_the_server_takes_without_a_warning(
