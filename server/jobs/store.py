@@ -239,6 +239,9 @@ def finish(
 ) -> bool:
     """End a job, unless it has ended or has been begun again since.
 
+    May be repeated: a connection can be lost after the database has ended the job, and before it
+    could say so.
+
     Args:
         connection: connection in a transaction.
         job: job as it was begun by the attempt that ends it.
@@ -251,13 +254,15 @@ def finish(
     Returns:
         Whether this attempt ended it.
     """
+    own = JOBS.c.id == job.id, JOBS.c.attempt == job.attempt
     ended = (
         update(JOBS)
-        .where(JOBS.c.id == job.id, JOBS.c.attempt == job.attempt, JOBS.c.status == "processing")
+        .where(*own, JOBS.c.status == "processing")
         .values(**_end(status, keep_s, now), result=result, error=error)
     )
     if connection.execute(ended).rowcount == 0:
-        return False
+        before = select(JOBS.c.id).where(*own, JOBS.c.status == status)
+        return connection.execute(before).first() is not None
     _tell(connection, job.id, "completed", now)
     return True
 
