@@ -23,6 +23,8 @@ from server.errors import RowFailed
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    import numpy as np
+    from numpy.typing import NDArray
     from torch import Tensor
 
     from server.engine.fair_queue import Turns
@@ -280,8 +282,13 @@ class Decoder:
                 broken = RowFailed("The image became NaN or infinite while it was decoded.")
                 yield sequence, broken
                 continue
-            # A copy: pinned memory is scarce, and a view would keep the whole batch alive.
-            yield sequence, sequence.result(picture.copy())
+            # A copy: pinned memory is scarce, and a view would keep the whole batch alive. Without
+            # room for it the image fails, since this may run within the stage of others.
+            yield sequence, attempt(partial(_delivered, sequence, picture), self._device)
+
+
+def _delivered(sequence: Sequence, picture: NDArray[np.uint8]) -> ImageResult:
+    return sequence.result(picture.copy())
 
 
 def _pixels(sequence: Sequence) -> int:

@@ -14,11 +14,12 @@ import torch
 from guidance.unguided import Unguided
 from server.engine.engine import Engine
 from server.engine.fair_queue import Turns
-from server.engine.state.sequence import ImageResult
+from server.engine.state.sequence import ImageResult, Sequence
 from server.engine.tick import decode, stage
 from server.engine.tick.decode import DECODED_AT_ONCE, TICKS_OF_BACKLOG, Decoder
 from server.engine.tick.host_copy import HostCopy
 from server.engine.tick.stopwatch import Stopwatch
+from server.errors import OutOfMemory
 from tests.server.by_hand import task as toy_task
 from tests.server.toy_model import Ear, Toy
 
@@ -218,3 +219,39 @@ def test_a_picture_is_handed_over_while_the_device_works_on_the_next_stage(
         for _ in range(2):
             engine._tick()
     assert order == ["wait", "picture 0", "wait"]
+
+
+def test_a_picture_without_room_in_host_memory_fails_alone_while_the_device_works(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its error is not one of the images whose stage runs, and its client hears of it."""
+    result = Sequence.result
+
+    class Copy(HostCopy):
+        looks = 0
+
+        @property
+        def ready(self) -> bool:
+            self.looks += 1
+            return self.looks > 1
+
+    def made(sequence: Sequence, pixels: Any) -> ImageResult:
+        if sequence.index == 0:
+            raise MemoryError
+        return result(sequence, pixels)
+
+    monkeypatch.setattr(Sequence, "result", made)
+    monkeypatch.setattr(decode, "HostCopy", Copy)
+    monkeypatch.setattr(decode, "on_decoder_stream", nullcontext)
+    monkeypatch.setattr(decode, "Stopwatch", lambda _: Stopwatch(torch.device("cpu")))
+    engine = Engine({"toy": Toy()}, row_budget=4, guessed_costs={1: 0.01})
+    engine._warm_up()
+    engine._decoder._device = Mock(type="cuda")
+    ear = Ear(2)
+    engine.submit([toy_task(rule=Unguided(), steps=steps) for steps in (1, 3)], ear)
+    with torch.inference_mode():
+        for _ in range(6):
+            engine._tick()
+    assert [type(error) for error in ear.errors.values()] == [OutOfMemory]
+    assert list(ear.results) == [1]
+    assert engine.measurements.pending == 0
