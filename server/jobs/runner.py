@@ -141,7 +141,8 @@ class Runner:
                 task.add_done_callback(partial(self._ended, job))
                 self._watches.tell(job.id)
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._wake.wait(), LOOK_S)
+                async with asyncio.timeout(LOOK_S):
+                    await self._wake.wait()
 
     async def renew(self) -> None:
         """Renew the leases of running jobs, and stop jobs that this server has lost."""

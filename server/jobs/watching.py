@@ -28,7 +28,8 @@ class Watch:
     async def news(self, within_s: float) -> list[Progress]:
         """Progress since the last call; waits up to `within_s` for some, or for another status."""
         with suppress(TimeoutError):
-            await asyncio.wait_for(self._wake.wait(), within_s)
+            async with asyncio.timeout(within_s):
+                await self._wake.wait()
         self._wake.clear()
         news, self._news = list(self._news.values()), {}
         return news

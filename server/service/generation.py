@@ -142,7 +142,8 @@ class Generation:
         """
         if not self.done and self._error is None:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._wake.wait(), within_s)
+                async with asyncio.timeout(within_s):
+                    await self._wake.wait()
         self._wake.clear()
         self.check()
         news, self._news = list(self._news.values()), {}
@@ -156,7 +157,8 @@ class Generation:
         """
         if self.queue_position is not None and self._error is None:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._wake.wait(), within_s)
+                async with asyncio.timeout(within_s):
+                    await self._wake.wait()
             if not self._news:
                 self._wake.clear()
         self.check()

@@ -417,7 +417,8 @@ class StreamSession:
                 early = self._not_before - monotonic()
                 if early > 0:
                     with contextlib.suppress(TimeoutError):
-                        await asyncio.wait_for(self._room.wait(), early)
+                        async with asyncio.timeout(early):
+                            await self._room.wait()
                     continue
                 async with self._changing:
                     # The settings may have changed while it waited for the lock.

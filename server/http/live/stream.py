@@ -119,7 +119,8 @@ class Conversation:
         """
         while (left := self._silent_until() - monotonic()) > 0:
             with contextlib.suppress(TimeoutError):
-                return await asyncio.wait_for(self._websocket.receive(), left)
+                async with asyncio.timeout(left):
+                    return await self._websocket.receive()
         if self._session.begun:
             raise RequestTimeout(
                 f"Nothing was sent or received for {self._limits.idle_s:g} s; the stream ends."
@@ -184,7 +185,8 @@ class Conversation:
                 await self._send({"stats": self._session.statistics()})
                 continue
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._changed.wait(), left)
+                async with asyncio.timeout(left):
+                    await self._changed.wait()
 
     async def _send(self, said: Mapping[str, Any], image: bytes | None = None) -> None:
         """Send a message and the image that belongs to it.

@@ -19,6 +19,7 @@ from server.jobs.database import Database, of_folder
 from server.jobs.job import Job, NewJob
 from server.jobs.jobs import Jobs
 from server.jobs.tables import JOBS
+from server.jobs.watching import Watch
 from server.service.service import Service
 from server.settings import Limits, Settings
 from tests.server.toy_model import Toy, started
@@ -348,3 +349,38 @@ def test_a_job_for_which_the_disk_has_no_room_is_refused_and_nothing_of_it_is_le
     with_database(tmp_path, work)
     (line,) = [record.getMessage() for record in caplog.records if record.name == "weft"]
     assert line.endswith("tried again: database or disk is full")
+
+
+@pytest.mark.parametrize("turns", range(4))
+def test_a_server_that_is_woken_when_it_stops_stops(tmp_path: Path, turns: int) -> None:
+    """Whatever the event loop has done by then of what wakes its search for jobs."""
+
+    async def run() -> None:
+        service = Service(Limits())
+        jobs = Jobs(Settings.model_validate({"jobs": {"folder": tmp_path}}), service, lambda _: b"")
+        await jobs.open()
+        await asyncio.sleep(0.05)
+        jobs._runner.wake()
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        await asyncio.wait_for(jobs.close(), 5)
+        service.close()
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("turns", range(4))
+def test_a_reader_that_is_cancelled_as_there_is_news_is_cancelled(turns: int) -> None:
+    async def run() -> None:
+        watch = Watch()
+        reading = asyncio.create_task(watch.news(60))
+        await asyncio.sleep(0.01)
+        watch.tell(None)
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        ended = reading.done()
+        reading.cancel()
+        await asyncio.wait({reading})
+        assert reading.cancelled() is not ended
+
+    asyncio.run(run())
