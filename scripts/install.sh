@@ -13,6 +13,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 VENV=${VENV:-.venv}
+VENV=${VENV%/}
 TORCH=${TORCH:-auto}
 asked=$TORCH
 CPU_INDEX=https://download.pytorch.org/whl/cpu
@@ -39,19 +40,31 @@ new_enough() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev
 
 find_python() {
     local candidate
-    for candidate in ${PYTHON:-python3 python3.11 python3.12 python3.13 python3.14}; do
+    if [ -n "${PYTHON:-}" ]; then
+        if new_enough "$PYTHON"; then echo "$PYTHON"; return; fi
+        fail "PYTHON is '$PYTHON'; it must be Python 3.11 or newer"
+    fi
+    for candidate in python3 python3.11 python3.12 python3.13 python3.14; do
         if new_enough "$candidate"; then echo "$candidate"; return; fi
     done
-    fail "Python 3.11 or newer is needed; none of these is: ${PYTHON:-python3 python3.11 to python3.14}"
+    fail "Python 3.11 or newer is needed; none of these is: python3, python3.11 to python3.14"
+}
+
+# Creating an environment deletes everything else in its folder.
+check_folder() {
+    if [ -n "$(ls -A "$VENV" 2>/dev/null)" ] && [ ! -e "$VENV/pyvenv.cfg" ]; then
+        fail "VENV is '$VENV', which has other files than a virtual environment; name a folder that" \
+            "is new or empty"
+    fi
 }
 
 # uv unpacks many packages at once and is several times as fast as pip. It does not read pip's own
 # configuration, so it is left out where that names another index or a proxy.
 fetch_uv() {
-    if "$VENV/bin/python" -m pip config list | grep -qE '\.(index-url|no-index|proxy)='; then
-        return
-    fi
-    "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check --no-compile \
+    local configured
+    configured=$("$VENV/bin/python" -m pip config list)
+    if grep -qE '\.(index-url|no-index|proxy)=' <<<"$configured"; then return; fi
+    "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check --no-compile --retries 1 \
         --only-binary :all: --require-hashes --target "$tools" -r requirements/uv.lock 2>/dev/null
 }
 
@@ -70,6 +83,15 @@ install_packages() {
     if [ ! -t 1 ]; then options+=(-qq); fi
     if [ $lock = dev ]; then options+=(--no-compile); fi
     "$VENV/bin/python" -m pip install "${options[@]}" "$@"
+}
+
+# Both write INSTALLER once the other files of a package are there. uv takes every package that has a
+# folder of metadata for installed, which an interrupted installation leaves behind.
+forget_interrupted() {
+    local metadata
+    for metadata in "$VENV"/lib/python3*/site-packages/*.dist-info; do
+        if [ -d "$metadata" ] && [ ! -e "$metadata/INSTALLER" ]; then rm -r "$metadata"; fi
+    done
 }
 
 installed_torch() {
@@ -109,6 +131,7 @@ install() {
         say "creating $VENV with $(find_python)"
         "$(find_python)" -m venv --clear "$VENV"
     fi
+    forget_interrupted
     tools=$(mktemp -d)
     trap 'rm -rf "$tools"' EXIT
     fetch_uv || true
@@ -134,6 +157,7 @@ stamp=$VENV/.weft-$lock
 find_python >/dev/null
 if [ -x "$VENV/bin/python" ] && [ "$(cat "$stamp" 2>/dev/null)" = "$(key)" ]; then exit 0; fi
 
+check_folder
 mkdir -p "$VENV"
 if command -v flock >/dev/null; then
     exec 9>"$VENV.lock"

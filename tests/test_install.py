@@ -1,0 +1,78 @@
+"""The installation script, with a stand-in for Python that records what it is asked to install."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[1] / "scripts" / "install.sh"
+
+PYTHON = """#!/usr/bin/env bash
+case "$*" in
+    "-c "*) ;;
+    "-m venv --clear "*) mkdir -p "$4/bin"; touch "$4/pyvenv.cfg"; cp "$0" "$4/bin/python" ;;
+    "-m pip config list")
+        echo "global.index-url='https://packages.example/simple'"
+        sleep 0.2
+        echo "global.timeout='60'" ;;
+    *) echo "$*" >>"$ASKED" ;;
+esac
+"""
+
+
+@pytest.fixture
+def python(tmp_path: Path) -> Path:
+    path = tmp_path / "of a user" / "python3"
+    path.parent.mkdir()
+    path.write_text(PYTHON)
+    path.chmod(0o755)
+    return path
+
+
+def installed(python: Path, folder: Path) -> subprocess.CompletedProcess[str]:
+    own = {"VENV": str(folder), "PYTHON": str(python), "TORCH": "cpu"}
+    own["ASKED"] = str(python.with_name("asked"))
+    return subprocess.run(
+        ["bash", SCRIPT], env=os.environ | own, capture_output=True, text=True, timeout=60
+    )
+
+
+def test_paths_with_spaces_are_installed_with_and_into(python: Path, tmp_path: Path) -> None:
+    done = installed(python, tmp_path / "an environment")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "an environment" / "bin" / "python").exists()
+
+
+def test_a_folder_with_other_files_is_not_emptied(python: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "documents"
+    folder.mkdir()
+    (folder / "letter").touch()
+    refused = installed(python, folder)
+    assert (refused.returncode, [*folder.iterdir()]) == (1, [folder / "letter"])
+    assert f"VENV is '{folder}', which has other files" in refused.stderr
+
+
+def test_a_package_whose_installation_was_interrupted_is_installed_again(
+    python: Path, tmp_path: Path
+) -> None:
+    installed(python, folder := tmp_path / "environment")
+    (folder / ".weft-runtime").unlink()
+    packages = folder / "lib" / "python3.11" / "site-packages"
+    for name in ("whole-1.dist-info", "partial-1.dist-info"):
+        (packages / name).mkdir(parents=True)
+        (packages / name / "METADATA").touch()
+    (packages / "whole-1.dist-info" / "INSTALLER").touch()
+    assert installed(python, folder).returncode == 0
+    assert [path.name for path in packages.iterdir()] == ["whole-1.dist-info"]
+
+
+def test_uv_which_does_not_read_it_is_left_out_where_pip_has_an_index_of_its_own(
+    python: Path, tmp_path: Path
+) -> None:
+    assert installed(python, tmp_path / "environment").returncode == 0
+    asked = python.with_name("asked").read_text()
+    assert "requirements/runtime.lock" in asked
+    assert "requirements/uv.lock" not in asked
