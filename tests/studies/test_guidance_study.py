@@ -1,6 +1,7 @@
 """The guidance study at a tiny size: it draws with the engine, resumes, and writes its page."""
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -44,14 +45,28 @@ def quick() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="module")
-def study(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Study]:
-    folder = tmp_path_factory.mktemp("guidance")
-    model = load_model(MODEL_FOLDER, name="embedded", device="cpu", dtype="float32")
+@contextmanager
+def study_of(model_folder: Path, folder: Path) -> Generator[Study]:
+    """The study of a model at a tiny size, with its files in a folder."""
+    model = load_model(model_folder, name="embedded", device="cpu", dtype="float32")
     drawing = Drawing(model, 16, SIZES.fitted_runs, ["a red circle", "a blue ring"], folder)
     sitters = Sitters(SIZES.captions, SIZES.again, SIZES.known_pictures)
     yield Study(model, "weights", drawing, sitters, SIZES, folder)
     drawing.stop()
+
+
+@pytest.fixture(scope="module")
+def study(thin_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Study]:
+    """For what does not depend on what pictures show."""
+    with study_of(thin_folder, tmp_path_factory.mktemp("guidance")) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def trained_study(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Study]:
+    """The study of the embedded model."""
+    with study_of(MODEL_FOLDER, tmp_path_factory.mktemp("guidance")) as made:
+        yield made
 
 
 def test_what_is_saved_is_what_the_engine_did_without(study: Study) -> None:
@@ -87,9 +102,9 @@ def test_prompts_of_a_cell_are_filled_in_with_the_things_of_a_caption(study: Stu
     assert found["evaluations"] == [4 * FEW]
 
 
-def test_a_classifier_aims_at_what_the_caption_shows(study: Study) -> None:
-    towards = study.run(Cell(cells.BACKGROUND["cfg 4, elucd 8"], "aimed", 4))
-    alone = study.run(Cell(cells.BACKGROUND["cfg 4"], "aimed", 4))
+def test_a_classifier_aims_at_what_the_caption_shows(trained_study: Study) -> None:
+    towards = trained_study.run(Cell(cells.BACKGROUND["cfg 4, elucd 8"], "aimed", 4))
+    alone = trained_study.run(Cell(cells.BACKGROUND["cfg 4"], "aimed", 4))
     # The captions do not mention the background, so only the classifier can lead to it.
     assert towards["attributes"]["background"][0] > alone["attributes"]["background"][0]
     assert towards["evaluations"] == alone["evaluations"]
@@ -131,9 +146,9 @@ def test_other_seeds_give_other_pictures_of_the_same_captions(study: Study) -> N
     assert all(apart > 0.1 for apart in found["apart"])
 
 
-def test_the_truth_is_right_and_near_itself(study: Study) -> None:
-    truth = study.truth(0)
-    drawn = study.run(Cell(cfg(2.0), steps=FEW))
+def test_the_truth_is_right_and_near_itself(trained_study: Study) -> None:
+    truth = trained_study.truth(0)
+    drawn = trained_study.run(Cell(cfg(2.0), steps=FEW))
     assert truth["right"] == [1] * 2
     assert truth["frechet"] < drawn["frechet"]
     assert drawn["beyond"][0] == pytest.approx(drawn["frechet"] - truth["frechet"])
