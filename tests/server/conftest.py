@@ -125,6 +125,12 @@ def thin_models(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
 
 
 @pytest.fixture(scope="session")
+def thin_folder(thin_models: tuple[str, ...]) -> Path:
+    """The first of them."""
+    return Path(thin_models[0].partition("=")[2])
+
+
+@pytest.fixture(scope="session")
 def running(
     thin_models: tuple[str, ...],
     adapters_folder: Path,

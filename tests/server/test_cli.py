@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,6 @@ from PIL import Image
 from torch import Tensor
 from typer.testing import CliRunner, Result
 
-from embedded import MODEL_FOLDER
 from guidance.linear_fit import LinearFit
 from server.cli import app
 from server.engine.cost_model import MOST_ROWS
@@ -40,6 +40,16 @@ TOO_LONG = "a" * 300
 
 def weft(*arguments: str) -> Result:
     return CliRunner().invoke(app, arguments)
+
+
+@pytest.fixture(scope="session")
+def generate(thin_folder: Path) -> Callable[..., Result]:
+    """Runs `weft generate` on a model of thin networks; arguments are what follows the prompt."""
+
+    def run(*arguments: str) -> Result:
+        return weft("generate", PROMPT, "--model", f"embedded={thin_folder}", *arguments)
+
+    return run
 
 
 def test_help_and_catalog_do_not_wait_for_torch() -> None:
@@ -82,11 +92,13 @@ def test_the_catalog_lists_everything() -> None:
     assert all(title in shown for title in listed.keys() - {"choices", "defaults"})
 
 
-def test_generate_writes_the_file_with_its_settings(tmp_path: Path) -> None:
+def test_generate_writes_the_file_with_its_settings(
+    generate: Callable[..., Result], tmp_path: Path
+) -> None:
     output = tmp_path / "out.png"
     arguments = ["--steps", "4", "--seed", "7", "--sampler", "unipc", "-o", str(output)]
     guidance = ["--guidance", "apg", "--scale", "3", "--policy", '{"name": "adaptive"}']
-    done = weft("generate", PROMPT, *arguments, *guidance, "--cache", "easy_cache")
+    done = generate(*arguments, *guidance, "--cache", "easy_cache")
     assert done.exit_code == 0, done.output
     assert done.stdout.strip() == str(output)
     with Image.open(output) as picture:
@@ -99,8 +111,10 @@ def test_generate_writes_the_file_with_its_settings(tmp_path: Path) -> None:
     assert settings["cache"]["name"] == "easy_cache"
 
 
-def test_generate_draws_what_a_request_can_ask_for(tmp_path: Path) -> None:
-    network = UNet2DConditionModel.from_pretrained(MODEL_FOLDER / "unet")
+def test_generate_draws_what_a_request_can_ask_for(
+    generate: Callable[..., Result], thin_folder: Path, tmp_path: Path
+) -> None:
+    network = UNet2DConditionModel.from_pretrained(thin_folder / "unet")
     adapters, controls, shown = (tmp_path / name for name in ("adapters", "controls", "shown"))
     adapters.mkdir()
     files.saved(files.peft({"unet": changes(network, 2)}), adapters / "ink.safetensors")
@@ -112,8 +126,8 @@ def test_generate_draws_what_a_request_can_ask_for(tmp_path: Path) -> None:
     picture, output = tmp_path / "picture.png", tmp_path / "out.png"
     Image.fromarray(np.full((40, 40, 3), 200, np.uint8)).save(picture)
     read = json.dumps({"name": "depth", "image": str(picture), "end": 0.5})
-    done = weft(
-        *("generate", PROMPT, "--steps", "2", "--width", "64", "--height", "64", "-o", str(output)),
+    done = generate(
+        *("--steps", "2", "--width", "64", "--height", "64", "-o", str(output)),
         *("--hires", "1.5", "--clip-skip", "1", "--set", 'variation={"seed": 3, "strength": 0.2}'),
         *("--adapters", str(adapters), "--adapter", "ink=0.5"),
         *("--controls", str(controls), "--control", read),
@@ -130,17 +144,19 @@ def test_generate_draws_what_a_request_can_ask_for(tmp_path: Path) -> None:
     assert [(one["name"], one["scale"]) for one in settings["image_prompts"]] == [("style", 0.5)]
 
 
-def test_generate_reads_reference_images_from_files(tmp_path: Path) -> None:
+def test_generate_reads_reference_images_from_files(
+    generate: Callable[..., Result], tmp_path: Path
+) -> None:
     picture = tmp_path / "picture.png"
     Image.fromarray(np.full((40, 40, 3), 200, np.uint8)).save(picture)
     two = ("--reference-image", str(picture)) * 2
-    done = weft("generate", PROMPT, *two, "-o", str(tmp_path / "out.png"))
+    done = generate(*two, "-o", str(tmp_path / "out.png"))
     assert done.exit_code == 2
     assert "model 'embedded' does not read reference images" in done.output.replace("\n", " ")
 
 
 def test_generate_evaluates_the_model_for_its_own_image_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    generate: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Timing forwards of many sizes, as a server does when it starts, would take seconds."""
     rows: list[int] = []
@@ -152,7 +168,7 @@ def test_generate_evaluates_the_model_for_its_own_image_alone(
 
     monkeypatch.setattr(UNetModel, "evaluate", counted)
     arguments = ["--steps", "3", "--guidance", "cfg", "-n", "2", "-o", str(tmp_path / "out.png")]
-    done = weft("generate", PROMPT, *arguments)
+    done = generate(*arguments)
     assert done.exit_code == 0, done.output
     # Both images in every forward, each with its two predictions.
     assert rows == [4, 4, 4]
@@ -173,21 +189,23 @@ def test_generate_loads_the_model_of_its_request_alone(
     assert loaded == ["embedded"]
 
 
-def test_generate_says_what_has_no_effect(tmp_path: Path) -> None:
+def test_generate_says_what_has_no_effect(generate: Callable[..., Result], tmp_path: Path) -> None:
     output = tmp_path / "out.png"
     arguments = ["--steps", "1", "--guidance", "none", "--negative", "blue", "-o", str(output)]
-    done = weft("generate", PROMPT, *arguments)
+    done = generate(*arguments)
     assert done.exit_code == 0, done.output
     assert done.stdout.strip() == str(output)
     assert "negative_prompt has no effect: guidance 'none' evaluates only" in done.stderr
 
 
-def test_several_pictures_are_told_apart_by_seed(tmp_path: Path) -> None:
+def test_several_pictures_are_told_apart_by_seed(
+    generate: Callable[..., Result], tmp_path: Path
+) -> None:
     start = tmp_path / "start.png"
     Image.fromarray(np.full((64, 64, 3), 200, np.uint8)).save(start)
     output = tmp_path / "many.webp"
-    done = weft(
-        *("generate", PROMPT, "--steps", "2", "--seed", "7", "-n", "2", "-o", str(output)),
+    done = generate(
+        *("--steps", "2", "--seed", "7", "-n", "2", "-o", str(output)),
         *("--image", str(start), "--strength", "0.5"),
     )
     assert done.exit_code == 0, done.output
@@ -322,9 +340,9 @@ def test_a_port_that_is_taken_is_said_before_anything_is_loaded(tmp_path: Path) 
     assert said in refused.stderr
 
 
-def test_linear_guidance_is_fitted_and_then_used(tmp_path: Path) -> None:
+def test_linear_guidance_is_fitted_and_then_used(thin_folder: Path, tmp_path: Path) -> None:
     left_out = shutil.ignore_patterns("weft")
-    model = shutil.copytree(MODEL_FOLDER, tmp_path / "model", ignore=left_out)
+    model = shutil.copytree(thin_folder, tmp_path / "model", ignore=left_out)
     run = ["--model", str(model), "--steps", "3", "--sampler", "ddim", "--guidance", "apg"]
     policy = ["--policy", '{"name": "linear_adaptive", "every": 3, "stop": 1.0}']
     generate = ["generate", PROMPT, *run, *policy, "--seed", "1", "-o", str(tmp_path / "out.png")]

@@ -20,7 +20,6 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from embedded import MODEL_FOLDER
 from server.engine.preparation import PreparedForwards
 from server.errors import ModelMismatch
 from server.http.native.models import CompilationCard, card_of
@@ -39,15 +38,15 @@ PATIENCE_S = 120
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of models: "one", "two" and "three" are the embedded model, the rest are invalid."""
+def folder(tmp_path_factory: pytest.TempPathFactory, thin_folder: Path) -> Path:
+    """A folder of models: "one", "two" and "three" are a thin model, the rest are invalid."""
     made = tmp_path_factory.mktemp("models")
     for name in ("one", "two", "three"):
-        (made / name).symlink_to(MODEL_FOLDER)
+        (made / name).symlink_to(thin_folder)
     broken = made / "broken"
-    shutil.copytree(MODEL_FOLDER, broken, ignore=shutil.ignore_patterns("weft", "vae"))
+    shutil.copytree(thin_folder, broken, ignore=shutil.ignore_patterns("weft", "vae"))
     huge = made / "huge"
-    shutil.copytree(MODEL_FOLDER, huge, ignore=shutil.ignore_patterns("weft", "unet"))
+    shutil.copytree(thin_folder, huge, ignore=shutil.ignore_patterns("weft", "unet"))
     claim_a_tebibyte(huge / "unet" / "diffusion_pytorch_model.safetensors")
     return made
 
@@ -63,10 +62,10 @@ def claim_a_tebibyte(file: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def server(folder: Path, young_garbage: None) -> Iterator[SmallServer]:
+def server(folder: Path, thin_folder: Path, young_garbage: None) -> Iterator[SmallServer]:
     """A server with memory for two of the models."""
-    both = 2.2 * bytes_in_memory(MODEL_FOLDER, torch.float32) / 2**30
-    settings = Settings(models=(f"first={MODEL_FOLDER}",), models_folder=folder, memory_gib=both)
+    both = 2.2 * bytes_in_memory(thin_folder, torch.float32) / 2**30
+    settings = Settings(models=(f"first={thin_folder}",), models_folder=folder, memory_gib=both)
     made = SmallServer(settings, host(settings, guessed_costs=GUESSED_COSTS))
     # The cost of forwards of an added model does not matter here.
     with full_ticks():
@@ -101,7 +100,7 @@ def listed(client: httpx2.Client) -> dict[str, dict[str, Any]]:
 
 
 def test_models_of_the_folder_come_and_go_as_requests_name_them(
-    client: httpx2.Client, server: SmallServer
+    client: httpx2.Client, server: SmallServer, thin_folder: Path
 ) -> None:
     cards = listed(client)
     assert list(cards) == ["first", "broken", "huge", "one", "three", "two"]
@@ -127,7 +126,7 @@ def test_models_of_the_folder_come_and_go_as_requests_name_them(
     assert np.array_equal(picture(client), expected)
     assert listed(client)["first"]["default"]
     # A model takes as much memory as its headers say.
-    said = bytes_in_memory(MODEL_FOLDER, torch.float32)
+    said = bytes_in_memory(thin_folder, torch.float32)
     assert said == pytest.approx(bytes_of(model), rel=0.01)
 
 
@@ -228,9 +227,9 @@ def test_who_leaves_while_the_model_of_a_stream_is_loaded_is_forgotten() -> None
 
 
 def test_a_folder_that_comes_later_is_known_at_once_and_one_that_is_removed_no_longer(
-    client: httpx2.Client, folder: Path
+    client: httpx2.Client, folder: Path, thin_folder: Path
 ) -> None:
-    (folder / "later").symlink_to(MODEL_FOLDER)
+    (folder / "later").symlink_to(thin_folder)
     assert not listed(client)["later"]["loaded"]
     (folder / "later").unlink()
     assert "later" not in listed(client)
@@ -240,7 +239,7 @@ def test_a_folder_that_comes_later_is_known_at_once_and_one_that_is_removed_no_l
         assert "three" not in listed(client)
         assert refusal(client, "three")[0] == 404
     finally:
-        (folder / "three").symlink_to(MODEL_FOLDER)
+        (folder / "three").symlink_to(thin_folder)
 
 
 def test_clients_of_automatic1111_unload_their_model_and_load_it_again(
@@ -271,10 +270,10 @@ def test_clients_of_automatic1111_unload_their_model_and_load_it_again(
 
 
 def test_a_server_that_cannot_compile_says_why_and_serves(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, thin_folder: Path
 ) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
-    settings = Settings(compile=True, cache=tmp_path, models=(str(MODEL_FOLDER),))
+    settings = Settings(compile=True, cache=tmp_path, models=(str(thin_folder),))
     hosted = host(settings, guessed_costs={1: 0.01})
     [model] = hosted.models.values()
     hosted.engine.stop(0)
