@@ -126,7 +126,8 @@ async def _each_is_begun_once(one: Database, other: Database) -> None:
         database.run(store.finish, job, "succeeded", KEEP_S, 40.0, result={"attempt": job.attempt})
         for database, job in ((one, first), (other, again), (one, again))
     ]
-    assert sorted(await asyncio.gather(*ends)) == [False, False, True]
+    # The end of the latest attempt may be repeated; only one of the two tells of it, see below.
+    assert await asyncio.gather(*ends) == [False, True, True]
     ended = await one.run(store.get, again.owner, again.id)
     assert ended.result == {"attempt": 2}
     due = await asyncio.gather(*(database.run(store.due, 50.0, 9) for database in (one, other)))
