@@ -28,6 +28,9 @@ METADATA: Final = "lora_adapter_metadata"
 
 LARGEST_ALPHA: Final = 1e6
 
+DEFAULT_ALPHA: Final = 8
+"""Alpha of a config of peft without ``lora_alpha``, as in its ``LoraConfig``."""
+
 KIND: Final = "LORA"
 
 USED: Final = ("lora_alpha", "alpha_pattern", "use_rslora", "use_dora")
@@ -83,7 +86,7 @@ class PeftConfig:
             raise AdapterMismatch(f"has metadata {METADATA} that is not a JSON object")
         prefix = f"{part}."
         own = {k.removeprefix(prefix): v for k, v in config.items() if k.startswith(prefix)}
-        return cls(METADATA, own)
+        return cls(METADATA, {"lora_alpha": DEFAULT_ALPHA, **own} if own else {})
 
     @classmethod
     def of_file(cls, path: Path) -> PeftConfig:
@@ -112,7 +115,8 @@ class PeftConfig:
         for name, value in sorted(config.items()):
             if value and name not in USED and name not in HARMLESS:
                 raise AdapterMismatch(f"has {name[:40]!r} in {CONFIG}, which is not supported")
-        return cls(CONFIG, {name: config[name] for name in USED if name in config})
+        given = {name: config[name] for name in USED if name in config}
+        return cls(CONFIG, {"lora_alpha": DEFAULT_ALPHA, **given})
 
     @property
     def is_dora(self) -> bool:
@@ -120,7 +124,7 @@ class PeftConfig:
         return bool(self.entries.get("use_dora"))
 
     def scale(self, names: Collection[str], rank: int) -> float:
-        """Alpha / rank of a layer, 1 where the config does not contain alpha.
+        """Alpha / rank of a layer, 1 where there is no config.
 
         Args:
             names: names that the layer has in patterns.

@@ -116,6 +116,15 @@ def factor(adapter: Adapter) -> float:
     return float(adapter.parts["unet"]["first"].up[0, 0])
 
 
+def test_a_config_without_alpha_has_that_of_peft_by_default(
+    network: Layers, tmp_path: Path
+) -> None:
+    peft: Any = pytest.importorskip("peft")
+    folder = put(tmp_path / "style")
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2}')
+    assert factor(load(network, folder)) == peft.LoraConfig().lora_alpha / 2
+
+
 def test_a_config_beside_a_file_of_pefts_name_is_read_too(network: Layers, tmp_path: Path) -> None:
     folder = put(tmp_path / "style")
     assert factor(load(network, folder / "adapter_model.safetensors")) == 1.5
