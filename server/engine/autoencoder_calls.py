@@ -97,7 +97,9 @@ class PictureCost:
         return self.pace.seconds(rows * self.pixels)
 
     def correct(self, rows: int, seconds: float) -> None:
-        """Do nothing, since only recordings use these costs."""
+        """Note the seconds of the first call; those of a recording say nothing about others."""
+        if self.seconds(rows) == inf:
+            self.pace.note(rows * self.pixels, seconds)
 
 
 class AutoencoderCalls:

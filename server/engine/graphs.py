@@ -357,11 +357,16 @@ class Graphs:
         return [shape for shape, one in wanted if not shape.form.kind or one.runs >= FEW]
 
     def _often(self, most_s: float) -> Shape | None:
-        """The pass that has run most often, of those that are worth recording between ticks."""
+        """The pass that has run most often, of those that are worth recording between ticks.
+
+        A pass whose seconds are unknown is timed first, which takes no longer than the pass has
+        taken between ticks as often.
+        """
         often = {
             shape: one.runs
             for shape, one in self._wanted.items()
             if pays_beside_ticks(one.runs, one.cost.seconds(shape.rows), most_s)
+            or (one.runs >= OFTEN and one.cost.seconds(shape.rows) == inf)
         }
         return max(often, key=lambda shape: often[shape]) if often else None
 
@@ -406,6 +411,10 @@ class Graphs:
 
     def _record(self, shape: Shape, wanted: _Wanted) -> Generator[None]:
         evaluate, tensors = self._of_tensors(shape), [*wanted.given.values()]
+        if wanted.cost.seconds(shape.rows) == inf:
+            wanted.cost.correct(shape.rows, _seconds(lambda: evaluate(*tensors)))
+            self._wanted[shape] = wanted
+            return
         if shape.kind not in self._repeatable:
             obstacle = unrepeatable(lambda: evaluate(*tensors), tensors[0].device)
             self._repeatable[shape.kind] = obstacle is None

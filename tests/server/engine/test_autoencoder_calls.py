@@ -169,16 +169,32 @@ def test_calls_that_keep_a_gpu_busy_by_themselves_are_not_recorded() -> None:
 
 
 @torch.inference_mode()
-def test_a_call_is_recorded_between_ticks_only_once_it_is_known_how_long_it_takes() -> None:
+def test_a_call_is_recorded_between_ticks_only_if_it_is_known_to_take_short() -> None:
     calls = AutoencoderCalls(Watched(), Tapes())
+    [encoder, _] = calls.graphs
+    for call in calls.first_calls():
+        call()
+    for seed in range(100):
+        calls.encode(noise(seed, 1, 3, 64, 64))
+    assert encoder.due(1e9)
+    assert not encoder.due(0.0)
+
+
+@torch.inference_mode()
+def test_a_call_of_a_model_that_was_never_idle_is_timed_and_then_recorded_between_ticks() -> None:
+    """Such as one that was loaded for the stream that uses it."""
+    tapes = Tapes()
+    calls = AutoencoderCalls(Watched(), tapes)
     [encoder, _] = calls.graphs
     for seed in range(100):
         calls.encode(noise(seed, 1, 3, 64, 64))
-    assert not encoder.due(1e9)
-    for call in calls.first_calls():
-        call()
-    assert encoder.due(1e9)
+    assert encoder.due(0.0)
+    encoder.record_piece(0.0)
     assert not encoder.due(0.0)
+    assert not tapes.made[0].made
+    while encoder.due(1e9):
+        encoder.record_piece(1e9)
+    assert encoder.rows == [1]
 
 
 @torch.inference_mode()
