@@ -174,8 +174,13 @@ def _make_private(file: Path) -> None:
     """Let only this user read a database, whatever the umask; SQLite's other files follow it."""
     for path in (file, *file.parent.glob(f"{file.name}-*")):
         descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o600)
-        os.fchmod(descriptor, 0o600)
-        os.close(descriptor)
+        try:
+            os.fchmod(descriptor, 0o600)
+        except PermissionError:
+            # It belongs to another user, or its file system has no permissions.
+            log.warning("durable jobs: the permissions of %s cannot be changed to 0600", path)
+        finally:
+            os.close(descriptor)
 
 
 def _unanswered(error: DBAPIError) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable
@@ -332,6 +333,22 @@ def test_a_database_that_others_may_read_is_made_private(tmp_path: Path) -> None
         assert file.stat().st_mode & 0o777 == 0o600
 
     with_database(tmp_path, work)
+
+
+def test_a_database_whose_permissions_cannot_be_changed_is_used_and_named_in_the_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As where the file is another user's, or on a file system without permissions."""
+
+    def refuse(*_: int) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    async def work(database: Database) -> None:
+        assert len(await added(database, "a")) == 1
+
+    monkeypatch.setattr(os, "fchmod", refuse)
+    with_database(tmp_path, work)
+    assert f"the permissions of {tmp_path / 'jobs.sqlite'} cannot be changed" in caplog.text
 
 
 def test_a_job_for_which_the_disk_has_no_room_is_refused_and_nothing_of_it_is_left(
