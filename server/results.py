@@ -180,7 +180,8 @@ class Results:
         except FileNotFoundError:
             raise UnknownResult(MISSING) from None
         except OSError as error:
-            log.error("an image could not be read for its URL: %s", error)
+            # Without the file's name, which is all that its URL needs.
+            log.error("an image could not be read for its URL: %s", error.strerror or error)
             raise NotReady("The image cannot be read now; try again later.") from None
 
     def _make_room(self, owner: str, needed: int) -> list[str]:

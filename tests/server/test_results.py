@@ -187,6 +187,27 @@ def test_an_image_that_cannot_be_read_now_may_be_asked_for_again(
     run(work)
 
 
+def test_the_log_has_no_name_of_an_image_that_can_be_fetched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whoever knows the name can fetch the image without a key."""
+
+    def fail(_: LocalFileSystem, path: str) -> bytes:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), path)
+
+    async def work() -> None:
+        store = Results(str(tmp_path), 3600, 1000)
+        (kept,) = await store.keep("", "png", [FILE])
+        monkeypatch.setattr(LocalFileSystem, "cat_file", fail)
+        with pytest.raises(NotReady):
+            await store.read(kept.name)
+        assert os.strerror(errno.EIO) in caplog.text
+        assert kept.name not in caplog.text
+        await store.close()
+
+    run(work)
+
+
 def test_what_cannot_be_written_is_given_up(
     tmp_path: Path,
 ) -> None:
