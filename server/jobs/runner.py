@@ -231,6 +231,9 @@ class Runner:
         except OutOfMemory as error:
             # Others may have had the memory. Work of this size is refused now, and so waits.
             await self._wait_or_fail(job, 0.0, error)
+        except _Unread as error:
+            # A store that does not answer may be repaired meanwhile.
+            await self._wait_or_fail(job, LONGEST_WAIT_S, error)
         except WeftError as error:
             await self._fail(job, error.code, error.message, error.field)
         except Exception:
@@ -245,7 +248,11 @@ class Runner:
             raise WeftError("The stored request is damaged; send it again.")
         fields: dict[str, Any] = deepcopy(dict(job.input))
         for field in job.uploads:
-            picture = await self._blobs.read(upload_name(job.id, field))
+            try:
+                picture = await self._blobs.read(upload_name(job.id, field))
+            except OSError as error:
+                log.error("the pictures of job %s could not be read: %s", job.id, error)
+                raise _Unread from None
             put_upload(fields, field, picture.decode())
         try:
             request = GenerateRequest.model_validate(fields)
@@ -325,6 +332,13 @@ class Runner:
     async def _wait(self, job: Job, wait_s: float, *, spare: bool) -> None:
         again_at = time.time() + min(max(LOOK_S, wait_s), LONGEST_WAIT_S)
         await self._once_stored(partial(store.requeue, job=job, not_before=again_at, spare=spare))
+
+
+class _Unread(WeftError):
+    """The pictures that were sent with a job cannot be read."""
+
+    def __init__(self) -> None:
+        super().__init__("Its pictures could not be read; the server's log has the details.")
 
 
 def _generation_of(job: Job) -> str:

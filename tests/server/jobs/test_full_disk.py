@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import errno
+from base64 import b64encode
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from io import BytesIO
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from server.blobs import Blobs
 from server.errors import NotReady
@@ -23,11 +26,11 @@ PATIENCE_S = 30.0
 
 
 @asynccontextmanager
-async def opened(folder: Path) -> AsyncGenerator[Jobs]:
-    """Jobs of the toy model, each of which is started only once."""
+async def opened(folder: Path, attempts: int = 1) -> AsyncGenerator[Jobs]:
+    """Jobs of the toy model."""
     engine, service = started(model := Toy(), 8), Service(Limits())
     service.open(engine, {"toy": model})
-    settings = Settings.model_validate({"jobs": {"folder": folder, "attempts": 1}})
+    settings = Settings.model_validate({"jobs": {"folder": folder, "attempts": attempts}})
     jobs = Jobs(settings, service, lambda _: b"")
     await jobs.open()
     try:
@@ -88,6 +91,32 @@ def test_a_job_whose_images_have_no_room_fails_and_leaves_none(
 
     asyncio.run(run())
     assert pictures(tmp_path) == []
+    assert "Traceback" not in caplog.text
+
+
+def test_a_job_whose_pictures_cannot_be_read_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    given = {"prompt": "x", "steps": 1, "guidance": "none"}
+    read, failures = Blobs.read, [OSError("EndpointConnectionError")]
+
+    async def fail_once(blobs: Blobs, name: str) -> bytes:
+        if failures:
+            raise failures.pop()
+        return await read(blobs, name)
+
+    Image.new("RGB", (64, 64)).save(picture := BytesIO(), "PNG")
+
+    async def run() -> None:
+        async with opened(tmp_path, attempts=2) as jobs:
+            new_job = replace(new(""), input=given, uploads=("image",))
+            job = await jobs.add(new_job, {"image": b64encode(picture.getvalue())})
+            ended = await jobs.ended(job, PATIENCE_S)
+            assert (ended.status, ended.attempt) == ("succeeded", 2)
+
+    monkeypatch.setattr(Blobs, "read", fail_once)
+    monkeypatch.setattr("server.jobs.runner.LONGEST_WAIT_S", 0.0)
+    asyncio.run(run())
     assert "Traceback" not in caplog.text
 
 
