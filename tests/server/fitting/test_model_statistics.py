@@ -26,8 +26,8 @@ from server.models.loading import load_model
 
 
 @pytest.fixture(scope="module")
-def model() -> HostedModel:
-    made = load_model(MODEL_FOLDER, name="m", device="cpu", dtype="float32")
+def model(thin_folder: Path) -> HostedModel:
+    made = load_model(thin_folder, name="m", device="cpu", dtype="float32")
     made.make_differentiable()
     return made
 
@@ -143,10 +143,10 @@ def test_a_model_draws_each_sample_whatever_its_chunk(model: HostedModel, scale:
 
 
 def test_the_command_goes_on_where_it_was_stopped_and_leaves_nothing_but_the_files(
-    tmp_path: Path, pictures: Path, model: HostedModel
+    tmp_path: Path, pictures: Path, thin_folder: Path, model: HostedModel
 ) -> None:
     folder = shutil.copytree(
-        MODEL_FOLDER, tmp_path / "model", ignore=shutil.ignore_patterns("ems-*")
+        thin_folder, tmp_path / "model", ignore=shutil.ignore_patterns("ems-*")
     )
     there = set((folder / "weft").iterdir())
 
