@@ -47,6 +47,9 @@ them fail at once, instead of waiting for a connection one after another."""
 SAY_S: Final = 60.0
 """Seconds for which the log does not repeat that the database cannot be used."""
 
+READ_ONLY: Final = "25006"
+"""PostgreSQL's code of a transaction that may not write, as on a standby server."""
+
 MIGRATING: Final = 0x77656674
 """Key of PostgreSQL's lock, which lets only one of several servers migrate."""
 
@@ -97,7 +100,9 @@ class Database:
 
         try:
             done = await asyncio.get_running_loop().run_in_executor(self._threads, transaction)
-        except (InterfaceError, OperationalError) as error:
+        except DBAPIError as error:
+            if not _unusable(error):
+                raise
             self._note(error)
             raise JobsUnavailable from error
         if not self.reachable:
@@ -183,10 +188,22 @@ def _make_private(file: Path) -> None:
             os.close(descriptor)
 
 
+def _unusable(error: DBAPIError) -> bool:
+    """Whether the database is to blame, rather than the statement."""
+    if isinstance(error, InterfaceError | OperationalError):
+        return True
+    return _state_of(error) == READ_ONLY
+
+
 def _unanswered(error: DBAPIError) -> bool:
     """Whether PostgreSQL did not answer, or answered that it is shutting down or starting."""
-    state: str | None = getattr(error.orig, "sqlstate", None)
+    state = _state_of(error)
     return state is None or state.startswith("57P")
+
+
+def _state_of(error: DBAPIError) -> str | None:
+    """PostgreSQL's code of an error; None if it did not answer, and for SQLite."""
+    return getattr(error.orig, "sqlstate", None)
 
 
 def _stored(text: str) -> Any:

@@ -21,7 +21,8 @@ from time import monotonic, sleep
 from typing import Any, NamedTuple, cast
 
 import pytest
-from sqlalchemy import create_engine
+from sqlalchemy import Connection, create_engine
+from sqlalchemy.exc import InternalError
 from starlette.testclient import TestClient
 from torch import Tensor
 
@@ -323,3 +324,21 @@ def test_while_the_database_is_out_of_reach_only_one_transaction_at_a_time_tries
 
     asyncio.run(run())
     assert len(tries) == 1
+
+
+def test_a_database_that_may_only_be_read_is_out_of_reach() -> None:
+    """As after a failover, on the server that has become a standby."""
+
+    class ReadOnly(Exception):
+        sqlstate = "25006"
+
+    def write(_: Connection) -> None:
+        raise InternalError("INSERT", {}, ReadOnly("read-only transaction"))
+
+    async def run() -> None:
+        database = Database(create_engine("sqlite://"), 1, alone=False)
+        with pytest.raises(JobsUnavailable):
+            await database.run(write)
+        database.close()
+
+    asyncio.run(run())
