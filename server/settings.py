@@ -228,9 +228,12 @@ class JobSettings(BaseModel):
     @model_validator(mode="after")
     def _find_places(self) -> Self:
         if self.database is not None:
-            scheme = self.database.get_secret_value().partition("://")[0]
+            scheme, _, rest = self.database.get_secret_value().partition("://")
             if scheme not in ("postgresql", "postgres"):
                 raise ValueError("database must be a URL that begins with postgresql://.")
+            if "@" in re.split("[/?]", rest.partition("@")[2])[0]:
+                # Errors would name the host, which begins within the password then.
+                raise ValueError("database has more than one @; write it as %40 in the password.")
             if self.folder is None and self.pictures is None:
                 raise ValueError("database is set without storage for pictures; set pictures.")
         return self

@@ -62,6 +62,8 @@ def test_what_to_install_is_said(
     [
         ({"database": "mysql://h/n", "folder": "/x"}, "begins with postgresql://"),
         ({"database": "postgresql://h/n"}, "set pictures"),
+        ({"database": "postgresql://u:pass@word@h/n", "pictures": "/x"}, "write it as %40"),
+        ({"database": "postgresql://u:pass@wo:rd@h/n", "pictures": "/x"}, "write it as %40"),
         ({"webhook_secret": "correct horse battery staple"}, "whsec_"),
         ({"webhook_secret": "whsec_c2hvcnQ="}, "24 to 64 bytes"),
     ],
