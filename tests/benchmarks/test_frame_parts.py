@@ -40,7 +40,7 @@ def parts() -> FrameParts:
 def test_the_parts_of_a_frame_add_up_to_its_time(parts: FrameParts) -> None:
     assert parts.frames == FRAMES - 3, "neither the first nor the last one counts"
     assert sum(part.seconds for part in parts.parts().values()) == pytest.approx(
-        parts.frame_s, rel=0.02
+        parts.frame_s, rel=0.1
     )
 
 

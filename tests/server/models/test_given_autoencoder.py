@@ -138,7 +138,7 @@ def test_what_is_no_autoencoder_of_the_model_is_refused(
     wide: dict[str, Any] = VAE | {"scaling_factor": 0.18215}
     AutoencoderKL(**wide).save_pretrained(tmp_path / "sd15")
     for name, says in (
-        ("narrow.safetensors", "does not fit model 'xl': .* are decoder.conv_out.weight"),
+        ("narrow.safetensors", "does not fit model 'xl': .* shapes: decoder.conv_out.weight"),
         ("lora.safetensors", "'lora.safetensors' does not fit model 'xl'"),
         ("wan.safetensors", "^vae 'wan.safetensors' cannot be read"),
         ("vae.pt", "neither a .safetensors file nor a folder with diffusion_pytorch_model"),

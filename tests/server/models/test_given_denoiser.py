@@ -71,7 +71,7 @@ def test_other_networks_of_a_file_take_no_memory(folder: Path, tmp_path: Path) -
 
 
 def test_what_is_no_file_of_a_denoiser_is_refused(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(ModelMismatch, match=r"^denoiser 'x\.ckpt' is no \.safetensors or \.gg"):
+    with pytest.raises(ModelMismatch, match=r"^denoiser 'x\.ckpt' is not a \.safetensors or \.gg"):
         with_denoiser(folder, tmp_path / "x.ckpt", tmp_path)
     (tmp_path / "model_index.json").write_text("{}")
     (tmp_path / "x.safetensors").touch()
