@@ -147,7 +147,10 @@ class Jobs:
                 await self._blobs.write(upload_name(new.id, field), data)
             job = await self._database.run(store.add, new, self._settings.waiting, time.time())
         except JobsUnavailable:
-            # Its pictures stay: the job may have been stored before the connection was lost.
+            # If the connection was lost, the job may have been stored before, with its pictures.
+            if self._database.reachable:
+                with suppress(OSError):
+                    await self._blobs.delete([new.id])
             raise
         except WeftError:
             await self._blobs.delete([new.id])

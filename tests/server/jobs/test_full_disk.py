@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from sqlalchemy import Connection, text
 
 from server.blobs import Blobs
-from server.errors import NotReady
+from server.errors import JobsUnavailable, NotReady
 from server.jobs.jobs import Jobs
 from server.service.service import Service
 from server.settings import Limits, Settings
@@ -92,6 +93,21 @@ def test_a_job_whose_images_have_no_room_fails_and_leaves_none(
     asyncio.run(run())
     assert pictures(tmp_path) == []
     assert "Traceback" not in caplog.text
+
+
+def test_a_job_for_which_the_database_has_no_room_leaves_no_pictures(tmp_path: Path) -> None:
+    def fill(connection: Connection) -> None:
+        connection.execute(text("PRAGMA max_page_count=1"))
+
+    async def run() -> None:
+        async with opened(tmp_path) as jobs:
+            await jobs._database.run(fill)
+            large = replace(new("", webhook="x" * 100_000), uploads=("image",))
+            with pytest.raises(JobsUnavailable):
+                await jobs.add(large, {"image": b"a picture"})
+
+    asyncio.run(run())
+    assert pictures(tmp_path) == []
 
 
 def test_a_job_whose_pictures_cannot_be_read_is_tried_again(
