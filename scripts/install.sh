@@ -56,7 +56,12 @@ check_folder() {
         fail "VENV is '$VENV', which has other files than a virtual environment; name a folder that" \
             "is new or empty"
     fi
+    if [ -x "$VENV/bin/python" ] && "$VENV/bin/python" -c '' && ! new_enough "$VENV/bin/python"; then
+        fail "VENV is '$VENV', whose Python is older than 3.11; name another folder, or delete it"
+    fi
 }
+
+has_pip() { "$VENV/bin/python" -m pip --version >/dev/null 2>&1; }
 
 # uv unpacks many packages at once and is several times as fast as pip. It does not read pip's own
 # configuration, so it is left out where that names another index or a proxy.
@@ -127,7 +132,9 @@ install_torch() {
 }
 
 install() {
-    if ! "$VENV/bin/python" -m pip --version >/dev/null 2>&1; then
+    # uv creates environments without pip, whose packages are kept.
+    if ! has_pip; then "$VENV/bin/python" -m ensurepip >/dev/null 2>&1 || true; fi
+    if ! has_pip; then
         say "creating $VENV with $(find_python)"
         "$(find_python)" -m venv --clear "$VENV"
     fi

@@ -12,7 +12,10 @@ SCRIPT = Path(__file__).parents[1] / "scripts" / "install.sh"
 
 PYTHON = """#!/usr/bin/env bash
 case "$*" in
+    "-c "*version_info*) [ ! -e "$(dirname "$0")/old" ] ;;
     "-c "*) ;;
+    "-m pip --version") [ ! -e "$(dirname "$0")/no pip" ] ;;
+    "-m ensurepip") rm "$(dirname "$0")/no pip" ;;
     "-m venv --clear "*) mkdir -p "$4/bin"; touch "$4/pyvenv.cfg"; cp "$0" "$4/bin/python" ;;
     "-m pip config list")
         echo "global.index-url='https://packages.example/simple'"
@@ -53,6 +56,24 @@ def test_a_folder_with_other_files_is_not_emptied(python: Path, tmp_path: Path) 
     refused = installed(python, folder)
     assert (refused.returncode, [*folder.iterdir()]) == (1, [folder / "letter"])
     assert f"VENV is '{folder}', which has other files" in refused.stderr
+
+
+def test_an_environment_without_pip_keeps_its_packages(python: Path, tmp_path: Path) -> None:
+    """As `uv venv` creates it."""
+    installed(python, folder := tmp_path / "environment")
+    (folder / ".weft-runtime").unlink()
+    (folder / "bin" / "no pip").touch()
+    done = installed(python, folder)
+    assert (done.returncode, "creating" in done.stdout) == (0, False)
+
+
+def test_an_environment_of_an_older_python_is_refused(python: Path, tmp_path: Path) -> None:
+    installed(python, folder := tmp_path / "environment")
+    (folder / ".weft-runtime").unlink()
+    (folder / "bin" / "old").touch()
+    refused = installed(python, folder)
+    assert refused.returncode == 1
+    assert f"VENV is '{folder}', whose Python is older than 3.11" in refused.stderr
 
 
 def test_a_package_whose_installation_was_interrupted_is_installed_again(
