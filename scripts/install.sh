@@ -66,9 +66,12 @@ has_pip() { "$VENV/bin/python" -m pip --version >/dev/null 2>&1; }
 # uv unpacks many packages at once and is several times as fast as pip. It does not read pip's own
 # configuration, so it is left out where that names another index or a proxy.
 fetch_uv() {
-    local configured
+    local configured certificates
     configured=$("$VENV/bin/python" -m pip config list)
     if grep -qE '\.(index-url|no-index|proxy)=' <<<"$configured"; then return; fi
+    # Behind a proxy that inspects TLS, uv needs the certificates that pip is configured with.
+    certificates=$(sed -n "s/^[^=]*\.cert='\(.*\)'$/\1/p" <<<"$configured" | head -n 1)
+    if [ -n "$certificates" ]; then export SSL_CERT_FILE=${SSL_CERT_FILE:-$certificates}; fi
     "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check --no-compile --retries 1 \
         --only-binary :all: --require-hashes --target "$tools" -r requirements/uv.lock 2>/dev/null
 }

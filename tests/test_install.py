@@ -18,9 +18,16 @@ case "$*" in
     "-m ensurepip") rm "$(dirname "$0")/no pip" ;;
     "-m venv --clear "*) mkdir -p "$4/bin"; touch "$4/pyvenv.cfg"; cp "$0" "$4/bin/python" ;;
     "-m pip config list")
-        echo "global.index-url='https://packages.example/simple'"
+        echo "$CONFIGURED"
         sleep 0.2
         echo "global.timeout='60'" ;;
+    *" --target "*" -r requirements/uv.lock")
+        target="$*"
+        target=${target#* --target }
+        target=${target% -r *}
+        mkdir -p "$target/bin"
+        echo 'echo "uv with ${SSL_CERT_FILE:-its own certificates}" >>"$ASKED"' >"$target/bin/uv"
+        chmod +x "$target/bin/uv" ;;
     *) echo "$*" >>"$ASKED" ;;
 esac
 """
@@ -35,11 +42,17 @@ def python(tmp_path: Path) -> Path:
     return path
 
 
-def installed(python: Path, folder: Path) -> subprocess.CompletedProcess[str]:
+INDEX = "global.index-url='https://packages.example/simple'"
+
+
+def installed(
+    python: Path, folder: Path, configured: str = INDEX, **more: str
+) -> subprocess.CompletedProcess[str]:
     own = {"VENV": str(folder), "PYTHON": str(python), "TORCH": "cpu"}
-    own["ASKED"] = str(python.with_name("asked"))
+    own |= {"ASKED": str(python.with_name("asked")), "CONFIGURED": configured}
+    inherited = {name: value for name, value in os.environ.items() if name != "SSL_CERT_FILE"}
     return subprocess.run(
-        ["bash", SCRIPT], env=os.environ | own, capture_output=True, text=True, timeout=60
+        ["bash", SCRIPT], env=inherited | own | more, capture_output=True, text=True, timeout=60
     )
 
 
@@ -97,3 +110,20 @@ def test_uv_which_does_not_read_it_is_left_out_where_pip_has_an_index_of_its_own
     asked = python.with_name("asked").read_text()
     assert "requirements/runtime.lock" in asked
     assert "requirements/uv.lock" not in asked
+
+
+@pytest.mark.parametrize(
+    ("configured", "more", "used"),
+    [
+        ("global.cert='/etc/our own.pem'", {}, "/etc/our own.pem"),
+        (":env:.cert='/first.pem'\nglobal.cert='/second.pem'", {}, "/first.pem"),
+        ("global.cert='/pip.pem'", {"SSL_CERT_FILE": "/uv.pem"}, "/uv.pem"),
+        ("global.client-cert='/client.pem'", {}, "its own certificates"),
+    ],
+)
+def test_uv_trusts_the_certificates_that_pip_is_configured_with(
+    python: Path, tmp_path: Path, configured: str, more: dict[str, str], used: str
+) -> None:
+    assert installed(python, tmp_path / "environment", configured, **more).returncode == 0
+    asked = python.with_name("asked").read_text()
+    assert {line for line in asked.splitlines() if line.startswith("uv")} == {f"uv with {used}"}
