@@ -212,16 +212,20 @@ class Decoder:
             return max(DECODED_AT_ONCE, IDLE_PIXELS // _pixels(first))
         return max(1, min(DECODED_AT_ONCE, PIXELS_AT_ONCE // _pixels(first)))
 
-    def _start(self, some: list[Sequence]) -> None:
-        """Decode some images in one call, or one by one if that call fails."""
+    def _start(self, some: list[Sequence], *, retried: bool = False) -> None:
+        """Decode some images in one call, or one by one if that call fails.
+
+        Without room it is tried again once the calls in flight have ended, unless it was.
+        """
         made = attempt(lambda: self._decoding(some), self._device)
         if isinstance(made, Decoding):
             self._in_flight.append(made)
             return
         if is_out_of_memory(made):
+            beside_others = bool(self._in_flight) and not retried
             self._settle()
-            if self._give_back():
-                self._start(some)
+            if self._give_back() or beside_others:
+                self._start(some, retried=True)
                 return
         if len(some) == 1:
             log.error("an image failed in decoding", exc_info=made)
@@ -231,9 +235,12 @@ class Decoder:
             self._start([one])
 
     def _settle(self) -> None:
-        """Wait for all decoder calls in flight, whose memory is free afterwards."""
+        """Wait for all decoder calls in flight, whose memory is free afterwards.
+
+        Errors of theirs are raised again when their results are made.
+        """
         for decoding in self._in_flight:
-            decoding.pixels_and_finite.fetch()
+            attempt(decoding.pixels_and_finite.fetch, self._device)
 
     def _decoding(self, some: list[Sequence]) -> Decoding:
         latents = self._latents(some)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
@@ -21,7 +22,7 @@ from server.engine.tick.host_copy import HostCopy
 from server.engine.tick.stopwatch import Stopwatch
 from server.errors import OutOfMemory
 from tests.server.by_hand import task as toy_task
-from tests.server.toy_model import Ear, Toy
+from tests.server.toy_model import SIDE, Ear, Toy
 
 
 class Diary:
@@ -255,3 +256,54 @@ def test_a_picture_without_room_in_host_memory_fails_alone_while_the_device_work
     assert [type(error) for error in ear.errors.values()] == [OutOfMemory]
     assert list(ear.results) == [1]
     assert engine.measurements.pending == 0
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_picture_without_room_beside_one_that_is_decoded_waits_for_it(
+    monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
+    """The error of the other one, if it has any, is its own."""
+    running, first = list[HostCopy](), list[HostCopy]()
+
+    class Copy(HostCopy):
+        def __init__(self, *tensors: torch.Tensor) -> None:
+            super().__init__(*tensors)
+            running.append(self)
+            first.append(self)
+            self.looks = 0
+
+        @property
+        def ready(self) -> bool:
+            self.looks += 1
+            if self.looks > 2 and self in running:
+                running.remove(self)
+            return self not in running
+
+        def fetch(self) -> tuple[torch.Tensor, ...]:
+            if self in running:
+                running.remove(self)
+            if fails and self is first[0]:
+                raise RuntimeError("broken")
+            return super().fetch()
+
+    class Small(Toy):
+        def decode(self, latents: torch.Tensor) -> torch.Tensor:
+            if running:
+                raise torch.OutOfMemoryError("no room for two")
+            return super().decode(latents)
+
+    monkeypatch.setattr(decode, "HostCopy", Copy)
+    monkeypatch.setattr(decode, "on_decoder_stream", nullcontext)
+    monkeypatch.setattr(decode, "Stopwatch", lambda _: Stopwatch(torch.device("cpu")))
+    engine = Engine({"toy": Small()}, row_budget=4, guessed_costs={1: 0.01})
+    engine._warm_up()
+    engine._decoder._device = Mock(type="cuda")
+    ear = Ear(2)
+    one = toy_task(rule=Unguided(), steps=1)
+    engine.submit([one, replace(one, width=2 * SIDE)], ear)
+    with torch.inference_mode():
+        for _ in range(6):
+            engine._tick()
+    assert len(ear.results) == 2 - fails
+    assert len(ear.errors) == fails
+    assert not any(isinstance(error, OutOfMemory) for error in ear.errors.values())
