@@ -297,9 +297,14 @@ class Runner:
         if await self._end(job, "succeeded", result=result):
             # Left over from earlier attempts, and the pictures that were sent with the job.
             left = [f"{job.id}/{attempt}" for attempt in range(1, job.attempt)]
-            await self._blobs.delete([*left, *(upload_name(job.id, one) for one in job.uploads)])
+            left += [upload_name(job.id, one) for one in job.uploads]
         else:
-            await self._blobs.delete([f"{job.id}/{job.attempt}"])
+            left = [f"{job.id}/{job.attempt}"]
+        try:
+            await self._blobs.delete(left)
+        except OSError as error:
+            # They are deleted with the job.
+            log.error("pictures of job %s could not be deleted: %s", job.id, error)
 
     async def _end(self, job: Job, status: Any, **outcome: Mapping[str, Any]) -> bool:
         keep_s, now = self._settings.keep_s, time.time()

@@ -136,6 +136,33 @@ def test_a_job_whose_pictures_cannot_be_read_is_tried_again(
     assert "Traceback" not in caplog.text
 
 
+def test_a_job_whose_pictures_cannot_be_deleted_has_succeeded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    given = {"prompt": "x", "steps": 1, "guidance": "none"}
+    delete, tried = Blobs.delete, asyncio.Event()
+
+    async def fail(blobs: Blobs, names: list[str]) -> None:
+        if any(name.endswith("/image") for name in names):
+            tried.set()
+            raise OSError("EndpointConnectionError")
+        await delete(blobs, names)
+
+    Image.new("RGB", (64, 64)).save(picture := BytesIO(), "PNG")
+
+    async def run() -> None:
+        async with opened(tmp_path) as jobs:
+            new_job = replace(new(""), input=given, uploads=("image",))
+            job = await jobs.add(new_job, {"image": b64encode(picture.getvalue())})
+            await asyncio.wait_for(tried.wait(), PATIENCE_S)
+            assert (await jobs.ended(job, PATIENCE_S)).status == "succeeded"
+
+    monkeypatch.setattr(Blobs, "delete", fail)
+    asyncio.run(run())
+    assert "could not be deleted: EndpointConnectionError" in caplog.text
+    assert "was not stored" not in caplog.text
+
+
 def test_a_store_of_pictures_that_fails_is_one_line_of_the_log(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
