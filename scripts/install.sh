@@ -69,7 +69,9 @@ fetch_uv() {
     local configured certificates
     configured=$("$VENV/bin/python" -m pip config list)
     if grep -qE '\.(index-url|no-index|proxy)=' <<<"$configured"; then return; fi
-    # Behind a proxy that inspects TLS, uv needs the certificates that pip is configured with.
+    # Behind a proxy that inspects TLS, uv needs the certificates of the system, which newer
+    # versions of pip trust by themselves, or those that pip is configured with.
+    export UV_SYSTEM_CERTS=1
     certificates=$(sed -n "s/^[^=]*\.cert='\(.*\)'$/\1/p" <<<"$configured" | head -n 1)
     if [ -n "$certificates" ]; then export SSL_CERT_FILE=${SSL_CERT_FILE:-$certificates}; fi
     "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check --no-compile --retries 1 \
