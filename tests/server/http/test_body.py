@@ -150,8 +150,10 @@ def test_a_request_without_a_body_may_not_announce_a_large_one(
 
 
 def resident() -> int:
+    """Memory of this process but for that of mapped files, of which a fork maps pages anew."""
     with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * os.sysconf("SC_PAGESIZE")
+        _, resident, shared, *_ = map(int, file.read().split())
+    return (resident - shared) * os.sysconf("SC_PAGESIZE")
 
 
 def test_bodies_under_way_are_bounded_and_their_memory_is_returned() -> None:
@@ -164,7 +166,7 @@ def test_bodies_under_way_are_bounded_and_their_memory_is_returned() -> None:
             send(client, content)
             done.wait(20)
 
-    with small_server(bodies_bytes=64 * MIB, max_pending=16) as server:
+    with small_server(bodies_bytes=320 * MIB, max_pending=16) as server:
         # A first request takes memory that stays, and a test worker may free some of its own.
         assert server.post({"prompt": "x", "steps": 2})[0] == 200
         return_free_memory()
@@ -176,11 +178,11 @@ def test_bodies_under_way_are_bounded_and_their_memory_is_returned() -> None:
         for _ in range(30):
             time.sleep(0.05)
             held.append(server.app.state.bodies.held)
-        assert 32 * MIB < max(held) <= 64 * MIB
+        assert 160 * MIB < max(held) <= 320 * MIB
         assert server.post({"prompt": "x", "steps": 2})[0] == 200
         done.set()
         for client in clients:
             client.join()
         server.wait(lambda: server.app.state.bodies.held == 0)
-        # The C library may keep one block of that size.
-        server.wait(lambda: resident() < before + 48 * MIB)
+        # The C library may keep one or two blocks of that size, and without a return keeps all.
+        server.wait(lambda: resident() < before + 100 * MIB)
