@@ -14,8 +14,9 @@ from safetensors.torch import load_file
 
 from server.errors import AdapterMismatch
 from server.models.adapters.adapter import Adapter, LowRank
+from server.models.adapters.dora import joined, measured, weight_of
 from server.models.adapters.lycoris import layers_of_whole_operands
-from server.models.adapters.magnitude import INPUTS, OUTPUTS, joined, measured, weight_of
+from server.models.adapters.magnitude import INPUTS, OUTPUTS
 from server.models.adapters.naming import DOWN, UP
 from server.models.adapters.peft_config import (
     LARGEST_ALPHA,

@@ -11,7 +11,7 @@ import torch
 
 from server.models.adapters.adapted_rows import AdaptedRows, for_any_forward, where
 from server.models.adapters.convolution import multiplies
-from server.models.adapters.magnitude import composed
+from server.models.adapters.dora import composed
 from server.models.adapters.row_scales import InputScales, OutputScales
 from server.models.adapters.stack import longest_run, reaches, stacked
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from server.models.adapters.adapted_rows import Sent
     from server.models.adapters.adapter import LowRank, RowAdapters, Weighted
-    from server.models.adapters.magnitude import WeightScales
+    from server.models.adapters.dora import WeightScales
     from server.models.adapters.stack import Changes, Layer, Stack
 
 __all__ = ["ChangedLayer", "LayerChanges", "layer_changes"]

@@ -13,13 +13,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from server.errors import AdapterMismatch
-from server.models.adapters import magnitude
 from server.models.adapters.adapted_network import AdaptedNetwork
 from server.models.adapters.adapted_rows import AdaptedRows
 from server.models.adapters.adapter import RowAdapters, Weighted
 from server.models.adapters.adapter_file import AdapterFile
+from server.models.adapters.dora import weight_of
 from server.models.adapters.lycoris import as_low_rank
-from server.models.adapters.magnitude import weight_of
+from server.models.adapters.magnitude import Magnitude
 from server.models.adapters.placing import Target
 from server.models.adapters.row_scales import InputScales
 
@@ -300,7 +300,7 @@ def test_a_quantised_weight_is_restored_in_bounded_memory(
 
     layer.forward = noted
     # 64 columns are not a multiple of the ten that are restored at once.
-    monkeypatch.setattr(magnitude, "ENTRIES", 10 * 64)
+    monkeypatch.setattr("server.models.adapters.dora.ENTRIES", 10 * 64)
     assert torch.equal(weight_of(layer, torch.bfloat16), at_once)
     assert shapes == [(10, 64)] * 7
 
@@ -312,7 +312,7 @@ def test_sizes_by_ai_toolkits_name_mean_what_those_of_peft_do(
     network: Layers, tmp_path: Path
 ) -> None:
     """Its DoRAModule has ``magnitude`` beside lora_A and lora_B, and scales as peft does."""
-    made: list[magnitude.Magnitude | None] = []
+    made: list[Magnitude | None] = []
     for name in ("magnitude", "lora_magnitude_vector"):
         tensors = {**LINEAR, f"unet.proj.{name}": torch.rand(5, generator=torch.manual_seed(1))}
         loaded = read(network, tmp_path / f"{name}.safetensors", tensors).load(CPU, torch.float32)

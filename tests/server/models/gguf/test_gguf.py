@@ -21,7 +21,7 @@ from server.engine.state.noise import start_noise
 from server.errors import ModelMismatch
 from server.http.native.models import card_of
 from server.models.adapters.adapter import Adapter, RowAdapters, Weighted
-from server.models.adapters.magnitude import weight_of
+from server.models.adapters.dora import weight_of
 from server.models.compiling.model_blocks import compile_blocks
 from server.models.gguf.blocks import dequantized
 from server.models.gguf.layers import BlockLinear, BlockRows, kinds_of

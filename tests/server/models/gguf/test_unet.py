@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from guidance.edits import IdentityAttention
 from server.engine.engine import Engine
 from server.models.adapters.adapter import RowAdapters, Weighted
-from server.models.adapters.magnitude import weight_of
+from server.models.adapters.dora import weight_of
 from server.models.adapters.placing import Target
 from server.models.gguf.layers import BlockConv2d, BlockLinear
 from server.models.given_denoiser import with_denoiser
