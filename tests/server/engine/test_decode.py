@@ -183,20 +183,23 @@ def test_what_waited_before_is_nothing_else_to_be_done() -> None:
         assert engine._interrupted(0)
 
 
+class SecondLook(HostCopy):
+    """A copy that is under way at the first look and has arrived at the second."""
+
+    looks = 0
+
+    @property
+    def ready(self) -> bool:
+        self.looks += 1
+        return self.looks > 1
+
+
 def test_a_picture_is_handed_over_while_the_device_works_on_the_next_stage(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """It would wait for the end of the tick, and its stream for it."""
     order: list[str] = []
     told: Any = stage._told
-
-    class Copy(HostCopy):
-        looks = 0
-
-        @property
-        def ready(self) -> bool:
-            self.looks += 1
-            return self.looks > 1
 
     class Listener(Ear):
         def finished(self, index: int, result: ImageResult) -> None:
@@ -208,7 +211,7 @@ def test_a_picture_is_handed_over_while_the_device_works_on_the_next_stage(
         return told(steps)
 
     monkeypatch.setattr(stage, "_told", waited)
-    monkeypatch.setattr(decode, "HostCopy", Copy)
+    monkeypatch.setattr(decode, "HostCopy", SecondLook)
     monkeypatch.setattr(decode, "on_decoder_stream", nullcontext)
     monkeypatch.setattr(decode, "Stopwatch", lambda _: Stopwatch(torch.device("cpu")))
     engine = Engine({"toy": Toy()}, row_budget=4, guessed_costs={1: 0.01})
@@ -228,21 +231,13 @@ def test_a_picture_without_room_in_host_memory_fails_alone_while_the_device_work
     """Its error is not one of the images whose stage runs, and its client hears of it."""
     result = Sequence.result
 
-    class Copy(HostCopy):
-        looks = 0
-
-        @property
-        def ready(self) -> bool:
-            self.looks += 1
-            return self.looks > 1
-
     def made(sequence: Sequence, pixels: Any) -> ImageResult:
         if sequence.index == 0:
             raise MemoryError
         return result(sequence, pixels)
 
     monkeypatch.setattr(Sequence, "result", made)
-    monkeypatch.setattr(decode, "HostCopy", Copy)
+    monkeypatch.setattr(decode, "HostCopy", SecondLook)
     monkeypatch.setattr(decode, "on_decoder_stream", nullcontext)
     monkeypatch.setattr(decode, "Stopwatch", lambda _: Stopwatch(torch.device("cpu")))
     engine = Engine({"toy": Toy()}, row_budget=4, guessed_costs={1: 0.01})

@@ -35,11 +35,6 @@ def launches(_: int) -> float:
     return 1.0
 
 
-def launches_alike(_: int) -> float:
-    """The same as :func:`launches`."""
-    return 1.0
-
-
 def arithmetic(rows: int) -> float:
     """Each row takes its own time: a full device."""
     return float(rows)
@@ -84,7 +79,7 @@ def test_sizes_share_a_forward_only_where_that_saves_more_than_mixing_costs(
     mixing: float, join_it: int
 ) -> None:
     """Apart the two take 1 and 1.5, together 1.5 times ``mixing``: less below 1.67."""
-    assert join(4, 4, launches_alike, lead=SMALL, mixing=mixing) == join_it
+    assert join(4, 4, launches, lead=SMALL, mixing=mixing) == join_it
 
 
 def test_as_many_join_as_save_most() -> None:
