@@ -208,6 +208,7 @@ def _put_down(postgresql: PostgreSQL, client: TestClient, toy: Gated) -> Outage:
     path = processed(client, toy)
     with logged() as log, ThreadPoolExecutor() as threads:
         events = threads.submit(lambda: client.get(f"{path}/events").text)
+        until(lambda: watched(client))
         postgresql.stop()
         try:
             during = asked(client, path)
@@ -221,6 +222,12 @@ def _put_down(postgresql: PostgreSQL, client: TestClient, toy: Gated) -> Outage:
         after = asked(client, path)
         until(lambda: client.get(path).json()["status"] in ENDED)
         return Outage(during, said, after, client.get(path).json(), events.result(60))
+
+
+def watched(client: TestClient) -> Any:
+    """The jobs whose events are being read."""
+    app: Any = client.app
+    return app.state.jobs.watches._watches
 
 
 def asked(client: TestClient, path: str) -> dict[str, Answer]:
