@@ -86,11 +86,12 @@ def create_app(
     )
     app.state.bodies = Bodies(settings.bodies_bytes)
     app.state.streams = Streams(app.state.service, settings)
-    app.state.exposition = exposition(app.state.service, app.state.streams)
     app.state.automatic1111_jobs = ClientJobs(app.state.service)
     app.state.automatic1111_checkpoints = Checkpoints()
     app.state.enlarging = asyncio.Lock()
     app.state.jobs = _jobs(settings, app.state.service)
+    # The jobs are dropped if they cannot be opened.
+    app.state.exposition = exposition(app.state.service, app.state.streams, lambda: app.state.jobs)
     app.state.results = Results(
         settings.place_of_results, settings.results.keep_s, settings.results.total_bytes
     )

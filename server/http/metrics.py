@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from itertools import accumulate
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import (
@@ -22,24 +22,37 @@ from server.service.service import Service
 from server.service.stream_counts import FRAME_OUTCOMES
 from server.service.streams import Streams
 
+if TYPE_CHECKING:
+    # Its dependencies are optional.
+    from server.jobs.jobs import Jobs
+
 __all__ = ["exposition"]
 
 ROW_BUCKETS: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
-def exposition(service: Service, streams: Streams) -> Callable[[], bytes]:
-    """Return a function that renders the metrics of a server as text, from a separate registry."""
+def exposition(
+    service: Service, streams: Streams, jobs: Callable[[], Jobs | None]
+) -> Callable[[], bytes]:
+    """Return a function that renders the metrics of a server as text, from a separate registry.
+
+    Args:
+        service: service that makes pictures.
+        streams: live streams.
+        jobs: function that returns the durable jobs, or None without them.
+    """
     registry = CollectorRegistry()
-    registry.register(_Gathered(service, streams))
+    registry.register(_Gathered(service, streams, jobs))
     return lambda: generate_latest(registry)
 
 
 class _Gathered(Collector):
-    """A collector that turns the counters of service, streams and engine into metric families."""
+    """A collector that turns the counters of a server's parts into metric families."""
 
-    def __init__(self, service: Service, streams: Streams) -> None:
+    def __init__(self, service: Service, streams: Streams, jobs: Callable[[], Jobs | None]) -> None:
         self._service = service
         self._streams = streams
+        self._jobs = jobs
 
     def describe(self) -> Iterable[Metric]:
         return []
@@ -51,6 +64,8 @@ class _Gathered(Collector):
         )
         yield _labelled("weft_requests", "Requests by outcome.", "outcome", dict(service.outcomes))
         yield from _live(self._streams)
+        if (jobs := self._jobs()) is not None:
+            yield from _stored_jobs(jobs)
         if service.engine is not None:
             yield from _engine(service.engine.measurements)
             yield _tick_costs(service.engine)
@@ -70,6 +85,26 @@ def _live(streams: Streams) -> Iterable[Metric]:
         buckets=_buckets(counts.latencies),
         sum_value=counts.latencies.total_s,
     )
+
+
+def _stored_jobs(jobs: Jobs) -> Iterable[Metric]:
+    yield GaugeMetricFamily(
+        "weft_jobs_reachable",
+        "1 if the database of durable jobs answered its last transaction.",
+        float(jobs.reachable),
+    )
+    yield HistogramMetricFamily(
+        "weft_jobs_transaction_seconds",
+        "Seconds of the transactions of durable jobs, failed ones included.",
+        buckets=_buckets(jobs.transaction_seconds),
+        sum_value=jobs.transaction_seconds.total_s,
+    )
+    if not jobs.reachable:
+        return
+    family = GaugeMetricFamily("weft_jobs", "Stored durable jobs by status.", labels=["status"])
+    for status, count in jobs.counts.items():
+        family.add_metric([status], float(count))
+    yield family
 
 
 def _engine(counted: EngineMeasurements) -> Iterable[Metric]:

@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Concatenate, Final, ParamSpec, TypeVar
 
@@ -21,6 +22,8 @@ from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.pool import StaticPool
 
 from server.errors import JobsUnavailable, NotReady
+from server.jobs.watchdog import Watchdog
+from server.latencies import Latencies
 
 __all__ = ["Database", "of_folder", "of_url"]
 
@@ -44,6 +47,9 @@ PROBE_S: Final = 2.0
 """Seconds between attempts to reach a PostgreSQL that could not be reached; transactions between
 them fail at once, instead of waiting for a connection one after another."""
 
+BOUNDS_S: Final = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+"""Bounds of the histogram of transactions, in seconds."""
+
 SAY_S: Final = 60.0
 """Seconds for which the log does not repeat that the database cannot be used."""
 
@@ -62,14 +68,26 @@ class Database:
         threads: number of concurrent transactions.
         lock: descriptor of an open file whose lock is held; -1 without one.
         alone: whether no other process uses the database.
+        watchdog: bounds the time of each transaction; None if that is not necessary.
 
     Attributes:
         reachable: whether PostgreSQL answered the last transaction; always true for SQLite.
+        seconds: times of transactions, from the call until they were on the disk or had failed.
     """
 
-    def __init__(self, engine: Engine, threads: int, lock: int = -1, *, alone: bool) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        threads: int,
+        lock: int = -1,
+        *,
+        alone: bool,
+        watchdog: Watchdog | None = None,
+    ) -> None:
         self.alone = alone
         self.reachable = True
+        self.seconds = Latencies(BOUNDS_S)
+        self._watching = nullcontext if watchdog is None else watchdog.watching
         self._probe_at = 0.0
         self._say_at = 0.0
         self._engine = engine
@@ -89,13 +107,18 @@ class Database:
         Raises:
             JobsUnavailable: the database cannot be reached, or cannot store anything now.
         """
-        if not self.reachable:
-            if time.monotonic() < self._probe_at:
+        began = time.monotonic()
+        probes = not self.reachable
+        if probes:
+            if began < self._probe_at:
                 raise JobsUnavailable
-            self._probe_at = time.monotonic() + PROBE_S
+            self._probe_at = began + PROBE_S
 
         def transaction() -> Result:
-            with self._engine.begin() as connection:
+            if not (self.reachable or probes):
+                # An earlier transaction has found that out while this one waited for a thread.
+                raise JobsUnavailable
+            with self._watching(), self._engine.begin() as connection:
                 return work(connection, *given, **named)
 
         try:
@@ -105,6 +128,8 @@ class Database:
                 raise
             self._note(error)
             raise JobsUnavailable from error
+        finally:
+            self.seconds.add(time.monotonic() - began)
         if not self.reachable:
             self.reachable = True
             log.info("durable jobs: the database is reachable again")
@@ -171,8 +196,9 @@ def of_url(url: str) -> Database:
         hide_parameters=True,
         json_deserializer=_stored,
     )
+    watchdog = Watchdog(engine)
     _migrate(engine)
-    return Database(engine, CONNECTIONS, alone=False)
+    return Database(engine, CONNECTIONS, alone=False, watchdog=watchdog)
 
 
 def _make_private(file: Path) -> None:

@@ -17,10 +17,11 @@ from server.errors import InvalidRequest, JobsUnavailable, NotReady, UnknownJob,
 from server.jobs import store
 from server.jobs.database import Database, of_folder, of_url
 from server.jobs.deliveries import Deliveries
-from server.jobs.job import Job, NewJob
+from server.jobs.job import Job, NewJob, Status
 from server.jobs.runner import Runner, output_name, upload_name
 from server.jobs.watching import Watches
 from server.jobs.webhooks import check_url
+from server.latencies import Latencies
 from server.service.service import Service
 from server.settings import JobSettings, Settings
 
@@ -33,6 +34,9 @@ LOOK_S: Final = 1.0
 
 AGAIN_S: Final = 1.0
 """Seconds between attempts while the database fails."""
+
+COUNT_S: Final = 15.0
+"""Seconds between counts of the jobs, for the metrics."""
 
 PICTURES_AGAIN_S: Final = 30.0
 """Seconds between attempts to delete pictures while their storage fails."""
@@ -49,6 +53,7 @@ class Jobs:
     Attributes:
         watches: watchers of each job.
         leaving: event that is set once the server is about to stop.
+        counts: number of stored jobs by status, as last counted; empty until then.
     """
 
     def __init__(
@@ -56,6 +61,7 @@ class Jobs:
     ) -> None:
         self.watches = Watches()
         self.leaving = service.leaving
+        self.counts: Mapping[Status, int] = {}
         self._settings: JobSettings = settings.jobs
         keys = {key.digest.hex(): key.client for key in settings.api_keys}
         # Without keys, all jobs have one owner.
@@ -85,7 +91,7 @@ class Jobs:
         self._runner = Runner(
             self._service, self._database, self._blobs, self.watches, settings, self._clients
         )
-        work = [self._runner.run, self._runner.renew, self._runner.sweep]
+        work = [self._runner.run, self._runner.renew, self._runner.sweep, self._count]
         if settings.webhook_secret is not None:
             deliveries = Deliveries(
                 self._database,
@@ -100,6 +106,11 @@ class Jobs:
     def reachable(self) -> bool:
         """Whether the database answered the last time; the runner tries it every second or so."""
         return self._database.reachable
+
+    @property
+    def transaction_seconds(self) -> Latencies:
+        """Times of the database's transactions."""
+        return self._database.seconds
 
     async def close(self) -> None:
         """Stop; running jobs wait for the next start."""
@@ -231,6 +242,11 @@ class Jobs:
                     break
                 await watch.news(min(left, LOOK_S))
         return job
+
+    async def _count(self) -> None:
+        while True:
+            self.counts = await self._database.run(store.counts)
+            await asyncio.sleep(COUNT_S)
 
 
 async def _for_ever(work: Callable[[], Coroutine[Any, Any, None]]) -> None:

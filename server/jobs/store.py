@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Collection, Mapping
-from typing import Any, Final
+from typing import Any, Final, get_args
 
 from sqlalchemy import (
     Connection,
@@ -31,6 +31,7 @@ __all__ = [
     "add",
     "begin",
     "cancel",
+    "counts",
     "delivered",
     "disown",
     "due",
@@ -348,6 +349,13 @@ def known(connection: Connection, identifiers: Collection[str]) -> set[str]:
     """The identifiers that belong to a job."""
     found = select(JOBS.c.id).where(JOBS.c.id.in_(identifiers))
     return set(connection.execute(found).scalars())
+
+
+def counts(connection: Connection) -> dict[Status, int]:
+    """Number of stored jobs with each status."""
+    grouped = select(JOBS.c.status, func.count()).group_by(JOBS.c.status)
+    found = {row[0]: row[1] for row in connection.execute(grouped)}
+    return {status: found.get(status, 0) for status in get_args(Status)}
 
 
 def due(connection: Connection, now: float, count: int) -> list[Delivery]:

@@ -15,13 +15,16 @@ from collections import Counter
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from time import monotonic, sleep
 from typing import Any, NamedTuple, cast
 
+import psutil
 import pytest
-from sqlalchemy import Connection, create_engine
+from prometheus_client.parser import text_string_to_metric_families
+from sqlalchemy import Connection, create_engine, text
 from sqlalchemy.exc import InternalError
 from starlette.testclient import TestClient
 from torch import Tensor
@@ -29,8 +32,9 @@ from torch import Tensor
 from server.errors import JobsUnavailable
 from server.http.app import create_app
 from server.jobs import store
-from server.jobs.database import Database, of_url
+from server.jobs.database import PATIENCE, PROBE_S, Database, of_url
 from server.jobs.job import ENDED
+from server.jobs.watchdog import Watchdog
 from server.models.inputs import RowInputs
 from server.service.hosting import Hosted
 from server.settings import Settings
@@ -68,6 +72,21 @@ class PostgreSQL:
 
     def stop(self) -> None:
         subprocess.run([*self._control, "-m", "immediate", "stop"], **self._quiet)
+
+    @contextmanager
+    def frozen(self) -> Generator[None]:
+        """Stop all of its processes in a `with` block, while the kernel keeps its connections."""
+        first = psutil.Process(
+            int((self.folder / "data" / "postmaster.pid").read_text().split()[0])
+        )
+        stopped = [first, *first.children()]
+        for process in stopped:
+            process.suspend()
+        try:
+            yield
+        finally:
+            for process in stopped:
+                process.resume()
 
 
 @pytest.fixture(scope="module")
@@ -313,6 +332,106 @@ def test_a_server_stops_in_order_without_its_database(
             toy.allowed.set()
         postgresql.start()
     assert "Traceback" not in log.getvalue()
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bounds of half a second for a transaction, and of two seconds for a connection."""
+    monkeypatch.setattr("server.jobs.database.Watchdog", partial(Watchdog, longest_s=0.5))
+    monkeypatch.setitem(PATIENCE, "connect_timeout", "2")
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_frozen_database_fails_all_transactions_and_their_threads_serve_the_next(
+    postgresql: PostgreSQL,
+) -> None:
+    async def run() -> None:
+        database = await asyncio.to_thread(of_url, postgresql.url)
+        asked = [partial(database.run, store.counts) for _ in range(20)]
+        try:
+            await asyncio.gather(*(ask() for ask in asked))
+            with postgresql.frozen():
+                async with asyncio.timeout(10):
+                    ends = await asyncio.gather(*(ask() for ask in asked), return_exceptions=True)
+            assert [type(end) for end in ends] == [JobsUnavailable] * len(ends)
+            assert not database.reachable
+            await asyncio.sleep(PROBE_S)
+            await asked[0]()
+            assert database.reachable
+            await asyncio.gather(*(ask() for ask in asked))
+        finally:
+            database.close()
+
+    asyncio.run(run())
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_statement_that_a_frozen_database_has_begun_ends_too(postgresql: PostgreSQL) -> None:
+    database = of_url(postgresql.url)
+    under_way = threading.Event()
+
+    def sleeps(connection: Connection) -> None:
+        connection.execute(text("SELECT 1"))
+        under_way.set()
+        connection.execute(text("SELECT pg_sleep(1)"))
+
+    async def run() -> None:
+        sleeping = asyncio.create_task(database.run(sleeps))
+        await asyncio.to_thread(under_way.wait)
+        with postgresql.frozen():
+            async with asyncio.timeout(10):
+                with pytest.raises(JobsUnavailable):
+                    await sleeping
+
+    try:
+        asyncio.run(run())
+    finally:
+        database.close()
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_server_and_its_metrics_name_a_frozen_database(
+    postgresql: PostgreSQL, tmp_path: Path
+) -> None:
+    with serving(postgresql, tmp_path) as (client, _):
+        path = client.post("/v1/predictions", json={"input": INPUT}).headers["location"]
+        with postgresql.frozen():
+            until(lambda: "degraded" in client.get("/readyz").json())
+            assert client.get(path).status_code == 503
+            assert client.get("/readyz").status_code == 200
+            assert measured(client)["weft_jobs_reachable", ""] == 0
+        until(lambda: "degraded" not in client.get("/readyz").json())
+        assert measured(client)["weft_jobs_reachable", ""] == 1
+        until(lambda: client.get(path).json()["status"] == "succeeded")
+
+
+def test_the_metrics_count_jobs_by_status_and_time_transactions(
+    postgresql: PostgreSQL, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.jobs.jobs.COUNT_S", 0.1)
+    with serving(postgresql, tmp_path) as (client, toy):
+        before = measured(client)
+        path = processed(client, toy)
+        until(lambda: measured(client)["weft_jobs", "processing"] == 1)
+        toy.allowed.set()
+        until(lambda: client.get(path).json()["status"] == "succeeded")
+        until(lambda: measured(client)["weft_jobs", "processing"] == 0)
+        after = measured(client)
+    assert after["weft_jobs", "succeeded"] >= 1
+    assert set(ENDED) < {label for name, label in after if name == "weft_jobs"}
+    count = "weft_jobs_transaction_seconds_count", ""
+    # The job was added, read, begun and ended.
+    assert after[count] - before[count] >= 4
+
+
+def measured(client: TestClient) -> dict[tuple[str, str], float]:
+    """Metrics of jobs by name and label."""
+    return {
+        (sample.name, next(iter(sample.labels.values()), "")): sample.value
+        for family in text_string_to_metric_families(client.get("/metrics").text)
+        for sample in family.samples
+        if sample.name.startswith("weft_jobs")
+    }
 
 
 def test_while_the_database_is_out_of_reach_only_one_transaction_at_a_time_tries_it() -> None:
