@@ -30,7 +30,7 @@ from server.models.folder import classifier_file, statistics_file
 from server.models.hosted import HostedModel
 from server.models.loading import load_model
 from tests.covering import EVERY_CELL
-from tests.server.thin_copies import put_thin_model
+from tests.server.thin_model import save_thin_model
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def model() -> HostedModel:
 def thin_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The model with thin networks of random weights, for which files are derived as well."""
     folder = tmp_path_factory.mktemp("thin") / "model"
-    put_thin_model(folder)
+    save_thin_model(folder)
     return folder
 
 

@@ -24,7 +24,7 @@ from server.settings import Limits, Settings
 from tests.server.full_ticks import full_ticks
 from tests.server.models.adapters import files
 from tests.server.models.adapters.low_rank import changes
-from tests.server.thin_copies import put_thin_model
+from tests.server.thin_model import save_thin_model
 
 PATIENCE_S = 120
 MAX_IMAGES = 8
@@ -120,7 +120,7 @@ def thin_models(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
     """The models that ship with Weft, with thin networks, as values of the setting."""
     folder = tmp_path_factory.mktemp("thin")
     for name, trained in embedded_folders().items():
-        put_thin_model(folder / name, trained)
+        save_thin_model(folder / name, trained)
     return tuple(f"{name}={folder / name}" for name in embedded_folders())
 
 

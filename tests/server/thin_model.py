@@ -1,4 +1,4 @@
-"""The embedded model with thin networks of random weights, whose forwards take little time.
+"""Copies of models with thin networks of random weights, whose forwards take little time.
 
 Its pictures show nothing, but tell seeds, prompts, samplers, guidance and edits apart more sharply
 than those of the trained one.
@@ -12,21 +12,24 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderTiny, UNet2DConditionModel
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from embedded import MODEL_FOLDER
-from server.models.classifier import LatentClassifier
-from server.models.folder import classifier_file, revisions_of
-from server.models.hosted import HostedModel
-from server.models.loading import load_model
-from server.models.statistics import ModelStatistics
+from server.models.folder import DERIVED, adapters_folder, revisions_of
 from server.models.unet_model import WEAK_FOLDER
+from tests.server.models.adapters.files import peft
+from tests.server.models.adapters.low_rank import changes
 
 UNET: dict[str, Any] = {
-    "block_out_channels": (16, 32),
+    "block_out_channels": (16, 32, 32),
     "norm_num_groups": 8,
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
 }
+"""As many levels as the trained networks, so that sides are multiples of the same number."""
+
 VAE: dict[str, Any] = {
     "encoder_block_out_channels": (8,) * 4,
     "decoder_block_out_channels": (8,) * 4,
@@ -35,22 +38,38 @@ VAE: dict[str, Any] = {
 }
 
 
-def put_thin_model(folder: Path) -> None:
-    """Write the folder of the thin model; what is not given here is as in the embedded model."""
-    shutil.copytree(MODEL_FOLDER, folder, ignore=shutil.ignore_patterns("weft", "unet", "vae"))
+def save_thin_model(folder: Path, trained: Path = MODEL_FOLDER) -> None:
+    """Write the folder of a thin model; what is not given here is as in the trained model.
+
+    Files derived from the weights of the trained model are marked as derived from these.
+    """
+    left_out = shutil.ignore_patterns("unet", "vae", "weak", "adapters")
+    shutil.copytree(trained, folder, ignore=left_out)
     torch.manual_seed(0)
-    for name in ("unet", WEAK_FOLDER):
-        _unet().save_pretrained(folder / name)
-    vae = _made(AutoencoderTiny, "vae", VAE)
-    with torch.no_grad():
-        # Pictures of all brightnesses, and latents as large as noise.
-        for part in (vae.decoder, vae.encoder):
-            part.layers[-1].weight *= 8
+    unet = _unet(trained)
+    unet.save_pretrained(folder / "unet")
+    if (trained / WEAK_FOLDER).exists():
+        _unet(trained).save_pretrained(folder / WEAK_FOLDER)
+    vae = _made(AutoencoderTiny, trained / "vae", VAE)
+    # Pictures of all brightnesses, and latents as large as noise.
+    _spread(vae.decoder, torch.randn(4, 4, 16, 16), 0.5)
+    _spread(vae.encoder, torch.rand(4, 3, 64, 64) * 2 - 1, 0.7)
     vae.save_pretrained(folder / "vae")
+    before, after = (revisions_of(one).denoiser for one in (trained, folder))
+    for file in (folder / DERIVED).glob("*.safetensors"):
+        with safe_open(file, "pt") as opened:
+            told = {name: text.replace(before, after) for name, text in opened.metadata().items()}
+        save_file(load_file(file), file, told)
+    for file in adapters_folder(trained).glob("*.safetensors"):
+        with safe_open(file, "pt") as opened:
+            told = opened.metadata()
+        tensors, _ = peft({"unet": changes(unet, 4)})
+        adapters_folder(folder).mkdir(exist_ok=True)
+        save_file(tensors, adapters_folder(folder) / file.name, told)
 
 
-def _unet() -> Any:
-    unet = _made(UNet2DConditionModel, "unet", UNET)
+def _unet(trained: Path) -> Any:
+    unet = _made(UNet2DConditionModel, trained / "unet", UNET)
     with torch.no_grad():
         # Predictions as large as a trained network's, with a clear effect of the text.
         for name, weight in unet.named_parameters():
@@ -58,17 +77,17 @@ def _unet() -> Any:
     return unet
 
 
-def _made(kind: Any, part: str, changed: dict[str, Any]) -> Any:
-    return kind.from_config({**kind.load_config(MODEL_FOLDER / part), **changed})
+@torch.no_grad()
+def _spread(network: Any, inputs: Tensor, deviation: float) -> None:
+    """Give the output of each channel mean 0 and this standard deviation."""
+    channels, last = (0, 2, 3), network.layers[-1]
+    last.weight *= (deviation / network(inputs).std(channels)).view(-1, 1, 1, 1)
+    # A decoder doubles what a bias adds.
+    last.bias[:] = 0
+    without = network(inputs).mean(channels)
+    last.bias += 1
+    last.bias[:] = -without / (network(inputs).mean(channels) - without)
 
 
-def thin_model(folder: Path) -> HostedModel:
-    """Load the thin model from its folder, with what the embedded model has for its latents.
-
-    That is its classifier and its statistics; DPM-Solver-v3 uses whatever statistics it is given.
-    """
-    model = load_model(folder, name="embedded", device="cpu", dtype="float32")
-    model.classifier = LatentClassifier.load(classifier_file(MODEL_FOLDER))
-    trained = revisions_of(MODEL_FOLDER).denoiser
-    model.statistics = ModelStatistics.of(MODEL_FOLDER, trained, model.default_schedule)
-    return model
+def _made(kind: Any, part: Path, changed: dict[str, Any]) -> Any:
+    return kind.from_config({**kind.load_config(part), **changed})

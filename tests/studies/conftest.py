@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from matplotlib.figure import Figure
 
-from tests.server.thin_copies import put_thin_model
+from tests.server.thin_model import save_thin_model
 
 
 @pytest.fixture
@@ -29,5 +29,5 @@ def sketches(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
 def thin_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The embedded model with thin networks of random weights, where pictures need show nothing."""
     folder = tmp_path_factory.mktemp("thin") / "model"
-    put_thin_model(folder)
+    save_thin_model(folder)
     return folder

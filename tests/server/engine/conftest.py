@@ -22,7 +22,7 @@ from server.models.hosted import HostedModel
 from server.models.loading import load_model
 from tests.server.by_hand import terms_for
 from tests.server.full_ticks import full_ticks
-from tests.server.thin_model import put_thin_model, thin_model
+from tests.server.thin_model import save_thin_model
 
 PATIENCE_S = 120
 SIDE = 96
@@ -80,14 +80,14 @@ class Hearing:
 @pytest.fixture(scope="session")
 def thin_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("thin") / "model"
-    put_thin_model(folder)
+    save_thin_model(folder)
     return folder
 
 
 @pytest.fixture(scope="session")
 def model(thin_folder: Path) -> HostedModel:
     """A model with thin networks, for tests that do not depend on what pictures show."""
-    return thin_model(thin_folder)
+    return load_model(thin_folder, name="embedded", device="cpu", dtype="float32")
 
 
 @pytest.fixture(scope="session")

@@ -25,9 +25,9 @@ from server.engine.task import Group, ImageTask
 from server.models.adapters.adapter import Adapter, Weighted
 from server.models.hosted import HostedModel
 from server.models.inputs import RowInputs
+from server.models.loading import load_model
 from tests.server import by_hand, toy_model
 from tests.server.models.adapters.low_rank import adapter, changes, merged
-from tests.server.thin_model import thin_model
 from tests.server.toy_model import Ear, Toy, run, started
 
 Make = Callable[..., ImageTask]
@@ -48,7 +48,7 @@ def styles(model: HostedModel) -> tuple[Weighted, Weighted]:
 @pytest.fixture(scope="module")
 def restyled(thin_folder: Path, styles: tuple[Weighted, ...]) -> Iterator[Engine]:
     """An engine on a model with both adapters in its weights."""
-    changed = thin_model(thin_folder)
+    changed = load_model(thin_folder, name="embedded", device="cpu", dtype="float32")
     for part, network in changed.adaptable().items():
         network.load_state_dict(merged(network, part, styles).state_dict())
     made = started(changed, 6)
