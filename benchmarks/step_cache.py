@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from benchmarks.engine_runs import run_tasks, start_engine
 from benchmarks.likeness import psnr
 from embedded import MODEL_FOLDER
 from embedded.checker import compare, read_picture
@@ -31,7 +32,6 @@ from server.requests.resolve import make_plan, prepare, resolve
 from server.requests.schema import GenerateRequest
 from server.requests.tasks import tasks_of
 from server.settings import Limits
-from studies.common.engine_runs import results_of, started
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -102,7 +102,7 @@ class Artist:
         self._model = model
         self._scenes = scenes
         self._clock = clock
-        self._engine: Engine = started(model, None, MOST_PENDING)
+        self._engine: Engine = start_engine(model, None, MOST_PENDING)
 
     def draw(self, fields: Mapping[str, Any]) -> Drawn:
         """Draw all captions at once, each with its index as the seed."""
@@ -112,7 +112,7 @@ class Artist:
             for task in self._tasks({**fields, "prompt": scene.caption, "seed": seed})
         ]
         began = self._clock()
-        results = results_of(self._engine, tasks)
+        results = run_tasks(self._engine, tasks)
         seconds = self._clock() - began
         return Drawn([result for _, result in sorted(results.items())], seconds)
 

@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from benchmarks.engine_runs import run_tasks, start_engine
 from embedded import MODEL_FOLDER, STUDENT_FOLDER
 from server.models.loading import load_model
 from server.requests.resolve import make_plan, prepare, resolve, statistics_for
 from server.requests.schema import GenerateRequest
 from server.requests.tasks import tasks_of
 from server.settings import Limits
-from studies.common.engine_runs import results_of, started
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -202,7 +202,7 @@ class Pictures:
             if not missing:
                 continue
             model = load_model(folder, name=name, device="cpu", dtype="float32")
-            engine = started(model, ROWS, 4096)
+            engine = start_engine(model, ROWS, 4096)
             try:
                 todo = list(missing.items())
                 for first in range(0, len(todo), AT_ONCE):
@@ -223,7 +223,7 @@ class Pictures:
             layout = asked.sampler, asked.spacing, asked.steps, asked.strength
             plan = make_plan(model.schedule(*size, asked.steps), *layout, fitted)
             tasks += tasks_of(prepare(asked, model, plan), model)
-        for index, result in results_of(engine, tasks).items():
+        for index, result in run_tasks(engine, tasks).items():
             path = todo[index][0]
             fresh = path.with_suffix(".writing")
             Image.fromarray(result.pixels).save(fresh, format="PNG")

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from benchmarks.engine_runs import run_tasks, start_engine
 from server.fitting.linear_guidance import Runs, fit
 from server.models.linear_fits import PREFIX, LinearFits, fit_file, identity_of
 from server.requests.resolve import make_plan, prepare, resolve
 from server.requests.schema import GenerateRequest, split
 from server.requests.tasks import tasks_of
 from server.settings import Limits
-from studies.common.engine_runs import results_of, started
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -83,7 +83,7 @@ class Drawing:
         self._decoded: deque[Tensor] = deque()
         self._listen(model)
         model.linear_fits = LinearFits(kept)
-        self._engine = started(model, rows, MOST_PENDING)
+        self._engine = start_engine(model, rows, MOST_PENDING)
 
     @property
     def row_budget(self) -> int:
@@ -101,7 +101,7 @@ class Drawing:
             WeftError: the server would refuse the request, or an image failed.
         """
         self._decoded.clear()
-        results = results_of(self._engine, self._all_tasks(cell, sitters, strength))
+        results = run_tasks(self._engine, self._all_tasks(cell, sitters, strength))
         found = [result for _, result in sorted(results.items())]
         latents = dict(zip(results, self._decoded, strict=True))
         return Drawn(
@@ -114,7 +114,7 @@ class Drawing:
         """Draw all sitters at once, and return the time that it takes."""
         tasks = self._all_tasks(cell, sitters, 1.0)
         began, worked = perf_counter(), process_time()
-        results_of(self._engine, tasks)
+        run_tasks(self._engine, tasks)
         return Spent(perf_counter() - began, process_time() - worked)
 
     def _all_tasks(self, cell: Cell, sitters: Sequence[Sitter], strength: float) -> list[ImageTask]:

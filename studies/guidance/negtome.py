@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from benchmarks.engine_runs import run_tasks, start_engine
 from embedded import MODEL_FOLDER
 from embedded.checker import compare, read_picture
 from embedded.report import unseen_scenes
@@ -23,7 +24,6 @@ from server.requests.resolve import make_plan, prepare, resolve
 from server.requests.schema import GenerateRequest
 from server.requests.tasks import tasks_of
 from server.settings import Limits
-from studies.common.engine_runs import results_of, started
 from studies.common.intervals import DEVIATIONS, mean_and_error, wilson
 from studies.guidance.measures import distances
 
@@ -91,7 +91,7 @@ def table(model: HostedModel, engine: Engine, count: int, steps: int) -> None:
     print("|---|---|---|---|---|")
     first: Tensor | None = None
     for negtome in (None, *SETTINGS):
-        results = results_of(engine, tasks_for(model, scenes, shown, negtome, steps))
+        results = run_tasks(engine, tasks_for(model, scenes, shown, negtome, steps))
         pictures = [result.pixels for _, result in sorted(results.items())]
         latents = model.encode_image(_as_input(pictures))
         first = latents if first is None else first
@@ -132,7 +132,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     model = load_model(MODEL_FOLDER, name="embedded", device="cpu", dtype="float32")
-    engine = started(model, ROWS, options.captions)
+    engine = start_engine(model, ROWS, options.captions)
     try:
         with torch.inference_mode():
             table(model, engine, options.captions, options.steps)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 POLL_S = 0.05
 
 
-def started(model: HostedModel, row_budget: int | None, max_pending: int) -> Engine:
+def start_engine(model: HostedModel, row_budget: int | None, max_pending: int) -> Engine:
     """Start an engine with one model, and wait until it is ready.
 
     Raises:
@@ -34,26 +34,26 @@ def started(model: HostedModel, row_budget: int | None, max_pending: int) -> Eng
     return engine
 
 
-def results_of(engine: Engine, tasks: list[ImageTask]) -> dict[int, ImageResult]:
+def run_tasks(engine: Engine, tasks: list[ImageTask]) -> dict[int, ImageResult]:
     """Run tasks, and return the images by index in the order in which they finished.
 
     Raises:
         Exception: an image failed.
     """
-    ended = _Ended(len(tasks))
-    engine.submit(tasks, ended)
-    ended.all.wait()
-    if ended.failure is not None:
-        raise ended.failure
-    return ended.results
+    collector = _Collector(len(tasks))
+    engine.submit(tasks, collector)
+    collector.done.wait()
+    if collector.failure is not None:
+        raise collector.failure
+    return collector.results
 
 
-class _Ended:
-    """Listener for the images of one submission; ``all`` is set once all have ended."""
+class _Collector:
+    """Listener for the images of one submission; ``done`` is set once all have ended."""
 
     def __init__(self, count: int) -> None:
         self._left = count
-        self.all = Event()
+        self.done = Event()
         self.results: dict[int, ImageResult] = {}
         self.failure: Exception | None = None
 
@@ -77,4 +77,4 @@ class _Ended:
     def _count(self) -> None:
         self._left -= 1
         if not self._left:
-            self.all.set()
+            self.done.set()
