@@ -31,7 +31,12 @@ SIDE = 96
 
 @dataclass
 class Hearing:
-    """Collects what the engine reports of one submission."""
+    """Collects what the engine reports of one submission.
+
+    The engine's thread calls `on_start` before the first forward, `on_progress` at each step and
+    `on_end` when all images have ended. A test does there what must happen by then, as its own
+    thread may come too late.
+    """
 
     images: int
     results: dict[int, ImageResult] = field(default_factory=dict)
@@ -40,9 +45,13 @@ class Hearing:
     previews: list[NDArray[np.uint8]] = field(default_factory=list)
     begun: Event = field(default_factory=Event)
     ended: Event = field(default_factory=Event)
-    on_progress: Callable[[int], None] | None = None
+    on_start: Callable[[], Any] | None = None
+    on_progress: Callable[[int], Any] | None = None
+    on_end: Callable[[], Any] | None = None
 
     def started(self, index: int) -> None:
+        if self.on_start is not None and not self.begun.is_set():
+            self.on_start()
         self.begun.set()
 
     def progress(
@@ -64,6 +73,8 @@ class Hearing:
 
     def _maybe_end(self) -> None:
         if len(self.results) + len(self.errors) == self.images:
+            if self.on_end is not None:
+                self.on_end()
             self.ended.set()
 
     def wait(self) -> Hearing:

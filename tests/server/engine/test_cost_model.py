@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from functools import cache
 from itertools import pairwise
+from threading import Event
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from server.engine.scheduler import LONGEST_TICK_S, Load, rows_of_tick
 from server.engine.warmup import time_forwards
 from server.errors import Overloaded
 from tests.covering import EVERY_CELL
+from tests.server.engine.conftest import PATIENCE_S
 
 H100 = {
     rows: ms / 1000
@@ -327,15 +329,16 @@ def test_the_engine_learns_from_its_ticks_and_tells_the_seconds_of_waiting_work(
     assert (name, shape) == ("embedded", (4, 16, 16))
     before = cost.estimates()
     default = {"width": 128, "height": 128}
-    heard = listen(2)
+    heard, refused = listen(2), Event()
+    heard.on_start = lambda: refused.wait(PATIENCE_S)
     images = [task(rule="none", steps=150, seed=seed, **default) for seed in (1, 2)]
     submission = engine.submit(images, heard)
     with pytest.raises(Overloaded) as refusal:
         engine.reserve(1)
     expected = 300 * cost.seconds_a_row(4)
     assert refusal.value.retry_after_s == pytest.approx(max(1.0, expected), rel=0.8)
-    heard.begun.wait(10)
     submission.cancel()
+    refused.set()
     heard.wait()
     run(engine, [task(steps=5, **default)])
     assert cost.estimates() != before

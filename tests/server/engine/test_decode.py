@@ -62,8 +62,9 @@ def test_images_that_finish_together_delay_a_tick_by_one_picture_at_most(
     engine = start(model=diary, row_budget=8)
     diary.entries.clear()
     long, short = listen(1), listen(4)
+    images = [task(rule="none", steps=2, seed=seed) for seed in range(4)]
+    long.on_start = lambda: engine.submit(images, short)
     engine.submit([task(rule="none", steps=12)], long)
-    engine.submit([task(rule="none", steps=2, seed=seed) for seed in range(4)], short)
     long.wait()
     short.wait()
     calls = between_ticks(diary.entries)
@@ -78,8 +79,9 @@ def test_a_backlog_is_caught_up_with_in_a_few_ticks(start, model, task, listen):
     engine = start(model=diary, row_budget=20)
     diary.entries.clear()
     long, short = listen(1), listen(12)
+    images = [task(rule="none", steps=1, seed=seed) for seed in range(12)]
+    long.on_start = lambda: engine.submit(images, short)
     engine.submit([task(rule="none", steps=15)], long)
-    engine.submit([task(rule="none", steps=1, seed=seed) for seed in range(12)], short)
     long.wait()
     short.wait()
     sizes = [size for call in between_ticks(diary.entries) for size in call]
@@ -102,16 +104,14 @@ def test_an_image_that_is_cancelled_before_its_turn_is_not_decoded(start, model,
     engine = start(model=diary, row_budget=8)
     diary.entries.clear()
     long, doomed = listen(1), listen(4)
-    submissions = []
+    images, submissions = [task(rule="none", steps=2, seed=seed) for seed in range(4)], []
 
     def cancel(step):
-        if step == 3:
+        if step == 4:
             submissions[0].cancel()
 
+    long.on_start = lambda: submissions.append(engine.submit(images, doomed))
     long.on_progress = cancel
-    submissions.append(
-        engine.submit([task(rule="none", steps=2, seed=seed) for seed in range(4)], doomed)
-    )
     engine.submit([task(rule="none", steps=12)], long)
     long.wait()
     doomed.wait()

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import replace
+from threading import Event
+from time import sleep
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -35,7 +38,7 @@ from server.errors import Cancelled, NotReady, Overloaded, RowFailed
 from tests.covering import EVERY_CELL
 from tests.server import toy_model
 from tests.server.by_hand import task as toy_task
-from tests.server.engine.conftest import SIDE
+from tests.server.engine.conftest import PATIENCE_S, SIDE
 from tests.server.engine.conftest import by_name as sampler_of
 from tests.server.toy_model import Toy
 
@@ -240,16 +243,18 @@ def test_a_newcomer_joins_an_image_under_way(start, task, listen):
     engine = start()
     short = listen(1)
     long = listen(1)
+    overtaken: list[bool] = []
 
     def join(step: int) -> None:
         if step == 3:
             engine.submit([task(steps=2, seed=2)], short)
 
     long.on_progress = join
+    short.on_end = lambda: overtaken.append(not long.ended.is_set())
     engine.submit([task(steps=20)], long)
     short.wait()
-    assert not long.ended.is_set(), "the short one was to overtake"
     long.wait()
+    assert overtaken == [True], "the short one was to overtake"
     assert engine.measurements.rows_per_tick[4] > 0, "both were to share a forward"
     assert not long.errors
     assert not short.errors
@@ -286,10 +291,16 @@ def test_cancelling_frees_the_rows_and_leaves_the_others_alone(start, task, list
     engine = start()
     doomed = listen(2)
     spared = listen(1)
-    submission = engine.submit([task(steps=200, seed=s) for s in (1, 2)], doomed)
+    submitted, submissions = Event(), []
+
+    def cancel():
+        assert submitted.wait(PATIENCE_S)
+        submissions[0].cancel()
+
+    doomed.on_start = cancel
+    submissions.append(engine.submit([task(steps=200, seed=s) for s in (1, 2)], doomed))
     engine.submit([task(steps=3)], spared)
-    doomed.begun.wait(10)
-    submission.cancel()
+    submitted.set()
     doomed.wait()
     spared.wait()
     assert [type(e) for e in doomed.errors.values()] == [Cancelled, Cancelled]
@@ -362,13 +373,15 @@ def test_running_out_of_memory_splits_the_batch_and_loses_nothing(start, model, 
 
 def test_a_full_queue_refuses_with_the_time_to_wait(start, task, listen):
     engine = start(max_pending=3)
-    first = listen(3)
+    first, refused = listen(3), Event()
+    first.on_start = lambda: refused.wait(PATIENCE_S)
     submission = engine.submit([task(steps=50, seed=s) for s in range(3)], first)
     with pytest.raises(Overloaded) as refusal:
         engine.submit([task()], listen(1))
     assert refusal.value.retry_after_s >= 1
     assert engine.measurements.refused == 1
     submission.cancel()
+    refused.set()
     first.wait()
     assert engine.submit([task(steps=1)], listen(1))
 
@@ -387,8 +400,15 @@ def test_stopping_drains_what_is_under_way_and_refuses_the_rest(start, task, lis
 def test_stopping_at_once_tells_everybody(start, task, listen):
     engine = start()
     heard = listen(3)
+
+    def wait_for_the_stop():
+        with suppress(NotReady):
+            while True:
+                engine.reserve(1).release()
+                sleep(0.01)
+
+    heard.on_start = wait_for_the_stop
     engine.submit([task(steps=200, seed=s) for s in range(3)], heard)
-    heard.begun.wait(10)
     engine.stop(0)
     heard.wait()
     assert [type(e) for e in heard.errors.values()] == [NotReady] * 3

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from threading import Event
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from samplers.ddim import DDIM
 from samplers.dpm_solver_pp import DPMSolverPP
 from server.engine.engine import Engine
 from server.engine.state.noise import stage_noise, stage_uniform, start_noise
+from server.engine.state.submission import Submission
 from server.engine.task import Group
 from server.engine.tick.preview import to_uint8
 from server.errors import Cancelled, RowFailed
@@ -254,8 +256,17 @@ def test_without_the_first_image_the_others_keep_apart_from_the_next(engine: Eng
 
 def test_cancelling_ends_every_image_of_a_group(engine: Engine) -> None:
     tasks = tasks_of((FeynmanKac(),), 4)
-    ear = Ear(4)
-    engine.submit(tasks, ear).cancel()
+    submissions: list[Submission] = []
+    submitted = Event()
+
+    class Cancelling(Ear):
+        def progress(self, index: int, step: int, steps: int, preview: object) -> None:
+            assert submitted.wait(60)
+            submissions[0].cancel()
+
+    ear = Cancelling(4)
+    submissions.append(engine.submit(tasks, ear))
+    submitted.set()
     ear.wait()
     kinds = {type(error) for error in ear.errors.values()}
     assert kinds == {Cancelled}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from threading import Event
 from typing import Any
@@ -14,6 +15,7 @@ from server.engine.selection import Selection
 from server.engine.state.lane import Lane
 from server.engine.state.sequence import ImageResult
 from server.engine.task import ImageTask, Stream
+from tests.server.engine.conftest import PATIENCE_S
 from tests.server.engine.test_decode import Diary, between_ticks
 
 FRAMES = 12
@@ -27,10 +29,8 @@ class Client:
         self._task = replace(task, priority=Priority.LIVE, stream=Stream())
         self._began = 0
         self.frames = 0
-        self.seconds: list[float] = []
         self.failures: list[Exception] = []
-        self.stopped = False
-        self.ended = Event()
+        self.on_end: Callable[[], None] = lambda: None
 
     def start(self) -> None:
         self._began = 4
@@ -43,33 +43,47 @@ class Client:
 
     def finished(self, index: int, result: ImageResult) -> None:
         self.frames += 1
-        if self._began < FRAMES and not self.stopped:
+        if self._began < FRAMES:
             self._began += 1
             self._engine.submit([self._task], self)
-        else:
-            self.ended.set()
+        elif self.frames == FRAMES - 3:
+            self.on_end()
 
     def failed(self, index: int, error: Exception) -> None:
         self.failures.append(error)
-        self.ended.set()
+        self.on_end()
 
 
 def test_streams_share_equally_and_ordinary_images_get_their_part(start, task, listen):
     engine = start(row_budget=8)
     frame = task(sampler="lcm", rule="none", steps=4, width=64, height=64)
     clients = [Client(engine, frame) for _ in range(3)]
-    backlog = listen(30)
+    backlog, ended = listen(30), Event()
+    evaluations: list[int] = []
+    counts: list[int] = []
+    in_progress = list(clients)
+
+    def begin() -> None:
+        evaluations.append(engine.measurements.evaluations)
+        for client in clients:
+            client.start()
+
+    def end() -> None:
+        in_progress.pop()
+        if not in_progress:
+            evaluations.append(engine.measurements.evaluations)
+            counts.extend(client.frames for client in clients)
+            ended.set()
+
+    # All in the engine's thread: between two ticks of it, another thread might be late.
+    backlog.on_start = begin
+    for client in clients:
+        client.on_end = end
     submission = engine.submit([task(rule="none", steps=50, width=64, height=64)] * 30, backlog)
-    before = engine.measurements.evaluations
-    for client in clients:
-        client.start()
-    for client in clients:
-        assert client.ended.wait(60)
-        client.stopped = True
-    rows = engine.measurements.evaluations - before
+    assert ended.wait(PATIENCE_S)
     submission.cancel()
     backlog.wait()
-    counts = [client.frames for client in clients]
+    rows = evaluations[1] - evaluations[0]
     assert min(counts) >= 0.8 * max(counts)
     assert not any(client.failures for client in clients)
     ordinary = rows - 4 * sum(counts)
@@ -82,13 +96,15 @@ def test_streams_share_equally_and_ordinary_images_get_their_part(start, task, l
 def test_a_live_frame_goes_before_the_queue_that_it_finds(start, task, listen):
     engine = start(row_budget=4)
     queue, frame = listen(60), listen(1)
-    submission = engine.submit([task(rule="none", steps=9)] * 60, queue)
     live = replace(task(rule="none", steps=2), priority=Priority.LIVE)
-    engine.submit([live], frame)
+    before: list[int] = []
+    queue.on_start = lambda: engine.submit([live], frame)
+    frame.on_end = lambda: before.append(len(queue.results))
+    submission = engine.submit([task(rule="none", steps=9)] * 60, queue)
     frame.wait()
-    assert len(queue.results) < 10
     submission.cancel()
     queue.wait()
+    assert before[0] < 10
 
 
 def test_live_frames_that_finish_together_are_all_decoded_before_the_next_tick(
@@ -99,8 +115,8 @@ def test_live_frames_that_finish_together_are_all_decoded_before_the_next_tick(
     diary.entries.clear()
     ordinary, live = listen(1), listen(6)
     frame = replace(task(rule="none", steps=1), priority=Priority.LIVE)
+    ordinary.on_start = lambda: engine.submit([frame] * 6, live)
     engine.submit([task(rule="none", steps=6)], ordinary)
-    engine.submit([frame] * 6, live)
     ordinary.wait()
     live.wait()
     assert [call for call in between_ticks(diary.entries) if call] == [[1] * 6, [1]]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
-from time import sleep
 from typing import Any
 
 import numpy as np
@@ -47,14 +46,12 @@ class Mixing(Neighbourly):
     Attributes:
         forwards: for each forward, its rows by width and height of their latents.
         most: the most rows that fit in its memory at once.
-        pause_s: seconds that a forward waits.
     """
 
     def __init__(self, *, mixes: bool = True) -> None:
         super().__init__()
         self.forwards: list[dict[tuple[int, int], int]] = []
         self.most = 1000
-        self.pause_s = 0.0
         self._mixes = mixes
 
     @property
@@ -77,7 +74,6 @@ class Mixing(Neighbourly):
         self.forwards.append({(part.shape[-1], part.shape[-2]): len(part) for part in x})
         if sum(map(len, x)) > self.most:
             raise torch.OutOfMemoryError("no room")
-        sleep(self.pause_s)
 
 
 @pytest.fixture(scope="module")
@@ -252,14 +248,15 @@ def test_each_client_pays_for_a_mixed_tick_by_the_area_of_its_rows(
         charges.append((flow.client, seconds))
         charge(turns, flow, seconds)
 
+    class First(Ear):
+        def started(self, index: int) -> None:
+            engine.submit([of("large", Unguided(), seed=1)], second, large)
+
     monkeypatch.setattr(Turns, "charge", noted)
-    # The second image arrives during the first tick of the first one.
-    monkeypatch.setattr(model, "pause_s", 0.02)
     small, large = Client("small"), Client("large")
-    ears = [Ear(1), Ear(1)]
-    engine.submit([of("small", Unguided(), seed=1)], ears[0], small)
-    engine.submit([of("large", Unguided(), seed=1)], ears[1], large)
-    for ear in ears:
+    first, second = First(1), Ear(1)
+    engine.submit([of("small", Unguided(), seed=1)], first, small)
+    for ear in (first, second):
         pixels(ear.wait())
     by_tick = [dict(both) for both in pairwise(charges) if len(dict(both)) == 2]
     mixed = [tick for tick in by_tick if tick[large] == pytest.approx(4 * tick[small])]

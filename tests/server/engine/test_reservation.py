@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from threading import Thread
+from threading import Event, Thread
 
 import pytest
 import torch
@@ -15,6 +15,7 @@ from server.engine.footprint import footprint
 from server.engine.scheduler import Priority
 from server.engine.state.submission import Submission
 from server.errors import Cancelled, NotReady, Overloaded
+from tests.server.engine.conftest import PATIENCE_S
 
 
 def test_room_is_taken_before_there_are_any_tasks(start, task, listen):
@@ -86,15 +87,19 @@ def test_room_is_taken_by_what_images_cost_and_given_back_as_they_are_made(
     # The real time of ticks changes with other work of the machine, so it must not be learned.
     monkeypatch.setattr(TickCost, "observe", lambda *_: 1.0)
     engine = start(max_pending_s=2.0, guessed_costs={1: 0.01, 128: 1.28})
-    heard = [listen(1) for _ in range(2)]
+    heard, asked = [listen(1) for _ in range(2)], Event()
+    for each in heard:
+        each.on_start = lambda: asked.wait(PATIENCE_S)
     running = [engine.submit([task(steps=400)], each) for each in heard]
     waiting = engine.waiting()[ANYONE]
     assert waiting.images == 2
     assert waiting.seconds == pytest.approx(2.0, rel=0.1), "a request counts for half at most"
     with engine.reserve(1) as room, pytest.raises(Overloaded):
         room.claim([task(steps=400, width=512, height=512)])
-    for submission, each in zip(running, heard, strict=True):
+    for submission in running:
         submission.cancel()
+    asked.set()
+    for each in heard:
         each.wait()
     assert engine.waiting() == {}
     assert engine.spent()[ANYONE] > 0

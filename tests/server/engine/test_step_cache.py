@@ -276,25 +276,32 @@ def test_nobody_waits_for_all_stages_that_another_image_recalls(
         return made._replace(recalls=torch.ones_like(made.recalls))
 
     monkeypatch.setattr(EasyCache, "decide", always)
-    slow = Event()
     real = recall.recall
+    arrived: list[Submission] = []
+    submissions: list[Submission] = []
+    submitted = Event()
+
+    class Second(Ear):
+        def finished(self, index: int, result: ImageResult) -> None:
+            assert submitted.wait(60)
+            submissions[0].cancel()
+            super().finished(index, result)
+
+    first, second = Ear(1), Second(1)
 
     def slowly(batch: Batch) -> Evaluated:
-        slow.set()
+        if not arrived:
+            arrived.append(of_toys.submit([toy_task(steps=3)], second, Client("second")))
         sleep(0.03)
         return real(batch)
 
     monkeypatch.setattr(recall, "recall", slowly)
     lazy = toy_task(cache=EasyCache(start=0), steps=100)
-    ears = Ear(1), Ear(1)
-    submission = of_toys.submit([lazy], ears[0], Client("first"))
-    assert slow.wait(10)
-    of_toys.submit([toy_task(steps=3)], ears[1], Client("second"))
-    assert not ears[1].wait().errors
-    assert not ears[0].results
-    submission.cancel()
-    assert isinstance(ears[0].wait().errors[0], Cancelled)
-    assert len(ears[0].steps) < 100
+    submissions.append(of_toys.submit([lazy], first, Client("first")))
+    submitted.set()
+    assert not second.wait().errors
+    assert isinstance(first.wait().errors[0], Cancelled)
+    assert len(first.steps) < 100
 
 
 def test_memory_that_recalling_lacks_says_nothing_of_how_many_rows_a_forward_may_have(
