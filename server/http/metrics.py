@@ -192,9 +192,8 @@ def _model_memory(service: Service) -> Metric:
     family = GaugeMetricFamily(
         "weft_model_memory_bytes", "Memory of the weights of each loaded model.", labels=["model"]
     )
-    for state in service.model_states():
-        if state.model is not None:
-            family.add_metric([state.name], float(state.memory_bytes))
+    for name, nbytes in service.ready_shelf().bytes_loaded().items():
+        family.add_metric([name], float(nbytes))
     return family
 
 

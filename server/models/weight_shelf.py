@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from os import listdir
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar
 
+from server.lookup import Lookup
 from server.models.folder_cache import FolderCache
 from server.models.weight_memory import Weights
 
@@ -105,6 +106,9 @@ class WeightShelf(ABC, Generic[Here, Weights, Wanted]):
         self._dtype = dtype
         self._read: dict[Path, tuple[tuple[int, int], Here | str]] = {}
         self._entries = FolderCache(self._listed)
+        self._lookup: Lookup[Sequence[Mapping[str, Path]]] = Lookup(
+            self._looked, (), f"folders with {self.what}s"
+        )
 
     @abstractmethod
     def _is_one(self, path: Path) -> bool:
@@ -197,6 +201,9 @@ class WeightShelf(ABC, Generic[Here, Weights, Wanted]):
 
     def _places(self) -> Sequence[Mapping[str, Path]]:
         """Candidates by name alone, folder by folder, in order of precedence."""
+        return self._lookup.latest()
+
+    def _looked(self) -> Sequence[Mapping[str, Path]]:
         return [self._entries.of(folder) for folder in reversed(self._folders)]
 
     def _chosen(self, name: str, places: Sequence[Mapping[str, Path]]) -> Path | None:

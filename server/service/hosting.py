@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Collection, Generator, Iterable, Mapping
+from collections.abc import Callable, Collection, Generator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from time import monotonic
-from typing import Final, TypeAlias
+from typing import Final, NamedTuple, TypeAlias
 
 import torch
 
 from server.engine.engine import Engine
 from server.errors import ModelMismatch, ModelTooLarge
 from server.heap import collection_paused
+from server.lookup import Lookup
 from server.models.checkpoint import converted
 from server.models.compiling.compiler import BlockCompiler, missing_compiler
 from server.models.compiling.model_blocks import compile_blocks
-from server.models.folder import embedded_folders, stamp_of
+from server.models.folder import INDEX, embedded_folders, stamp_of
 from server.models.given_denoiser import DENOISERS, with_denoiser
 from server.models.hosted import HostedModel
 from server.models.hub import HubModel, fetch
@@ -136,7 +137,14 @@ def host(
     return Hosted(engine, models, source)
 
 
-@dataclass(frozen=True, slots=True)
+class _Found(NamedTuple):
+    """A model folder, and the time at which it was made in seconds of Unix time."""
+
+    folder: Path
+    created: int
+
+
+@dataclass(slots=True, eq=False)
 class _Folders:
     """Models in folders, as a source for the model shelf.
 
@@ -146,21 +154,21 @@ class _Folders:
         named: weights that requests name besides the model.
         compiler: compiler of blocks; a clause that says why there is none, or None if none is
             wanted.
+        lookup: looks for the folders that there are.
     """
 
     settings: Settings
     first: Mapping[str, Path]
     named: NamedWeights
     compiler: BlockCompiler | str | None = None
+    lookup: Lookup[Mapping[str, _Found]] = field(init=False)
 
-    def names(self) -> Iterable[str]:
-        return list(self._folders())
+    def __post_init__(self) -> None:
+        before = {name: _Found(folder, 0) for name, folder in self.first.items()}
+        self.lookup = Lookup(self._looked, before, "folders of models")
 
-    def created(self, name: str) -> int:
-        # Without listing all others, since this is called for each of them.
-        others = self.settings.models_folder or Path()
-        folder = self.first.get(name, others / name)
-        return stamp_of(folder / "model_index.json")[0] // 10**9
+    def created(self) -> Mapping[str, int]:
+        return {name: found.created for name, found in self.lookup.latest().items()}
 
     def needs(self, name: str) -> int:
         with self._told_to_clients(name):
@@ -249,6 +257,12 @@ class _Folders:
         if model.runs_eager is not None:
             log.warning("%s: runs without compiled blocks: %s", model.facts.name, model.runs_eager)
 
+    def _looked(self) -> Mapping[str, _Found]:
+        return {
+            name: _Found(folder, stamp_of(folder / INDEX)[0] // 10**9)
+            for name, folder in self._folders().items()
+        }
+
     def _folders(self) -> Mapping[str, Path]:
         """Folders from start-up that still exist, and new ones in the folder of models."""
         place = self.settings.models_folder
@@ -263,16 +277,17 @@ class _Folders:
         return {**found, **first}
 
     def _folder(self, name: str) -> Path:
-        folders = self._folders()
-        if name not in folders:
+        found = self.lookup.latest()
+        if name not in found:
             raise ModelMismatch(f"Model {name!r} is no longer in the folder of models.")
-        return folders[name]
+        return found[name].folder
 
     @contextmanager
     def _told_to_clients(self, name: str) -> Generator[None]:
         """Log an error about a folder; raise it without the path, which clients must not see."""
         # Looked up before the folder is removed, which may be why it cannot be loaded.
-        folder = str(self._folders().get(name, name))
+        found = self.lookup.latest()
+        folder = str(found[name].folder if name in found else name)
         try:
             yield
         except ModelMismatch as error:
@@ -332,8 +347,8 @@ def _may_look_into(folder: Path) -> bool:
 
 def _check_names(settings: Settings, names: Collection[str]) -> None:
     """Refuse settings for unknown models, unless these may come into the folder later."""
-    for field, unknown in settings.unknown_models(names):
-        sentence = f"{field} names the model {unknown!r}; there are {', '.join(names)}."
+    for setting, unknown in settings.unknown_models(names):
+        sentence = f"{setting} names the model {unknown!r}; there are {', '.join(names)}."
         if settings.models_folder is None:
             raise ModelMismatch(sentence)
         log.warning("%s", sentence)

@@ -49,12 +49,11 @@ class Room:
 class Source(Protocol):
     """Source of models that are not loaded; called in the shelf's own thread."""
 
-    def names(self) -> Iterable[str]:
-        """Names of the models that can be loaded; safe from any thread."""
-        ...
+    def created(self) -> Mapping[str, int]:
+        """The models that can be loaded, and when each was made, in seconds of Unix time.
 
-    def created(self, name: str) -> int:
-        """Time at which the model was made, in seconds of Unix time; safe from any thread."""
+        Safe from any thread; takes a second at most.
+        """
         ...
 
     def needs(self, name: str) -> int:
@@ -189,25 +188,33 @@ class ModelShelf:
         for name, model in models.items():
             self._place(name).hold(model)
 
-    def check(self, name: str | None) -> None:
+    def hosts(self, name: str) -> bool:
+        """Whether a model has this name; looks at folders, which takes a second at most."""
+        return self._is_loaded(name) or name in self._names()
+
+    async def check(self, name: str | None) -> None:
         """Refuse a name that no model has.
 
         Raises:
             UnknownModel: no such model is hosted.
         """
-        with self._wake:
-            place = self._places.get(name) if name is not None else None
-            if name is None or (place is not None and place.model is not None):
-                return
-        # This lists folders.
-        known = self._names()
+        if name is None or self._is_loaded(name):
+            return
+        known = await asyncio.to_thread(self._names)
         if name not in known:
             raise UnknownModel(name[:60], known)
 
     def loaded(self) -> tuple[HostedModel, ...]:
         """The loaded models, with the default one first if it is loaded."""
-        places = [self._places[name] for name in self._names() if name in self._places]
-        return tuple(place.model for place in places if place.model is not None)
+        with self._wake:
+            places = dict.fromkeys((self._place(self._default), *self._places.values()))
+            return tuple(place.model for place in places if place.model is not None)
+
+    def bytes_loaded(self) -> dict[str, int]:
+        """Bytes of the weights of each loaded model on its device, by name."""
+        with self._wake:
+            places = [place for place in self._places.values() if place.model is not None]
+            return {place.name: place.memory_bytes for place in places}
 
     def if_loaded(self, name: str | None) -> HostedModel | None:
         """A model by name, None for the default one; returns None if it is not loaded."""
@@ -215,7 +222,8 @@ class ModelShelf:
 
     def states(self) -> tuple[ModelState, ...]:
         """States of all models, with the default one first."""
-        return tuple(self._state(name) for name in self._names())
+        created = self._created()
+        return tuple(self._state(name, created.get(name, 0)) for name in self._names_with(created))
 
     async def lend(self, name: str | None) -> Lease:
         """Lend a model by name, None for the default one; wait until it is loaded.
@@ -226,7 +234,7 @@ class ModelShelf:
             ModelTooLarge: it does not fit in memory, even alone.
             NotReady: it is not loaded in time, or the server is about to stop.
         """
-        self.check(name)
+        await self.check(name)
         place = self._place(self._default if name is None else name)
         with self._wake:
             place.users += 1
@@ -249,7 +257,7 @@ class ModelShelf:
             NotReady: it could not be loaded again, another model takes too long to load, or the
                 server is about to stop.
         """
-        self.check(name)
+        await self.check(name)
         place = self._place(self._default if name is None else name)
         self._required_source()
         with self._wake:
@@ -281,6 +289,11 @@ class ModelShelf:
             for place in list(self._jobs):
                 self._settle(place, error)
             self._wake.notify_all()
+
+    def _is_loaded(self, name: str) -> bool:
+        with self._wake:
+            place = self._places.get(name)
+            return place is not None and place.model is not None
 
     def _withdraws(self, place: _Place, unloading: Future[WeftError | None]) -> bool:
         """Withdraw an unload that has not begun; return whether that succeeded."""
@@ -518,18 +531,22 @@ class ModelShelf:
 
     def _names(self) -> tuple[str, ...]:
         """Names of the default model, of others that are loaded, and of those of the source."""
-        found = () if self._source is None else self._source.names()
+        return self._names_with(self._created())
+
+    def _names_with(self, found: Iterable[str]) -> tuple[str, ...]:
         with self._wake:
             held = [place.name for place in self._places.values() if place.model or place.loading]
             return tuple(dict.fromkeys((self._default, *held, *found)))
+
+    def _created(self) -> Mapping[str, int]:
+        return {} if self._source is None else self._source.created()
 
     def _place(self, name: str) -> _Place:
         with self._wake:
             return self._places.setdefault(name, _Place(name))
 
-    def _state(self, name: str) -> ModelState:
+    def _state(self, name: str, created: int) -> ModelState:
         place = self._place(name)
-        created = 0 if self._source is None else self._source.created(name)
         with self._wake:
             return ModelState(
                 name=name,

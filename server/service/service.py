@@ -21,7 +21,7 @@ from server.engine.client import ANYONE, Client
 from server.engine.engine import Engine
 from server.engine.reservation import Reservation
 from server.engine.task import ImageTask
-from server.errors import DuplicateGeneration, NotReady, UnknownGeneration, UnknownModel, WeftError
+from server.errors import DuplicateGeneration, NotReady, UnknownGeneration, WeftError
 from server.models.hosted import HostedModel
 from server.models.references import SeenPicture
 from server.models.statistics import guidance_name
@@ -183,11 +183,7 @@ class Service:
         Raises:
             NotReady: the models are still loading.
         """
-        try:
-            self.ready_shelf().check(name)
-        except UnknownModel:
-            return False
-        return True
+        return self.ready_shelf().hosts(name)
 
     def model_states(self) -> tuple[ModelState, ...]:
         """States of all models, the default one first; empty until the server has loaded."""
@@ -234,7 +230,7 @@ class Service:
         """
         self.ready_engine()
         shelf = self.ready_shelf()
-        shelf.check(request.model)
+        await shelf.check(request.model)
         check_count(request, self._limits)
         model = shelf.if_loaded(request.model)
         if model is None:
@@ -328,7 +324,7 @@ class Service:
         self, generation: Generation, request: GenerateRequest, client: Client
     ) -> None:
         engine, shelf = self.ready_engine(), self.ready_shelf()
-        shelf.check(request.model)
+        await shelf.check(request.model)
         check_count(request, self._limits)
         with ExitStack() as held:
             runs = runs_of(request)

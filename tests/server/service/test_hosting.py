@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from threading import Event
+from time import monotonic
 from typing import Any
 
 import pytest
@@ -15,6 +18,7 @@ import torch
 
 from embedded import MODEL_FOLDER
 from server.errors import ModelMismatch, ModelTooLarge
+from server.models.folder_cache import FolderCache
 from server.models.memory import DeviceMemory
 from server.models.placement import Offload, Placement
 from server.models.weight_files import bytes_in_memory
@@ -190,3 +194,33 @@ def test_a_cache_that_cannot_be_written_to_is_named(tmp_path: Path) -> None:
     assert refused.value.message == (
         f"cache is {cache!r}, which cannot be written to: Not a directory."
     )
+
+
+def test_models_whose_disk_has_vanished_are_listed_as_they_were(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").symlink_to(MODEL_FOLDER)
+    source = folders(Settings(models_folder=tmp_path))
+    before = source.created()
+    assert before.keys() == {"one", "two", "here"}
+
+    def vanished(_: Settings) -> list[Path]:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(Settings, "found_folders", vanished)
+    assert source.created() == before
+
+
+def test_a_model_s_prompts_need_no_disk_that_hangs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Any word of a prompt might be the name of an embedding in the model's own folder."""
+    monkeypatch.setattr("server.lookup.PATIENCE_S", 0.1)
+    source = folders(Settings(embeddings=tmp_path))
+    model = source.load_from_folder("one", None)
+    answers = Event()
+    monkeypatch.setattr(FolderCache, "of", lambda *_: answers.wait(60) and {})
+    began = monotonic()
+    assert [model.embeddings.named_in("a red circle") for _ in range(20)] == [()] * 20
+    assert monotonic() - began < 10
+    answers.set()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from threading import Event
 from typing import Any
@@ -64,11 +64,8 @@ class Store:
         self.loading = Event()
         self.loads: list[str] = []
 
-    def names(self) -> Iterable[str]:
-        return ("a", "b", "c", "slow", "big", "broken", "failing")
-
-    def created(self, name: str) -> int:
-        return 7
+    def created(self) -> Mapping[str, int]:
+        return dict.fromkeys(("a", "b", "c", "slow", "big", "broken", "failing"), 7)
 
     def needs(self, name: str) -> int:
         return 3 * BYTES if name == "big" else BYTES
@@ -112,7 +109,7 @@ def store() -> Store:
 @pytest.fixture
 def service(engine: Engine, store: Store) -> Iterator[Service]:
     """A service with the model "a" loaded."""
-    for name in store.names():
+    for name in store.created():
         if name != "a" and name in engine._models:
             engine.remove_model(name)
     if "a" not in engine._models:
@@ -150,7 +147,7 @@ def loaded(service: Service) -> list[str]:
 def test_a_model_is_loaded_by_the_first_request_that_names_it(
     service: Service, store: Store
 ) -> None:
-    assert [state.name for state in service.model_states()] == list(store.names())
+    assert [state.name for state in service.model_states()] == list(store.created())
     assert loaded(service) == ["a"]
 
     async def run() -> list[Any]:
@@ -321,6 +318,29 @@ def test_what_a_library_says_of_a_file_is_not_told(service: Service) -> None:
 def test_a_name_of_no_model_is_refused_at_once(service: Service) -> None:
     with pytest.raises(UnknownModel, match="allowed are: a, b, big, broken"):
         asyncio.run(made(service, "d"))
+
+
+def test_looking_for_a_model_on_a_slow_disk_holds_up_nothing_else(
+    service: Service, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = Event()
+
+    def slow() -> Mapping[str, int]:
+        assert answers.wait(PATIENCE_S)
+        return {"b": 0}
+
+    monkeypatch.setattr(store, "created", slow)
+
+    async def run() -> None:
+        waiting = asyncio.ensure_future(made(service, "b"))
+        await asyncio.sleep(0)
+        picture = await made(service, "a")
+        assert picture is not None
+        assert not waiting.done()
+        answers.set()
+        await waiting
+
+    asyncio.run(run())
 
 
 @pytest.mark.parametrize("end", ["cancel", "stop"])

@@ -7,7 +7,7 @@ import io
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -169,17 +169,24 @@ def test_the_folder_is_looked_into_once_for_all_models(
     assert len(looked) == 1
 
 
+def test_the_metrics_look_into_no_folder(
+    client: httpx2.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked: list[None] = []
+    monkeypatch.setattr(Settings, "found_folders", lambda _: looked.append(None) or [])
+    text = client.get("/metrics").text
+    assert 'weft_model_memory_bytes{model="first"}' in text
+    assert not looked
+
+
 class Slow:
     """A store from which one more model comes after a while."""
 
     def __init__(self) -> None:
         self.may_fail = Event()
 
-    def names(self) -> Iterable[str]:
-        return ("slow",)
-
-    def created(self, name: str) -> int:
-        return 0
+    def created(self) -> Mapping[str, int]:
+        return dict.fromkeys(("slow",), 0)
 
     def needs(self, name: str) -> int:
         return 0
