@@ -21,14 +21,28 @@ class Autoencoder:
     """
 
     def __init__(self, network: Any, device: torch.device) -> None:
-        self.network = network.to(device, memory_format=torch.channels_last)
+        self._device = device
+        self.replace(network)
+
+    def replace(self, network: Any) -> None:
+        """Use another network and its config from now on.
+
+        Args:
+            network: autoencoder with the latents of the one before; see the class.
+        """
+        self.network = network.to(self._device, memory_format=torch.channels_last)
         config = network.config
         self._mean, self._deviation = (
-            None if values is None else torch.tensor(values, device=device).view(1, -1, 1, 1)
+            None if values is None else torch.tensor(values, device=self._device).view(1, -1, 1, 1)
             for values in (getattr(config, name, None) for name in ("latents_mean", "latents_std"))
         )
         self._scale: float = config.scaling_factor
         self._shift: float = getattr(config, "shift_factor", None) or 0.0
+
+    @property
+    def scaling(self) -> tuple[float, float]:
+        """The scale and the shift between its network's latents and those of the denoiser."""
+        return self._scale, self._shift
 
     def decode(self, latents: Tensor) -> Tensor:
         """Decode clean latents ``[rows, C, h, w]`` to images ``[rows, 3, H, W]`` in [-1, 1].

@@ -188,12 +188,12 @@ def load_flux1(
     Raises:
         ModelMismatch: a part that this family cannot run.
     """
-    from diffusers import AutoencoderKL, FluxTransformer2DModel
+    from diffusers import FluxTransformer2DModel
     from transformers import CLIPTextModel, CLIPTokenizer
 
     edits = read_json(folder, "model_index.json").get("_class_name") == "FluxKontextPipeline"
     transformer = load_network(folder, TRANSFORMER, [FluxTransformer2DModel], dtype)
-    vae = load_autoencoder(folder, [AutoencoderKL], dtype)
+    vae = load_autoencoder(folder, dtype)
     clip = load_text_encoder(folder, "text_encoder", CLIPTextModel, dtype)
     tokenizer = load_tokenizer(
         folder, "tokenizer", CLIPTokenizer, clip.config.max_position_embeddings

@@ -1,10 +1,14 @@
-"""Replaces the weights of a model's autoencoder by those of a file that the operator specifies."""
+"""Replaces a model's autoencoder by one that the operator specifies.
+
+A tiny autoencoder takes the place of the network. Any other gives the network its weights alone.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import re
 from dataclasses import replace
+from itertools import chain
 from typing import TYPE_CHECKING, Any, Final
 
 from safetensors import SafetensorError
@@ -13,6 +17,16 @@ from safetensors.torch import load_file
 from server.errors import ModelMismatch
 from server.models.folder import AUTOENCODER, Revisions, chunks_of, read_json
 from server.models.prefixes import own_prefix
+from server.models.tiny_autoencoder import (
+    HALVES,
+    TINY,
+    check_tiny,
+    halves_at,
+    name_of,
+    tiny_as_diffusers,
+    tiny_network,
+    whole_of,
+)
 from server.models.weight_files import NETWORK
 
 if TYPE_CHECKING:
@@ -23,7 +37,9 @@ if TYPE_CHECKING:
 
     from server.models.hosted import HostedModel
 
-__all__ = ["file_of", "give_autoencoder", "named_as_by_diffusers", "with_autoencoder"]
+__all__ = ["files_of", "give_autoencoder", "named_as_by_diffusers", "with_autoencoder"]
+
+CONFIG: Final = "config.json"
 
 WITHIN: Final = ("first_stage_model.", "vae.")
 """Prefixes of an autoencoder in a file that also contains other networks."""
@@ -52,54 +68,96 @@ LATENTS: Final = ("scaling_factor", "shift_factor", "latents_mean", "latents_std
 NAMES_SHOWN: Final = 3
 
 
-def file_of(path: Path) -> Path:
-    """The weight file of an autoencoder given as a safetensors file or a diffusers folder.
+def files_of(path: Path) -> tuple[Path, ...]:
+    """The weight files of an autoencoder: one, or the original encoder and decoder of a tiny one.
+
+    Args:
+        path: a safetensors file or a folder with one; or one of those two, or a folder with both.
 
     Raises:
-        ModelMismatch: there is no such file.
+        ModelMismatch: there are no such files.
     """
     file = path / f"{NETWORK}.safetensors" if path.is_dir() else path
+    if not (path.is_dir() and file.is_file()) and (halves := halves_at(path)) is not None:
+        return halves
     if not file.is_file() or file.suffix != ".safetensors":
         raise ModelMismatch(
             f"vae {path.name!r} is neither a .safetensors file nor a folder with {NETWORK}"
-            ".safetensors."
+            ".safetensors, or with the two files of a tiny autoencoder."
         )
-    return file
+    return (file,)
 
 
 def with_autoencoder(revisions: Revisions, path: Path) -> Revisions:
     """The revisions of a model with another autoencoder.
 
     Raises:
-        ModelMismatch: there is no such file.
+        ModelMismatch: there are no such files.
     """
     digest = hashlib.sha256(revisions.weights.encode())
-    for chunk in chunks_of(file_of(path)):
+    for chunk in chain.from_iterable(map(chunks_of, files_of(path))):
         digest.update(chunk)
     return Revisions(digest.hexdigest()[:16], revisions.denoiser)
 
 
 def give_autoencoder(model: HostedModel, path: Path) -> None:
-    """Replace the weights of a model's autoencoder; its config stays.
+    """Replace a model's autoencoder.
 
     Args:
         model: model that has just been loaded.
-        path: a safetensors file with diffusers' names or the original ones, or a diffusers folder.
+        path: a safetensors file with diffusers' names or the original ones, or a diffusers folder;
+            for a tiny autoencoder see :func:`files_of`.
 
     Raises:
-        ModelMismatch: the weights do not fit the network, or the folder's config describes another
-            latent space.
+        ModelMismatch: the weights do not fit the network, or they or the folder's config describe
+            another latent space.
     """
-    network: Any = model.modules().get(AUTOENCODER)
-    if network is None:
+    own: Any = model.modules().get(AUTOENCODER)
+    if own is None:
         raise ModelMismatch(
             f"model {model.facts.name!r} has no autoencoder that vae could replace."
         )
-    if path.is_dir() and (path / "config.json").is_file():
+    weights = _read(path)
+    if (tiny := tiny_as_diffusers(weights)) is not None:
+        _give_tiny(model, path, tiny)
+    else:
+        _give_weights(model, path, weights, own)
+    model.facts = replace(model.facts, vae=name_of(path))
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    try:
+        read = [load_file(file) for file in files_of(path)]
+    except (OSError, SafetensorError) as error:
+        raise ModelMismatch(f"vae {path.name!r} cannot be read: {error}.") from None
+    return whole_of(*read) if len(read) == len(HALVES) else read[0]
+
+
+def _give_tiny(model: HostedModel, path: Path, weights: Mapping[str, Tensor]) -> None:
+    called, own = f"vae {path.name!r}", model.autoencoder
+    if own is None:
+        raise ModelMismatch(
+            f"{called} is a tiny autoencoder; model {model.facts.name!r} has latents that no "
+            f"{TINY} makes."
+        )
+    config = None
+    if path.is_dir() and (path / CONFIG).is_file():
+        config = read_json(path, CONFIG)
+    elif type(own.network).__name__ == TINY:
+        config = own.network.config
+    network = tiny_network(weights, config, called, model.dtype)
+    check_tiny(network, called, model.facts, own)
+    own.replace(network)
+
+
+def _give_weights(
+    model: HostedModel, path: Path, weights: Mapping[str, Tensor], network: Any
+) -> None:
+    if path.is_dir() and (path / CONFIG).is_file():
         _check_latents(path, network)
     try:
-        weights = named_as_by_diffusers(load_file(file_of(path)), network)
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        weights = named_as_by_diffusers(weights, network)
+    except (KeyError, ValueError) as error:
         raise ModelMismatch(f"vae {path.name!r} cannot be read: {error}.") from None
     expected = network.state_dict()
     wrong = {name for name in expected if name not in weights} | {
@@ -113,7 +171,6 @@ def give_autoencoder(model: HostedModel, path: Path) -> None:
             f"one of them or have different shapes: {', '.join(sorted(wrong)[:NAMES_SHOWN])}."
         )
     network.load_state_dict(weights)
-    model.facts = replace(model.facts, vae=path.stem)
 
 
 def named_as_by_diffusers(weights: Mapping[str, Tensor], network: Any) -> dict[str, Tensor]:
@@ -139,7 +196,7 @@ def named_as_by_diffusers(weights: Mapping[str, Tensor], network: Any) -> dict[s
 
 
 def _check_latents(folder: Path, network: Any) -> None:
-    config = read_json(folder, "config.json")
+    config = read_json(folder, CONFIG)
     for entry in LATENTS:
         told, own = config.get(entry), getattr(network.config, entry, None)
         if entry in config and told != own:

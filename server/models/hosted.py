@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from samplers import NoiseSchedule, PredictionType
     from samplers.levels import F64
     from server.models.adapters.adapter import RowAdapters
+    from server.models.autoencoder import Autoencoder
     from server.models.blend import Told
     from server.models.classifier import LatentClassifier
     from server.models.compiling.compiled_blocks import CompiledBlocks
@@ -405,6 +406,14 @@ class HostedModel(ABC):
     def embedding_target(self) -> EmbeddingTarget:
         """Properties that embeddings must fit; by default prompts cannot use any."""
         return EmbeddingTarget(self.facts.name, {}, 0)
+
+    @property
+    def autoencoder(self) -> Autoencoder | None:
+        """Its autoencoder, if an ``AutoencoderTiny`` may take its place.
+
+        None where the denoiser's latents have a form that no such network makes.
+        """
+        return None
 
     @property
     def control_kind(self) -> ControlKind | None:

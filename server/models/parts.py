@@ -82,22 +82,23 @@ def load_network(folder: Path, part: str, allowed: Sequence[Any], dtype: torch.d
     return build_network(folder, part, kind, dtype)
 
 
-def load_autoencoder(folder: Path, allowed: Sequence[Any], dtype: torch.dtype) -> Any:
+def load_autoencoder(folder: Path, dtype: torch.dtype) -> Any:
     """Load the part ``vae``, in float32 instead of float16 if its config says ``force_upcast``.
 
     The autoencoder of Stable Diffusion XL overflows in float16, and so may those of its successors.
 
     Args:
-        folder: model folder.
-        allowed: classes that the folder may name.
+        folder: model folder, which names an ``AutoencoderKL`` or an ``AutoencoderTiny``.
         dtype: dtype of the model.
 
     Raises:
         ModelMismatch: another class, or weights that do not match the config.
     """
+    from diffusers import AutoencoderKL, AutoencoderTiny
+
     upcast = read_json(folder, "vae/config.json").get("force_upcast", True)
     own = torch.float32 if upcast and dtype == torch.float16 else dtype
-    return load_network(folder, "vae", allowed, own)
+    return load_network(folder, "vae", [AutoencoderKL, AutoencoderTiny], own)
 
 
 def build_network(

@@ -125,7 +125,7 @@ def load_pixart(
     Raises:
         ModelMismatch: a part that this family cannot run.
     """
-    from diffusers import AutoencoderKL, PixArtTransformer2DModel
+    from diffusers import PixArtTransformer2DModel
 
     length = LENGTHS[read_json(folder, "model_index.json")["_class_name"]]
     text = MaskedT5(T5.load(folder, "", length, device, dtype))
@@ -137,7 +137,7 @@ def load_pixart(
             f"transformer of model folder {str(folder)!r} has {transformer.out_channels} output "
             f"channels; allowed are {channels}, and {2 * channels} with a learned variance."
         )
-    vae = load_autoencoder(folder, [AutoencoderKL], dtype)
+    vae = load_autoencoder(folder, dtype)
     check_channels(folder, channels, vae.config.latent_channels)
     latent_scale = 2 ** (len(vae.config.block_out_channels) - 1)
     side = transformer.config.sample_size * latent_scale

@@ -145,7 +145,7 @@ def load_stable_diffusion_3(
     Raises:
         ModelMismatch: a part that this family cannot run.
     """
-    from diffusers import AutoencoderKL, SD3Transformer2DModel
+    from diffusers import SD3Transformer2DModel
     from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
     clips: list[CLIP] = []
@@ -159,7 +159,7 @@ def load_stable_diffusion_3(
     first, second = clips
     t5 = T5.load(folder, "_3", T5_LENGTH, device, dtype) if _has_t5(folder) else None
     transformer = load_network(folder, TRANSFORMER, [SD3Transformer2DModel], dtype)
-    vae = load_autoencoder(folder, [AutoencoderKL], dtype)
+    vae = load_autoencoder(folder, dtype)
     text = ClipsAndT5(first, second, t5, transformer.config.joint_attention_dim)
     latent_scale = 2 ** (len(vae.config.block_out_channels) - 1)
     multiple = transformer.config.patch_size * latent_scale

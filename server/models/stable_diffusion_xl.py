@@ -133,7 +133,7 @@ def load_stable_diffusion_xl(
     Raises:
         ModelMismatch: a part that this family cannot run.
     """
-    from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
+    from diffusers import UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
     clips: list[CLIP] = []
@@ -149,7 +149,7 @@ def load_stable_diffusion_xl(
             f"unet of model folder {str(folder)!r} has the addition_embed_type "
             f"{unet.config.addition_embed_type!r}; Stable Diffusion XL has 'text_time'."
         )
-    vae = load_autoencoder(folder, [AutoencoderKL, AutoencoderTiny], dtype)
+    vae = load_autoencoder(folder, dtype)
     index = read_json(folder, "model_index.json")
     text = TwoEncoders(
         first,

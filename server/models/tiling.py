@@ -12,19 +12,24 @@ __all__ = ["LARGEST_WHOLE", "pixels_a_cell", "with_tiles"]
 LARGEST_WHOLE: Final = 1536 * 1536
 """Maximum number of pixels of an image that is processed as a whole."""
 
+NEVER_TILED: Final = "AutoencoderTiny"
+"""Class of autoencoders that process an image of any size as a whole."""
+
 
 def with_tiles(network: Any, cells: Tensor, scale: int) -> Any:
     """Switch a diffusers autoencoder to diffusers' own tiling if the image is large.
 
     The tiles overlap by a quarter and are blended there. Quantities that depend on the whole image,
-    such as the statistics of group norms, then depend on the tile instead.
+    such as the statistics of group norms, then depend on the tile instead. An ``AutoencoderTiny``
+    is never tiled: it has few channels, and diffusers' tiles of it are for latents of four.
 
     Args:
         network: autoencoder that only one thread uses.
         cells: images or latents ``[..., h, w]``.
         scale: pixels along one side of a cell; 1 for images.
     """
-    network.use_tiling = cells.shape[-1] * cells.shape[-2] * scale**2 > LARGEST_WHOLE
+    large = cells.shape[-1] * cells.shape[-2] * scale**2 > LARGEST_WHOLE
+    network.use_tiling = large and type(network).__name__ != NEVER_TILED
     return network
 
 

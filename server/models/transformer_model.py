@@ -8,6 +8,7 @@ from typing_extensions import override
 
 from guidance.edits import SkippedBlocks
 from server.errors import ModelMismatch
+from server.models.autoencoder import Autoencoder
 from server.models.hosted import HostedModel, ModelFacts
 from server.models.reference_tokens import referring
 from server.models.row_changes import RowChanges
@@ -207,6 +208,11 @@ class TransformerModel(HostedModel):
             if type(network).__name__.startswith(ADAPTED_TEXT)
         }
         return {TRANSFORMER: self._denoiser.network, **texts}
+
+    @property
+    @override
+    def autoencoder(self) -> Autoencoder | None:
+        return self._autoencoder if isinstance(self._autoencoder, Autoencoder) else None
 
     @property
     @override

@@ -211,6 +211,11 @@ class UNetModel(HostedModel):
 
     @property
     @override
+    def autoencoder(self) -> Autoencoder:
+        return self._autoencoder
+
+    @property
+    @override
     def control_kind(self) -> UNetControl:
         return self._control
 

@@ -80,7 +80,7 @@ def load_z_image(
     Raises:
         ModelMismatch: a part that this family cannot run.
     """
-    from diffusers import AutoencoderKL, ZImageTransformer2DModel
+    from diffusers import ZImageTransformer2DModel
     from transformers import Qwen2Tokenizer, Qwen3Model
 
     encoder = load_text_encoder(folder, "text_encoder", Qwen3Model, dtype)
@@ -92,7 +92,7 @@ def load_z_image(
 
     text = ChatText(encoder, states, tokenizer, TEMPLATE, device)
     transformer = load_network(folder, TRANSFORMER, [ZImageTransformer2DModel], dtype)
-    vae = load_autoencoder(folder, [AutoencoderKL], dtype)
+    vae = load_autoencoder(folder, dtype)
     latent_scale = 2 ** (len(vae.config.block_out_channels) - 1)
     multiple = PATCH * latent_scale
     side = default_side(vae, multiple)
