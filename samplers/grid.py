@@ -160,7 +160,8 @@ class Grid:
         """The last ``strength`` fraction of the steps, for a start from a noised picture.
 
         Args:
-            strength: fraction of the steps, in (0, 1]; ``floor(strength * N)`` steps are kept.
+            strength: fraction of the steps, in (0, 1]; ``strength * N`` steps are kept, rounded as
+                the schedule's ``tail_rounds_up`` says.
 
         Raises:
             ValueError: the strength is outside that range, or so low that no step is left.
@@ -169,7 +170,10 @@ class Grid:
             raise PlanError(
                 "strength", f"strength is {strength:g}; it must be above 0 and at most 1."
             )
-        kept = int(self.steps * strength)
+        # As in diffusers' pipelines, including their rounding of the product.
+        share = self.steps * strength
+        up = self.schedule.tail_rounds_up
+        kept = self.steps - int(self.steps - share) if up else int(share)
         if kept < 1:
             raise PlanError(
                 "strength",

@@ -18,6 +18,9 @@ class Levels(ABC):
     unit_start: ClassVar[bool] = False
     """Whether start noise has standard deviation 1 (variance preserving) instead of sigma."""
 
+    tail_rounds_up: ClassVar[bool] = False
+    """Whether a share of the steps is rounded up to whole steps, instead of down."""
+
     @property
     @abstractmethod
     def t_start(self) -> float:

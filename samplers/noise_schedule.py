@@ -313,6 +313,8 @@ class FlowMatching(NoiseSchedule):
     is the time of the noisiest level before the shift.
     """
 
+    tail_rounds_up: ClassVar[bool] = True
+
     shift: float = 1.0
     trained_steps: int = TRAINED_STEPS
     terminal: float | None = None
@@ -417,6 +419,7 @@ class TrigFlow(NoiseSchedule):
     """
 
     unit_start: ClassVar[bool] = True
+    tail_rounds_up: ClassVar[bool] = True
 
     @property
     @override

@@ -117,6 +117,14 @@ def test_a_tail_is_the_last_share_of_the_steps(steps: int, strength: float) -> N
         np.testing.assert_array_equal(ours, whole[-len(ours) :])
 
 
+@pytest.mark.parametrize("schedule", [FLOW, NoiseSchedule.trigflow()], ids=["flow", "trigflow"])
+def test_a_part_of_a_step_is_a_step_in_the_tail_of_a_flow(schedule: NoiseSchedule) -> None:
+    # In floating point, 50 times .14 is a little above 7; diffusers' pipelines run 7 steps too.
+    expected = {(4, 0.5): 2, (4, 0.6): 3, (8, 0.3): 3, (5, 0.01): 1, (50, 0.14): 7}
+    for (steps, strength), kept in expected.items():
+        assert schedule.grid(Trailing(), steps).tail(strength).steps == kept
+
+
 def test_a_tail_of_everything_is_the_grid() -> None:
     assert DISCRETE.grid(Trailing(), 7).tail(1.0).steps == 7
 
