@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 import numpy as np
 from typing_extensions import override
@@ -29,6 +29,14 @@ TRAINED_STEPS = 1000
 MOST_TRAINED_STEPS = 100_000
 """Upper limit, a hundred times the usual number. A schedule with betas stores one number for each
 timestep, so an unlimited count in a model's config could exhaust memory."""
+
+BETAS: Final[Mapping[tuple[str, ...], tuple[float, float, str]]] = {
+    ("DPMSolverSDE", "Heun", "KDPM2"): (0.00085, 0.012, "linear"),
+    ("LCM", "TCD"): (0.00085, 0.012, "scaled_linear"),
+    ("",): (0.0001, 0.02, "linear"),
+}
+"""Entries beta_start, beta_end and beta_schedule of configs that lack them, by prefixes of the
+schedulers of diffusers that have them as defaults."""
 
 ENDS_WITHOUT_SIGNAL = "DDIM", "DDPM", "LCM", "TCD"
 """Schedulers of diffusers whose last alpha is 0 with zero terminal SNR; others use 2^-12."""
@@ -511,13 +519,15 @@ class EDM(NoiseSchedule):
 
 def _log_alphas_of(config: Mapping[str, Any]) -> F64:
     steps = _trained_steps(config)
-    kind = config.get("beta_schedule", "linear")
+    first, last, kind = _defaults_of_betas(config)
+    kind = config.get("beta_schedule", kind)
+    ends = config.get("beta_start", first), config.get("beta_end", last)
     if config.get("trained_betas") is not None:
         betas = _listed_betas(config["trained_betas"])
     elif kind == "linear":
-        betas = np.linspace(*_ends_of_betas(config), steps)
+        betas = np.linspace(*_checked_ends(*ends), steps)
     elif kind == "scaled_linear":
-        first, last = np.sqrt(_ends_of_betas(config))
+        first, last = np.sqrt(_checked_ends(*ends))
         betas = np.linspace(first, last, steps) ** 2
     elif kind == "squaredcos_cap_v2":
         u = np.arange(steps + 1) / steps
@@ -535,9 +545,13 @@ def _trained_steps(config: Mapping[str, Any]) -> int:
     return whole_number("num_train_timesteps", given, least=2, most=MOST_TRAINED_STEPS)
 
 
-def _ends_of_betas(config: Mapping[str, Any]) -> tuple[float, float]:
-    first = number("beta_start", config.get("beta_start", 0.0001))
-    last = number("beta_end", config.get("beta_end", 0.02))
+def _defaults_of_betas(config: Mapping[str, Any]) -> tuple[float, float, str]:
+    name = str(config.get("_class_name", ""))
+    return next(betas for prefixes, betas in BETAS.items() if name.startswith(prefixes))
+
+
+def _checked_ends(first: Any, last: Any) -> tuple[float, float]:
+    first, last = number("beta_start", first), number("beta_end", last)
     if not 0 < first <= last < 1:
         raise ValueError(
             f"beta_start is {first:g} and beta_end is {last:g}; beta_start must be above 0, and "

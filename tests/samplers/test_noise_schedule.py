@@ -11,6 +11,9 @@ from diffusers import (
     EDMEulerScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    LCMScheduler,
+    PNDMScheduler,
     UniPCMultistepScheduler,
 )
 from hypothesis import given
@@ -39,6 +42,14 @@ def test_alphas_are_those_of_diffusers(config: dict[str, Any]) -> None:
     # diffusers' is a product of up to a thousand float32 numbers.
     np.testing.assert_allclose(alpha**2, theirs, rtol=3e-5)
     np.testing.assert_allclose(sigma**2, 1 - theirs, rtol=1e-3)
+
+
+@pytest.mark.parametrize("kind", [HeunDiscreteScheduler, LCMScheduler, PNDMScheduler])
+def test_a_config_without_betas_has_those_of_its_class(kind: Any) -> None:
+    theirs = kind().alphas_cumprod.double().numpy()
+    ours = NoiseSchedule.from_diffusers({"_class_name": kind.__name__})
+    alpha, _ = ours.level(np.arange(1000.0))
+    np.testing.assert_allclose(alpha**2, theirs, rtol=3e-5)
 
 
 def test_zero_terminal_snr_is_that_of_diffusers() -> None:
