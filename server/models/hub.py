@@ -8,6 +8,7 @@ downloaded.
 
 from __future__ import annotations
 
+import errno
 import logging
 import re
 from dataclasses import dataclass
@@ -158,11 +159,24 @@ def _snapshot(
         if _has_weights(folder, [part for part in parts if part not in replaced]):
             return folder
         raise LocalEntryNotFoundError(f"{folder} is not complete") from None
-    paths = [one.path for one in tree if isinstance(one, RepoFile)]
-    files = chosen_files(paths, parts, half=half, replaced=replaced)
+    sizes = {one.path: one.size for one in tree if isinstance(one, RepoFile)}
+    files = chosen_files(sizes, parts, half=half, replaced=replaced)
+    damaged = [file for file in files if _is_damaged(folder / file, sizes.get(file))]
+    if damaged and cached:
+        raise LocalEntryNotFoundError(f"{damaged} of {folder} do not have the hub's size")
+    for file in damaged:
+        hf_hub_download(**here, filename=file, force_download=True)
     return Path(
         download(**here, allow_patterns=files, local_files_only=cached, tqdm_class=_progress(tell))
     )
+
+
+def _is_damaged(file: Path, size: int | None) -> bool:
+    """Whether a file in the cache does not have its size, as after a loss of power.
+
+    The client does not sync what it writes, and takes any file that is there for complete.
+    """
+    return size is not None and file.is_file() and file.stat().st_size != size
 
 
 def _has_weights(folder: Path, parts: Iterable[str]) -> bool:
@@ -209,7 +223,7 @@ _NOWHERE: Final = _Nowhere()
 
 def _sentence(model: HubModel, error: Exception) -> str:
     from httpx2 import TransportError
-    from huggingface_hub import is_offline_mode
+    from huggingface_hub import constants, is_offline_mode
     from huggingface_hub.errors import (
         EntryNotFoundError,
         GatedRepoError,
@@ -237,6 +251,11 @@ def _sentence(model: HubModel, error: Exception) -> str:
             return (
                 f"hub model {str(model)!r} is not complete in the cache, and the hub cannot be "
                 f"reached{offline}; there is no folder of that name either."
+            )
+        case OSError(errno=errno.ENOSPC):
+            return (
+                f"hub model {str(model)!r} could not be fetched: the disk of "
+                f"{constants.HF_HUB_CACHE!r} is full."
             )
         case EntryNotFoundError():
             return f"hub model {str(model)!r} has no {INDEX}; only diffusers models are hosted."

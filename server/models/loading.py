@@ -14,6 +14,7 @@ from server.models.flux2 import load_flux2_klein
 from server.models.folder import (
     INDEX,
     classifier_file,
+    parts_of,
     read_json,
     revisions_of,
     stamp_of,
@@ -140,7 +141,7 @@ def load_model(
             give_autoencoder(model, vae)
         put_on_device(model, placement or Placement())
         if _stamps(folder) != before:
-            # Its weights may be from before or after the change, and so have no revision.
+            # Its parts may be from before or after the change, and so have no revision.
             raise ModelMismatch(
                 f"model folder {str(folder)!r} changed while it was read; try again."
             )
@@ -155,8 +156,9 @@ def load_model(
 
 
 def _stamps(folder: Path) -> dict[Path, tuple[int, int]]:
-    """Stamps of the weight files, by which a change is detected."""
-    return {file: stamp_of(file) for file in weights_in(folder)}
+    """Stamps of all files that a model is loaded from, by which a change is detected."""
+    parts = (file for part in parts_of(folder) for file in (folder / part).glob("*"))
+    return {file: stamp_of(file) for file in (folder / INDEX, *parts, *weights_in(folder))}
 
 
 def family_of(folder: Path) -> str:

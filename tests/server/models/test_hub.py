@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -18,6 +19,7 @@ from huggingface_hub import constants
 from embedded import MODEL_FOLDER
 from server.errors import ModelMismatch
 from server.models.hub import HubModel, chosen_files
+from server.models.hub import fetch as fetch_model
 from server.models.loading import load_model
 from server.service.hosting import host
 from server.service.one_shot import GUESSED_COSTS
@@ -139,6 +141,34 @@ def test_a_model_is_fetched_once_and_goes_on_where_it_was_cut(
     # It was not told to stay offline.
     lacking = "'org/tiny@v1' is not complete in the cache, and the hub cannot be reached; there is"
     assert lacking in missing["error"]
+
+
+def test_a_file_that_a_loss_of_power_cut_in_the_cache_is_fetched_again(
+    repository: Path, fetch: Fetch
+) -> None:
+    name = "unet/diffusion_pytorch_model.fp16.safetensors"
+    with serving(Hub(repository)) as hub:
+        [fetched] = fetch(hub, "org/tiny")
+        file = Path(fetched["folder"]) / name
+        os.truncate(file, 1000)
+        hub.sent.clear()
+        [again] = fetch(hub, "org/tiny")
+    assert again["folder"] == fetched["folder"]
+    assert file.read_bytes() == (repository / name).read_bytes()
+    assert hub.sent.keys() == {name}
+    os.truncate(file, 1000)
+    [missing] = fetch(hub, "org/tiny")
+    assert "'org/tiny@main' is not complete in the cache" in missing["error"]
+
+
+def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", full)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(ModelMismatch, match=f"the disk of '{tmp_path}' is full"):
+        fetch_model(HubModel("org/tiny", "main"), half=False, check=lambda _: None)
 
 
 def test_what_cannot_be_fetched_says_why(repository: Path, fetch: Fetch) -> None:

@@ -113,8 +113,9 @@ def test_weights_are_digested_once_up_to_the_autoencoder(tmp_path, monkeypatch):
     assert sum(digested) == 1010 + paths
 
 
-def test_a_folder_that_changes_while_it_is_read_is_refused(folder):
-    file = next(folder.glob("unet/*.safetensors"))
+@pytest.mark.parametrize("changed", ["unet/*.safetensors", "vae/config.json", "model_index.json"])
+def test_a_folder_that_changes_while_it_is_read_is_refused(folder, changed):
+    file = next(folder.glob(changed))
     copy = shutil.copyfile(file, folder / "another copy")
 
     def replaced(done, total):
