@@ -5,11 +5,14 @@ Esser et al., arXiv 2403.03206. It runs as in diffusers' ``StableDiffusion3Pipel
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 
+from samplers import Linspace
+from server.errors import ModelMismatch
 from server.models.autoencoder import Autoencoder
 from server.models.clip import CLIP, clip_skips
 from server.models.conditioning import Conditioning
@@ -148,6 +151,7 @@ def load_stable_diffusion_3(
     from diffusers import SD3Transformer2DModel
     from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
+    _check_scheduler(folder)
     clips: list[CLIP] = []
     for suffix in ("", "_2"):
         encoder = load_text_encoder(
@@ -204,8 +208,22 @@ def _has_t5(folder: Path) -> bool:
 
 def _defaults_of(folder: Path) -> ModelDefaults:
     scheduler = read_json(folder, SCHEDULER)
-    if said := stated(folder, scheduler, embeds_scale=False, flow=True):
-        return said
-    if is_called_turbo(folder, TRANSFORMER):
-        return defaults_by("sd35_turbo", "its configs are named after a Turbo model")
-    return defaults_by("sd3", "it is a StableDiffusion3Pipeline and nothing names it Turbo")
+    made = stated(folder, scheduler, embeds_scale=False, flow=True)
+    if made is None and is_called_turbo(folder, TRANSFORMER):
+        made = defaults_by("sd35_turbo", "its configs are named after a Turbo model")
+    elif made is None:
+        made = defaults_by("sd3", "it is a StableDiffusion3Pipeline and nothing names it Turbo")
+    if scheduler.get("use_dynamic_shifting") and isinstance(made.spacing, Linspace):
+        # A scheduler whose shift depends on the size shifts each sigma once.
+        return replace(made, spacing=Linspace())
+    return made
+
+
+def _check_scheduler(folder: Path) -> None:
+    """Refuse a terminal sigma, to which only sigmas of the spacing ``trailing`` are stretched."""
+    terminal = read_json(folder, SCHEDULER).get("shift_terminal")
+    if terminal:
+        raise ModelMismatch(
+            f"{SCHEDULER} of model folder {str(folder)!r} has the shift_terminal "
+            f"{str(terminal)[:40]!r}; for Stable Diffusion 3 only null is supported."
+        )

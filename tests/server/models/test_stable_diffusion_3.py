@@ -9,14 +9,18 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import StableDiffusion3Img2ImgPipeline
+from diffusers import (
+    FlowMatchEulerDiscreteScheduler,
+    StableDiffusion3Img2ImgPipeline,
+    StableDiffusion3Pipeline,
+)
 from diffusers.pipelines.stable_diffusion_3 import pipeline_stable_diffusion_3_img2img
 from torch import Tensor
 
 from guidance.edits import IdentityAttention
 from server.engine.engine import Engine
 from server.engine.state.noise import start_noise
-from server.errors import InvalidRequest
+from server.errors import InvalidRequest, ModelMismatch
 from server.models.hosted import HostedModel
 from server.models.loading import load_model
 from server.models.stable_diffusion_3 import POOLED, T5_LENGTH, TEXT
@@ -26,7 +30,7 @@ from server.settings import Limits
 from tests.server.models.alike import assert_among, assert_apart, task_of
 from tests.server.models.tiny_sd3 import CLIP_WIDTHS, make
 from tests.server.models.tiny_text import LENGTH
-from tests.server.toy_model import run
+from tests.server.toy_model import run, started
 
 PROMPT = "a red circle"
 WIDTH, HEIGHT = 48, 40
@@ -198,6 +202,30 @@ def test_image_to_image_is_that_of_diffusers(
     told: dict[str, Any] = {"guidance_scale": 4.0, "max_sequence_length": LENGTH}
     made = anew(PROMPT, **told, **given, **same).images
     assert_among(decoded, made[0])
+
+
+def test_a_shift_by_size_is_that_of_diffusers(
+    pipeline: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts: dict[str, Any] = dict(pipeline.components)
+    parts["scheduler"] = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    changed: Any = StableDiffusion3Pipeline(**parts)
+    changed.set_progress_bar_config(disable=True)
+    changed.save_pretrained(tmp_path / "sd3")
+    model = load(tmp_path / "sd3")
+    seen: list[Tensor] = []
+    decode, engine = model.decode, started(model, 2)
+    monkeypatch.setattr(model, "decode", lambda latents: seen.extend(latents) or decode(latents))
+    run(engine, [asked(model)])
+    engine.stop(0)
+    assert_among(seen, theirs(changed))
+
+
+def test_a_terminal_sigma_is_refused(folder: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(folder, tmp_path / "sd3"))
+    FlowMatchEulerDiscreteScheduler(shift_terminal=0.1).save_pretrained(copy / "scheduler")
+    with pytest.raises(ModelMismatch, match=r"shift_terminal '0\.1'; for Stable Diffusion 3 only"):
+        load(copy)
 
 
 def test_sides_beyond_its_positions_and_edits_of_its_attention_are_refused(
