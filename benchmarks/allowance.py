@@ -19,7 +19,7 @@ Result = TypeVar("Result")
 
 __all__ = ["Allowance", "add_settle", "add_within"]
 
-LONGEST_IMPORTS_S: Final = 300.0
+MAX_IMPORTS_S: Final = 300.0
 
 
 def _age_s() -> float:
@@ -31,7 +31,7 @@ def _age_s() -> float:
     since_boot = int(fields[19]) / os.sysconf("SC_CLK_TCK")
     age_s = time.clock_gettime(time.CLOCK_BOOTTIME) - since_boot
     # Some containers have a clock of their own, to which these process times do not refer.
-    return age_s if 0 <= age_s < LONGEST_IMPORTS_S else 0.0
+    return age_s if 0 <= age_s < MAX_IMPORTS_S else 0.0
 
 
 BEGAN: Final = perf_counter() - _age_s()

@@ -46,7 +46,7 @@ IN_BFLOAT16 = ("z_image",)
 """Architectures that overflow in float16."""
 
 
-MOST_OF_SHARED_MEMORY = 0.5
+MAX_SHARED_MEMORY_FRACTION = 0.5
 """Maximum fraction of its free bytes that the files of a model may use."""
 
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - files in it have names of their own
@@ -130,7 +130,7 @@ def _place(nbytes: int) -> Path | None:
         free = disk_usage(SHARED_MEMORY).free
     except OSError:
         return None
-    return SHARED_MEMORY if nbytes <= MOST_OF_SHARED_MEMORY * free else None
+    return SHARED_MEMORY if nbytes <= MAX_SHARED_MEMORY_FRACTION * free else None
 
 
 def _pipeline(folder: Path, hosted: HostedModel) -> Any:

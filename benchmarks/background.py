@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 Begin: TypeAlias = "Callable[[int], None]"
 
-LONGEST_SPELL_S = 3.0
+MAX_SPELL_S = 3.0
 NOTICED_S = 0.005
 """Seconds within which an idle process notices that the load restarts."""
 
@@ -53,9 +53,9 @@ def _work(number: int, seed: Any, turn: Any) -> None:
         now = turn.value
         random = Random(f"{number} of {seed.value}")
         while turn.value == now:
-            until = perf_counter() + LONGEST_SPELL_S * random.random()
+            until = perf_counter() + MAX_SPELL_S * random.random()
             while perf_counter() < until and turn.value == now:
                 sum(range(10_000))
-            until = perf_counter() + LONGEST_SPELL_S * random.random()
+            until = perf_counter() + MAX_SPELL_S * random.random()
             while perf_counter() < until and turn.value == now:
                 sleep(NOTICED_S)

@@ -25,7 +25,7 @@ OURS: Final = "weft"
 SPARE: Final = 1.3
 """Factor on the duration of the last run for which there must be time before a run is started."""
 
-LEAST_S: Final = 5.0
+MIN_REMAINING_S: Final = 5.0
 """Minimum remaining seconds for which a run of a pipeline is started."""
 
 SHARE_OF_TIME: Final = 0.6
@@ -156,7 +156,7 @@ class Compared:
         with self._weft.undisturbed():
             if name == OURS:
                 return Figures.of(self._weft.run(requests), len(requests))
-            if not self._allowance.allows(LEAST_S, called):
+            if not self._allowance.allows(MIN_REMAINING_S, called):
                 return None
             last = name == [*self._pipelines][-1]
             most_s = self._allowance.left_s * (1 if last else SHARE_OF_TIME)

@@ -20,7 +20,7 @@ import torch
 from benchmarks.architectures import ARCHITECTURES, build
 from server.engine.autoencoder_calls import AutoencoderCalls
 from server.engine.capture import CudaRecorder
-from server.engine.cost_model import MOST_ROWS, TickCost
+from server.engine.cost_model import MAX_ROWS, TickCost
 from server.engine.forwards import Forwards
 from server.engine.graphs import Graphs
 from server.engine.preparation import AT_START
@@ -47,12 +47,12 @@ def main() -> None:
     began = perf_counter()
     with torch.inference_mode():
         model = architecture.hosted
-        cost = TickCost(time_forwards(model, MOST_ROWS))
+        cost = TickCost(time_forwards(model, MAX_ROWS))
         shape = model.latent_shape(architecture.side, architecture.side)
         on_gpu = model.device.type == "cuda"
         graphs = Graphs(model, CudaRecorder(model.device)) if on_gpu else None
         autoencoder = AutoencoderCalls(model, _recorder_of if on_gpu else None)
-        forwards = Forwards(model, shape, cost, MOST_ROWS, graphs)
+        forwards = Forwards(model, shape, cost, MAX_ROWS, graphs)
         for call in autoencoder.first_calls():
             call()
         while forwards.wants(AT_START):
@@ -73,7 +73,7 @@ def main() -> None:
             while own is not None and own.wanted:
                 own.record()
             for rows, (first, second) in plain.items():
-                size = forwards.size_of(rows, MOST_ROWS) if name == "denoiser" else rows
+                size = forwards.size_of(rows, MAX_ROWS) if name == "denoiser" else rows
                 recorded = "-"
                 if own is not None and size in own.rows:
                     recorded = f"{1000 * min(_seconds(call, rows) for _ in range(3)):.1f}"
@@ -92,7 +92,7 @@ def _calls(
     def denoise(rows: int) -> Tensor:
         x = torch.randn(rows, *shape, device=model.device)
         t = torch.full((rows,), middle, device=model.device)
-        return forwards.evaluate(x, t, RowInputs(model.stack([told] * rows)), MOST_ROWS)
+        return forwards.evaluate(x, t, RowInputs(model.stack([told] * rows)), MAX_ROWS)
 
     def decode(rows: int) -> Tensor:
         return autoencoder.decode(torch.zeros(rows, *shape, device=model.device))

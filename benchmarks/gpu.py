@@ -89,7 +89,7 @@ def _tested(*files: str) -> tuple[str, ...]:
     return ("-m", "pytest", "-v", "-m", "cuda", "--durations", "10", *files)
 
 
-LONGEST_S = 1500
+TIME_LIMIT_S = 1500
 """Time limit for all parts that run by default."""
 
 RECORDINGS = "tests/server/engine/test_cuda_recordings.py"
@@ -437,7 +437,7 @@ def _options() -> argparse.Namespace:
         type=_chosen,
         help="parts to run, in this order, each with =SECONDS if it may take others than its own",
     )
-    parser.add_argument("--seconds", type=float, default=float(LONGEST_S), help="in all")
+    parser.add_argument("--seconds", type=float, default=float(TIME_LIMIT_S), help="in all")
     parser.add_argument("--rehearse", action="store_true", help="tiny sizes, on a CPU")
     return parser.parse_args()
 

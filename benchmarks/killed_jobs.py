@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 PATH: Final = "/v1/predictions"
 OPTIONS: Final = ("--row-budget", "8")
-LONGEST_LIFE_S: Final = 2.0
+MAX_LIFE_S: Final = 2.0
 """Maximum seconds from the readiness of a server to the signal; half of that on average."""
 
 END_S: Final = 600.0
@@ -97,7 +97,7 @@ def live_and_die(environment: dict[str, str], due: Sequence[Sent], random: Rando
     with served([*SERVE, *OPTIONS], **environment) as server:
         client = Thread(target=lambda: [one.send(server) for one in due])
         client.start()
-        sleep(random.uniform(0, LONGEST_LIFE_S))
+        sleep(random.uniform(0, MAX_LIFE_S))
         os.kill(server.process, signal.SIGKILL)
         client.join()
 

@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 APG: Mapping[str, Any] = {"name": "apg", "scale": 4.0}
 REUSE: Mapping[str, Any] = {**APG, "policy": {"name": "reuse", "every": 2}}
 THRESHOLDS = (0.05, 0.1, 0.2)
-MOST_PENDING = 1024
+MAX_PENDING = 1024
 KNOWN_PICTURES = 12_000
 """Number of training pictures whose captions are excluded."""
 
@@ -102,7 +102,7 @@ class Artist:
         self._model = model
         self._scenes = scenes
         self._clock = clock
-        self._engine: Engine = start_engine(model, None, MOST_PENDING)
+        self._engine: Engine = start_engine(model, None, MAX_PENDING)
 
     def draw(self, fields: Mapping[str, Any]) -> Drawn:
         """Draw all captions at once, each with its index as the seed."""

@@ -70,7 +70,7 @@ COUNTS = (1, 2, 4, 8)
 WARM_UP_S = 1.0
 """Seconds of warm-up of a system before it is timed."""
 
-LEAST_BESIDE_S = 2.0
+RUN_OVERHEAD_S = 2.0
 """Minimum seconds that a run takes in addition to the measured time."""
 
 COUNTED_S = 1.0
@@ -186,7 +186,7 @@ class Turns:
             named = f"{title}, round {number}" if rounds > 1 else title
             _print_head(named, head)
             for name, run in systems.items():
-                if not self.allowance.allows(self.seconds + LEAST_BESIDE_S, f"{named}: {name}"):
+                if not self.allowance.allows(self.seconds + RUN_OVERHEAD_S, f"{named}: {name}"):
                     continue
                 with self.weft.engine.undisturbed():
                     ran = self.allowance.attempt(f"{named}: {name}", run)
@@ -265,7 +265,7 @@ def _parts_of_a_frame(turns: Turns) -> None:
         }
         for name, run in drivers.items():
             title = f"A frame of one stream by its parts, stages: {stages}, {name}"
-            if not allowance.allows(turns.seconds + COUNTED_S + 2 * LEAST_BESIDE_S, title):
+            if not allowance.allows(turns.seconds + COUNTED_S + 2 * RUN_OVERHEAD_S, title):
                 continue
             timed = FrameParts(synchronises=options.synchronise)
             counted = FrameParts(counts=True)

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from benchmarks.background import Begin
     from benchmarks.traffic import Request
 
-LARGEST_BATCH = 16
+MAX_BATCH = 16
 """Images in a static batch of mixed traffic; a guided image is two rows of the forward pass."""
 
 U_NETS = ("embedded", "sd15", "sdxl", "tiny_sdxl")
@@ -68,7 +68,7 @@ def _mixed(architecture: Architecture, options: argparse.Namespace, allowance: A
     allowance.say("engine ready")
     systems = {
         "one by one": Diffusers(architecture, largest=1),
-        "static batches": Diffusers(architecture, largest=LARGEST_BATCH),
+        "static batches": Diffusers(architecture, largest=MAX_BATCH),
     }
     few = mixed(4, 1, min(4, options.steps), None)
     at_once = mixed(options.requests, options.seed, options.steps, None)

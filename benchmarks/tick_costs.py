@@ -43,7 +43,7 @@ BRANCHES = {"none": 1, "cfg": 2, "apg": 2}
 COUNTED_STEPS = 8
 """Steps of the images for which operations are counted, which is slow and hardly varies."""
 
-LEAST_TICKS = 3
+MIN_TICKS = 3
 """Minimum number of full ticks; the first ticks are not full, as images arrive one by one."""
 
 
@@ -147,7 +147,7 @@ def _ticks(weft: Weft, rows: int, requests: list[Request]) -> list[Tick]:
         weft.run(requests)
     seen: list[Tick] = list(engine.seen)
     full = [tick for tick in seen if tick.rows == rows]
-    if len(full) < LEAST_TICKS:
+    if len(full) < MIN_TICKS:
         raise RuntimeError(f"only {len(full)} of {len(seen)} ticks had {rows} rows")
     return full
 

@@ -28,11 +28,11 @@ from embedded.scenes import (
 _BORDER: Final = 2
 _CONTRAST: Final = 60.0
 """Distance from the background, in sRGB units, above which a pixel belongs to a thing."""
-_LEAST_AREA: Final = 150
-_LEAST_HOLE: Final = 40
-_LEAST_OVERLAP: Final = 0.7
+_MIN_AREA: Final = 150
+_MIN_HOLE: Final = 40
+_MIN_OVERLAP: Final = 0.7
 """Intersection over union with the best shape below which a part is not recognised."""
-_MOST_COLOUR_DISTANCE: Final = 90.0
+_MAX_COLOR_DISTANCE: Final = 90.0
 _TEMPLATE_CELLS: Final = 96
 _TEMPLATE_REACH: Final = 1.5
 """Half the width of a shape's template, in units of the square root of the shape's area."""
@@ -138,7 +138,7 @@ def _parts(mask: np.ndarray) -> list[Patch]:
     """The connected parts of the mask that are large enough, with their holes separated."""
     labels, areas = _label(mask)
     parts: list[Patch] = []
-    for label in np.flatnonzero(areas >= _LEAST_AREA):
+    for label in np.flatnonzero(areas >= _MIN_AREA):
         solid = labels == label
         outside, _ = _label(~solid)
         edge = np.concatenate([outside[0], outside[-1], outside[:, 0], outside[:, -1]])
@@ -208,7 +208,7 @@ def _colour(image: np.ndarray, solid: np.ndarray) -> str | None:
     median = np.median(chosen, axis=0)
     distances = {name: float(np.linalg.norm(median - rgb)) for name, rgb in COLOURS.items()}
     nearest = min(distances, key=distances.__getitem__)
-    return nearest if distances[nearest] < _MOST_COLOUR_DISTANCE else None
+    return nearest if distances[nearest] < _MAX_COLOR_DISTANCE else None
 
 
 def _eroded(mask: np.ndarray) -> np.ndarray:
@@ -217,7 +217,7 @@ def _eroded(mask: np.ndarray) -> np.ndarray:
 
 
 def _shape(part: Patch) -> str | None:
-    if part.hole_area >= _LEAST_HOLE:
+    if part.hole_area >= _MIN_HOLE:
         return "ring"
     rows, columns = np.nonzero(part.filled)
     scale = _TEMPLATE_CELLS / (2 * _TEMPLATE_REACH * len(rows) ** 0.5)
@@ -231,7 +231,7 @@ def _shape(part: Patch) -> str | None:
         # Both have the same area, so the union is twice the area minus the intersection.
         overlaps[shape] = common / (2 - common)
     best = max(overlaps, key=overlaps.__getitem__)
-    return best if overlaps[best] >= _LEAST_OVERLAP else None
+    return best if overlaps[best] >= _MIN_OVERLAP else None
 
 
 @cache

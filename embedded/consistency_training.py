@@ -25,7 +25,7 @@ TIMES: Final = 50
 SCALE_FEATURES: Final = 64
 """Size of the embedding of the guidance scale."""
 
-_LEAST_RATE: Final = 0.02
+_MIN_RATE: Final = 0.02
 _WARM_UP_STEPS: Final = 200
 _CAPTION_DROPOUT: Final = 0.05
 _SAID_EVERY: Final = 500
@@ -141,7 +141,7 @@ def distil(
     run = captured(step, device)
     total, published_s = torch.zeros((), device=device), clock.elapsed_s
     while clock.progress < 1:
-        rate = clock.rate(settings.rate, warm_up=_WARM_UP_STEPS, floor=_LEAST_RATE)
+        rate = clock.rate(settings.rate, warm_up=_WARM_UP_STEPS, floor=_MIN_RATE)
         set_rate(optimizer, rate)
         batch.draw()
         total += run()

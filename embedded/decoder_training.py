@@ -36,7 +36,7 @@ _DROPPED: Final = 0.15
 """Fraction of the restored latents that is discarded: those that moved most."""
 _LATENT_NOISE: Final = 0.1
 _WARM_UP_STEPS: Final = 200
-_LEAST_RATE: Final = 0.01
+_MIN_RATE: Final = 0.01
 _AVERAGE_DECAY: Final = 0.999
 _FIRST_SCENE: Final = 6_000_000_000
 _SAID_EVERY: Final = 500
@@ -129,7 +129,7 @@ def train_decoder(
     run = captured(step, device)
     total = torch.zeros((), device=device)
     while clock.progress < 1:
-        rate = clock.rate(settings.rate, warm_up=_WARM_UP_STEPS, floor=_LEAST_RATE)
+        rate = clock.rate(settings.rate, warm_up=_WARM_UP_STEPS, floor=_MIN_RATE)
         set_rate(optimizer, rate)
         draw()
         total += run()

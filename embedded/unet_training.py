@@ -27,7 +27,7 @@ from embedded.schedule import TrainingClock
 CAPTIONS_PER_PICTURE: Final = 4
 
 _PEAK_RATE: Final = 1e-3
-_LEAST_RATE: Final = 0.03
+_MIN_RATE: Final = 0.03
 _WARM_UP_STEPS: Final = 300
 _AVERAGE_DECAY: Final = 0.999
 _CAPTION_DROPOUT: Final = 0.1
@@ -141,7 +141,7 @@ def train_unet(
     published_s, losses = clock.elapsed_s, []
     while clock.progress < 1:
         for group in optimizer.param_groups:
-            group["lr"] = clock.rate(_PEAK_RATE, warm_up=_WARM_UP_STEPS, floor=_LEAST_RATE)
+            group["lr"] = clock.rate(_PEAK_RATE, warm_up=_WARM_UP_STEPS, floor=_MIN_RATE)
         losses.append(_loss(unet, text_encoder, corpus, rng, settings))
         losses[-1].backward()
         nn.utils.clip_grad_norm_(trained, 1.0)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from samplers.levels import F64
     from samplers.plan import Plan
 
-MOST: Final = np.sqrt(2) - 1
+MAX_GAMMA: Final = np.sqrt(2) - 1
 """The largest gamma, at which a step doubles the variance of the noise."""
 
 
@@ -85,7 +85,7 @@ class ChurnedSampler(Sampler, frozen=True):
         highest = np.inf if self.s_tmax is None else self.s_tmax
         # Pure noise cannot be raised.
         acts = (self.s_tmin <= ratio) & (ratio <= highest) & np.isfinite(ratio)
-        return np.where(acts, min(self.s_churn / grid.steps, MOST), 0.0)
+        return np.where(acts, min(self.s_churn / grid.steps, MAX_GAMMA), 0.0)
 
 
 def _from_above(grid: Grid, i: int, gamma: float) -> Grid:

@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from samplers.grid import Grid
     from samplers.levels import F64
 
-LEAST_BETA = 0.1
+MIN_BETA = 0.1
 """Smallest beta; below it a velocity remembers more steps than most runs have."""
-LEAST_BETA_OF_VARIABLE = 0.8
+MIN_VARIABLE_BETA = 0.8
 """Smallest beta with variable weights; below it the effect of the first steps on the velocity hides
 the order of convergence up to 320 steps."""
 
@@ -47,7 +47,7 @@ class MomentumSampler(Sampler, frozen=True):
 
     order: float = Field(
         default=1.8,
-        ge=LEAST_BETA,
+        ge=MIN_BETA,
         le=5,
         description=(
             "Number of slopes that a step uses, rounded up; a fraction sets beta, so 3.8 is order "
@@ -57,7 +57,7 @@ class MomentumSampler(Sampler, frozen=True):
     )
     beta: float | None = Field(
         default=None,
-        ge=LEAST_BETA,
+        ge=MIN_BETA,
         le=1,
         description=(
             "Weight of the new slope in the velocity: 1 is no momentum, less suppresses "
@@ -75,20 +75,20 @@ class MomentumSampler(Sampler, frozen=True):
     @model_validator(mode="after")
     def _beta_is_said_once(self) -> Self:
         fraction = self._fraction
-        if fraction < LEAST_BETA:
+        if fraction < MIN_BETA:
             raise ValueError(
                 f"order is {self.order:g}, which implies a beta of {fraction:g}; at least "
-                f"{LEAST_BETA:g} is allowed."
+                f"{MIN_BETA:g} is allowed."
             )
         if self.beta is not None and fraction < 1 and not isclose(self.beta, fraction):
             raise ValueError(
                 f"beta is {self.beta:g} and order is {self.order:g}, which implies a beta of "
                 f"{fraction:g}; give a whole order with beta, or the order alone."
             )
-        if self.weights == "variable" and self.damping < LEAST_BETA_OF_VARIABLE:
+        if self.weights == "variable" and self.damping < MIN_VARIABLE_BETA:
             raise ValueError(
                 f"weights is 'variable' and beta is {self.damping:g}; variable weights need a beta "
-                f"of at least {LEAST_BETA_OF_VARIABLE:g}."
+                f"of at least {MIN_VARIABLE_BETA:g}."
             )
         return self
 

@@ -58,7 +58,7 @@ logger = logging.getLogger(__name__)
 
 __all__ = ["Mixture", "SamplesDone", "along_time", "compute_statistics", "drop_checkpoint"]
 
-LOWEST = -7.0
+MIN_LAM = -7.0
 """lam used in place of -inf at pure noise, where y is undefined."""
 REACH = 0.2
 """Reach in lam, to either side, of differences along the flow: under half a step of a short run."""
@@ -462,7 +462,7 @@ def _noisiest(schedule: NoiseSchedule) -> float:
     lam = schedule.half_log_snr(np.array(schedule.t_start))
     if np.isfinite(lam):
         return schedule.t_start
-    return float(schedule.time_of_half_log_snr(np.array(LOWEST)))
+    return float(schedule.time_of_half_log_snr(np.array(MIN_LAM)))
 
 
 def _check(

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from samplers.spacing import Spacing
 
 TRAINED_STEPS = 1000
-MOST_TRAINED_STEPS = 100_000
+MAX_TRAINED_STEPS = 100_000
 """Upper limit, a hundred times the usual number. A schedule with betas stores one number for each
 timestep, so an unlimited count in a model's config could exhaust memory."""
 
@@ -542,7 +542,7 @@ def _log_alphas_of(config: Mapping[str, Any]) -> F64:
 
 def _trained_steps(config: Mapping[str, Any]) -> int:
     given = config.get("num_train_timesteps", TRAINED_STEPS)
-    return whole_number("num_train_timesteps", given, least=2, most=MOST_TRAINED_STEPS)
+    return whole_number("num_train_timesteps", given, least=2, most=MAX_TRAINED_STEPS)
 
 
 def _defaults_of_betas(config: Mapping[str, Any]) -> tuple[float, float, str]:

@@ -21,7 +21,7 @@ POWERS = 4
 """Number of moments, 0 to 3: the highest order uses three derivatives."""
 NODES = 3
 """Gauss points per panel: at 250 points over lam the error of moments is 4e-11; with two, 1e-6."""
-WIDEST = 0.05
+MAX_PANEL_WIDTH = 0.05
 """Width in lam above which a panel between two points is divided."""
 
 
@@ -93,11 +93,11 @@ def interpolated(points: F64, values: F64, at: F64) -> F64:
 
 
 def _breaks(points: F64, lam_s: float, lam_t: float) -> F64:
-    """The ends of the step and all statistics points between, subdivided to at most ``WIDEST``."""
+    """All points within the step and its ends, subdivided to at most ``MAX_PANEL_WIDTH``."""
     inner = points[(points > lam_s) & (points < lam_t)]
     ends = np.concatenate([[lam_s], inner, [lam_t]])
     widths = np.diff(ends)
-    parts = np.ceil(widths / WIDEST).astype(np.intp)
+    parts = np.ceil(widths / MAX_PANEL_WIDTH).astype(np.intp)
     # For each part, the piece it belongs to and its index within the piece.
     piece = np.repeat(np.arange(len(parts)), parts)
     number = np.arange(len(piece)) - (np.cumsum(parts) - parts)[piece]

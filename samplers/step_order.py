@@ -24,7 +24,7 @@ LAST = 2
 """Number of steps at the end whose order is lowered: the one to the clean picture, of order 1
 anyway, and the one before it, which in many spacings is the only long one."""
 
-LONGEST = 2.5
+MAX_STEP_RATIO = 2.5
 """Ratio of a step's length to the one before, in log SNR, above which a last step is of order 1.
 
 A line through two predictions, extrapolated over r times their distance, weights them by
@@ -45,7 +45,7 @@ def step_order(grid: Grid, i: int, order: int, lower: LowerOrder) -> int:
         i: index of the point where the step starts.
         order: maximum number of predictions.
         lower: whether the last steps use fewer. True: the last two use at most 2, and 1 where a
-            step is more than :data:`LONGEST` times as long as the one before it.
+            step is more than :data:`MAX_STEP_RATIO` times as long as the one before it.
             "below_15_steps": in runs of fewer than 15 steps, at most the number of steps left, as
             DPM-Solver's authors do. "always": the same in every run, as UniPC's authors do. False:
             never.
@@ -65,5 +65,5 @@ def step_order(grid: Grid, i: int, order: int, lower: LowerOrder) -> int:
             if left > LAST or order == 1:
                 return order
             lam = grid.finite_half_log_snr
-            is_long = lam[i + 1] - lam[i] > LONGEST * (lam[i] - lam[i - 1])
+            is_long = lam[i + 1] - lam[i] > MAX_STEP_RATIO * (lam[i] - lam[i - 1])
             return 1 if is_long else min(order, 2)

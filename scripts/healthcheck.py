@@ -9,7 +9,7 @@ import sys
 
 EVERY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104
 TIMEOUT_S = 4
-MOST_TOLD_BYTES = 1000
+MAX_BODY_BYTES = 1000
 
 
 def main() -> str | None:
@@ -22,7 +22,7 @@ def main() -> str | None:
         answer = connection.getresponse()
         if answer.status == http.client.OK:
             return None
-        told = answer.read(MOST_TOLD_BYTES).decode(errors="replace")
+        told = answer.read(MAX_BODY_BYTES).decode(errors="replace")
     except (OSError, http.client.HTTPException) as error:
         return f"/readyz does not answer: {error}"
     return f"/readyz answers {answer.status}: {told}"

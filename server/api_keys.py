@@ -18,8 +18,8 @@ from server.wording import demand_of, shown
 
 __all__ = ["ApiKey", "keys_of"]
 
-FEWEST_CHARACTERS: Final = 16
-MOST_CHARACTERS: Final = 256
+MIN_CHARACTERS: Final = 16
+MAX_CHARACTERS: Final = 256
 
 NAMES: Final = "must be 1 to 64 letters, digits, dots, underscores or hyphens"
 
@@ -146,7 +146,7 @@ def _explained(number: int, refusal: ValidationError) -> str:
         return f"key {number} has no `{field}`, which is required."
     if error["type"] == "extra_forbidden":
         # A field name as long as a key may be one by mistake.
-        name = f"the field `{field}`" if len(field) < FEWEST_CHARACTERS else "a field"
+        name = f"the field `{field}`" if len(field) < MIN_CHARACTERS else "a field"
         allowed = ", ".join(KeyEntry.model_fields)
         return f"key {number} has {name}, which is unknown; allowed are {allowed}."
     value = (
@@ -159,10 +159,10 @@ def _explained(number: int, refusal: ValidationError) -> str:
 def _digest_of(number: int, key: str) -> bytes:
     if key.startswith(_HASHED):
         return _given_digest(number, key.removeprefix(_HASHED))
-    if not FEWEST_CHARACTERS <= len(key) <= MOST_CHARACTERS:
+    if not MIN_CHARACTERS <= len(key) <= MAX_CHARACTERS:
         length = f"has {len(key)} characters" if key else "is empty"
         raise ValueError(
-            f"key {number} {length}; a key has {FEWEST_CHARACTERS} to {MOST_CHARACTERS}, for "
+            f"key {number} {length}; a key has {MIN_CHARACTERS} to {MAX_CHARACTERS}, for "
             "example those that `openssl rand -hex 32` prints."
         )
     if not _SENDABLE.fullmatch(key):

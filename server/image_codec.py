@@ -22,7 +22,7 @@ MEDIA_TYPES: Mapping[OutputFormat, str] = {
 }
 
 _MAKER_NOTE = 0x927C
-_MOST_EXIF = 2**16 - 3
+_MAX_EXIF_BYTES = 2**16 - 3
 """Maximum bytes of EXIF in a JPEG."""
 _QUALITY = 95
 _SAVING: Mapping[OutputFormat, Mapping[str, int]] = {
@@ -93,6 +93,6 @@ def _exif(description: ImageText, output_format: OutputFormat) -> bytes:
         exif = Image.Exif()
         exif.get_ifd(ExifTags.IFD.Exif).update(written)
         data = exif.tobytes()
-        if output_format != "jpeg" or len(data) <= _MOST_EXIF:
+        if output_format != "jpeg" or len(data) <= _MAX_EXIF_BYTES:
             return data
     return b""

@@ -34,8 +34,8 @@ SETTLED_S: Final = 60.0
 """Age from which a temporary folder must have been locked by its server, if that still runs."""
 
 RANDOM_BYTES: Final = 24
-LONGEST_SLEEP_S: Final = 60.0
-SHORTEST_SLEEP_S: Final = 0.05
+MAX_SLEEP_S: Final = 60.0
+MIN_SLEEP_S: Final = 0.05
 
 EXPIRED: Final = "it has expired"
 MISSING: Final = (
@@ -213,7 +213,7 @@ class Results:
             now = time.time()
             await self._drop([one.name for one in self._kept.values() if one.expires_at <= now])
             next_s = min((one.expires_at for one in self._kept.values()), default=now) - now
-            await asyncio.sleep(min(max(next_s, SHORTEST_SLEEP_S), LONGEST_SLEEP_S))
+            await asyncio.sleep(min(max(next_s, MIN_SLEEP_S), MAX_SLEEP_S))
 
     async def _drop(self, names: Iterable[str]) -> None:
         gone = [name for name in names if self._kept.pop(name, None) is not None]

@@ -35,7 +35,7 @@ CHEAP: Final = {"prompt": "x", "steps": 1, "width": 64, "height": 64, "seed": 1}
 DEPTH: Final = 6
 """Depth of nested schemas; deeper ones repeat."""
 
-LEAST_CASES: Final = 200
+MIN_CASES: Final = 200
 
 
 @contextmanager
@@ -93,7 +93,7 @@ def _requests(_: Served, arguments: tuple[str, ...] = SERVE) -> Outcome:
             found = opened()
     broken = sum(status >= 500 and status != 503 for status in statuses)
     figure = f"{len(found)} opened by {len(cases)} requests, {broken} of them answered with 5xx"
-    return Outcome(figure, not found and broken == 0 and len(cases) >= LEAST_CASES)
+    return Outcome(figure, not found and broken == 0 and len(cases) >= MIN_CASES)
 
 
 def _cases(schema: Mapping[str, Any], path: str) -> Iterator[Callable[[Served], int]]:

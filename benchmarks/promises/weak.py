@@ -46,8 +46,8 @@ def weaken() -> None:
     _replace(gate.Gate, "_admit", _let_everybody_in)
     _replace(body.JsonRoute, "get_route_handler", APIRoute.get_route_handler)
     _replace(connection, "connections", _plain_connections)
-    _replace(picture, "MOST_SCANS", MANY)
-    _replace(picture, "MOST_ASPECT", MANY)
+    _replace(picture, "MAX_SCANS", MANY)
+    _replace(picture, "MAX_ASPECT_RATIO", MANY)
     for method in ("_uploaded", "_decoded"):
         _replace(DecodePool, method, _decode_in_a_thread)
     _replace(making, "unless_disconnected", _whether_or_not_disconnected)

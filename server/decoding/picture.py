@@ -15,8 +15,8 @@ from PIL import Image, ImageChops, ImageFilter, ImageOps
 from server.errors import InvalidRequest, TooLarge
 
 __all__ = [
-    "MOST_ASPECT",
-    "MOST_SCANS",
+    "MAX_ASPECT_RATIO",
+    "MAX_SCANS",
     "MaskForm",
     "Repaints",
     "decode_mask",
@@ -54,11 +54,11 @@ WHITE: Final = MaskForm()
 HALF: Final = 128
 """Opacity above which AUTOMATIC1111 repaints."""
 
-MOST_ASPECT: Final = 64
+MAX_ASPECT_RATIO: Final = 64
 """Maximum ratio of the sides: a PNG of 1 x 8388608 takes 467 MB, because every row has its own
 pointer and padding."""
 
-MOST_SCANS: Final = 32
+MAX_SCANS: Final = 32
 """Maximum number of scans of a progressive JPEG. Each visits the whole picture, even if it has only
 a few bytes. Encoders write about ten."""
 
@@ -101,8 +101,8 @@ def decode_picture(data: bytes, *, field: str, max_pixels: int) -> Image.Image:
 
     Raises:
         InvalidRequest: it is not a PNG, JPEG or WebP file, or is damaged.
-        TooLarge: it has more than `max_pixels`, more than `MOST_SCANS` scans, or is more than
-            `MOST_ASPECT` times as long as it is wide or high.
+        TooLarge: it has more than `max_pixels`, more than `MAX_SCANS` scans, or is more than
+            `MAX_ASPECT_RATIO` times as long as it is wide or high.
     """
     return _flatten(open_picture(data, field, max_pixels), "white")
 
@@ -182,19 +182,19 @@ def _check_size(width: int, height: int, field: str, max_pixels: int) -> None:
         raise TooLarge(
             field, f"{field} is {width} x {height}; at most {max_pixels} pixels are allowed."
         )
-    if max(width, height) > MOST_ASPECT * min(width, height):
+    if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
         raise TooLarge(
             field,
-            f"{field} is {width} x {height}; one side may be at most {MOST_ASPECT} times the "
+            f"{field} is {width} x {height}; one side may be at most {MAX_ASPECT_RATIO} times the "
             "other.",
         )
 
 
 def _check_scans(data: bytes, field: str) -> None:
     scans = _scans(data)
-    if scans > MOST_SCANS:
+    if scans > MAX_SCANS:
         raise TooLarge(
-            field, f"{field} is a JPEG of {scans} scans; at most {MOST_SCANS} are allowed."
+            field, f"{field} is a JPEG of {scans} scans; at most {MAX_SCANS} are allowed."
         )
 
 

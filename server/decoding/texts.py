@@ -10,7 +10,7 @@ from server.decoding.picture import open_picture
 
 __all__ = ["texts_of"]
 
-MOST_CHARACTERS: Final = 2**16
+MAX_CHARACTERS: Final = 2**16
 """Maximum length of all texts together."""
 
 _CODE_BYTES: Final = 8
@@ -20,7 +20,7 @@ _CODE_BYTES: Final = 8
 def texts_of(data: bytes, *, field: str, max_pixels: int) -> dict[str, str]:
     """Read the texts of a PNG by name, or the comment of a JPEG or WebP as `parameters`.
 
-    Texts that would exceed `MOST_CHARACTERS` characters in total are left out. Arguments and errors
+    Texts that would exceed `MAX_CHARACTERS` characters in total are left out. Arguments and errors
     are those of :func:`server.decoding.picture.decode_picture`.
     """
     image = open_picture(data, field, max_pixels)
@@ -31,7 +31,7 @@ def texts_of(data: bytes, *, field: str, max_pixels: int) -> dict[str, str]:
     texts: dict[str, str] = {}
     for name, text in found.items():
         size = sum(len(key) + len(value) for key, value in texts.items())
-        if size + len(name) + len(text) <= MOST_CHARACTERS:
+        if size + len(name) + len(text) <= MAX_CHARACTERS:
             texts[str(name)] = str(text)
     return texts
 

@@ -24,7 +24,7 @@ together, in equal parts.
 
 These are the dynamic thresholds of Choudhury and Hahne (1998) for queues that share a memory."""
 
-LARGEST_PART = 0.5
+MAX_FRACTION = 0.5
 """Maximum fraction of the allowed seconds that one request counts for; it may need more."""
 
 
@@ -170,7 +170,7 @@ class Backlog:
         finally:
             self._count(holding, images=images)
         if seconds > 0:
-            holding.part = min(1.0, LARGEST_PART * self._bounds.seconds / seconds)
+            holding.part = min(1.0, MAX_FRACTION * self._bounds.seconds / seconds)
         self._count(holding, rows=rows, nbytes=nbytes)
 
     def move(
@@ -277,7 +277,7 @@ class Backlog:
         if not own.images:
             return
         total = sum(one.seconds for one in waiting.values())
-        part = min(seconds, LARGEST_PART * self._bounds.seconds)
+        part = min(seconds, MAX_FRACTION * self._bounds.seconds)
         self._check_room(client, waiting, own.seconds, part, total, self._bounds.seconds, pace)
 
     def _check_bytes(

@@ -13,24 +13,24 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-__all__ = ["MOST_ROWS", "CostModel", "TickCost", "measured"]
+__all__ = ["MAX_ROWS", "CostModel", "TickCost", "measured"]
 
-MOST_ROWS = 128
+MAX_ROWS = 128
 """Maximum rows of a pass if nothing else bounds them: on an H100 more gain less than 2 %."""
 
-NODES = (1, 2, 4, 8, 16, 32, 64, MOST_ROWS)
+NODES = (1, 2, 4, 8, 16, 32, 64, MAX_ROWS)
 """Numbers of rows whose seconds are stored; others are interpolated or extrapolated."""
 
-SAMPLED = (1, 4, 16, 64, MOST_ROWS)
+SAMPLED = (1, 4, 16, 64, MAX_ROWS)
 """Numbers of rows that are measured at start-up."""
 
 LONG_SAMPLE_S = 0.25
 """A forward pass of this length is the last one measured at start-up; ticks teach the rest."""
 
-MOST_ROUNDS = 12
+MAX_ROUNDS = 12
 AGREEING = 6
 AGREEMENT = 0.15
-"""Start-up measures up to ``MOST_ROUNDS`` rounds, until ``AGREEING`` samples of each size are
+"""Start-up measures up to ``MAX_ROUNDS`` rounds, until ``AGREEING`` samples of each size are
 within 15 % of their expected value."""
 
 POLISHING = 4
@@ -257,7 +257,7 @@ def measured(time_of: Callable[[int], float], most: int) -> dict[int, float]:
     sizes = _sizes(time_of, most)
     rounds = np.empty((0, len(sizes)))
     shape = np.zeros(len(sizes))
-    while len(rounds) < MOST_ROUNDS:
+    while len(rounds) < MAX_ROUNDS:
         taken = [log(max(time_of(rows), 1e-9)) for rows in sizes]
         rounds = np.vstack([rounds, taken])
         shape, agree = _shape(rounds)

@@ -18,10 +18,10 @@ import torch
 from server.engine.backlog import Amounts, Bounds
 from server.engine.chores import Chores
 from server.engine.client import ANYONE, Client
-from server.engine.cost_model import MOST_ROWS, CostModel, TickCost
+from server.engine.cost_model import MAX_ROWS, CostModel, TickCost
 from server.engine.fair_queue import TURN_S
 from server.engine.faults import free_memory, is_out_of_memory, lost_device
-from server.engine.forwards import LONGEST_PIECE_S
+from server.engine.forwards import MAX_PIECE_S
 from server.engine.idle_work import IdleWork
 from server.engine.metrics import EngineMeasurements
 from server.engine.reception import Reception
@@ -58,7 +58,7 @@ Result = TypeVar("Result")
 
 log = logging.getLogger(__name__)
 
-LEAST_BUDGET = 2
+MIN_BUDGET = 2
 """Minimum row budget: the rows that an image with one branch needs at once."""
 
 FIXED_ROWS_MULTIPLE = 8
@@ -125,9 +125,9 @@ class Engine:
         cuda_graphs: bool = True,
         most_bytes: float = inf,
     ) -> None:
-        if row_budget is not None and row_budget < LEAST_BUDGET:
+        if row_budget is not None and row_budget < MIN_BUDGET:
             raise ValueError(
-                f"row_budget is {row_budget}; at least {LEAST_BUDGET} is needed for guidance."
+                f"row_budget is {row_budget}; at least {MIN_BUDGET} is needed for guidance."
             )
         self.ready = False
         self.failure: BaseException | None = None
@@ -366,7 +366,7 @@ class Engine:
                 self._on_failure()
 
     def _warm_up(self) -> None:
-        most = self._asked_budget or MOST_ROWS
+        most = self._asked_budget or MAX_ROWS
         warmths: dict[str, Warmth] = {}
         for name, model in self._models.items():
             warmth = warmths[name] = warm_up(model, most, self._guessed_costs)
@@ -426,7 +426,7 @@ class Engine:
         recalled = self._recall()
         self._collect(self._decoder.work(idle=not (chosen or recalled)))
         live = self._selection.expects_live
-        self._idle_work.beside_ticks(self._live_tick_s if live else LONGEST_PIECE_S)
+        self._idle_work.beside_ticks(self._live_tick_s if live else MAX_PIECE_S)
 
     def _admit(self) -> None:
         """Admit newcomers, and drop cancelled images before any more work is done for them."""

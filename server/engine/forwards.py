@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Forwards"]
 
-LONGEST_PIECE_S = 1.0
+MAX_PIECE_S = 1.0
 """Maximum seconds of a forward pass run in advance, since newcomers wait for its end."""
 
 
@@ -101,7 +101,7 @@ class Forwards:
     def wants(self, most: int | None = None) -> bool:
         """Whether a number of rows, up to ``most``, should be run before it is needed."""
         return any(
-            (most is None or size <= most) and self._cost.seconds(size) <= LONGEST_PIECE_S
+            (most is None or size <= most) and self._cost.seconds(size) <= MAX_PIECE_S
             for size in self.sizes.wanted[:1]
         )
 

@@ -68,7 +68,7 @@ WANTED_KEPT = 16
 WANTED_BYTES = 2**28
 """Bounds on the passes kept until they are recorded; the hints of ControlNets are large."""
 
-MOST_GRAPHS = 64
+MAX_GRAPHS = 64
 
 REST_S = 300.0
 """Seconds after a shortage of memory during which nothing is recorded."""
@@ -474,7 +474,7 @@ class Graphs:
         return True
 
     def _keep(self, shape: Shape, made: Replay) -> None:
-        if len(self._recorded) == MOST_GRAPHS:
+        if len(self._recorded) == MAX_GRAPHS:
             self._recorded.pop(next(iter(self._recorded))).release()
         self._recorded[shape] = made
         # The pass may have run again since its recording began.

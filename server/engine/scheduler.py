@@ -31,7 +31,7 @@ before all later ones of its client and size once it is 12 s old, however short 
 NEAR_BEST = 0.995
 """Share of the best throughput that is good enough, since fewer rows mean less latency."""
 
-LONGEST_TICK_S = 2.0
+MAX_TICK_S = 2.0
 """Maximum intended seconds of a tick, since nobody joins or leaves during one."""
 
 PROBED_EVERY = 16

@@ -12,7 +12,7 @@ from server.engine.fair_queue import Turns
 from server.engine.fair_tick import fair_tick
 from server.engine.live_share import ORDINARY_SHARE, Shares, share_tick
 from server.engine.scheduler import (
-    LONGEST_TICK_S,
+    MAX_TICK_S,
     Candidate,
     LaneCosts,
     Load,
@@ -38,7 +38,7 @@ FAIR_TICK_S = 0.1
 FAIR_THROUGHPUT = 0.96
 """Share of the best throughput that such ticks reach even if they take longer for it."""
 
-LEAST_THROUGHPUT = 0.8
+MIN_THROUGHPUT = 0.8
 """Share of the best throughput that live ticks reach even if they take longer than intended. If one
 row alone takes that long, ticks of one row would only make all frames late."""
 
@@ -192,7 +192,7 @@ class Selection:
         cost, fixed = lane.cost, lane.fixed_rows
         most = min(self._measurements.row_budget, lane.row_cap.rows)
         if live:
-            longest_s = max(self._live_tick_s, cost.seconds_at(LEAST_THROUGHPUT, most))
+            longest_s = max(self._live_tick_s, cost.seconds_at(MIN_THROUGHPUT, most))
         else:
             longest_s = self._longest_ordinary_s(cost, most)
 
@@ -210,8 +210,8 @@ class Selection:
             return min(self._live_tick_s, monotonic() - self._live_at)
         if self.turns.contended:
             fair_s = max(FAIR_TICK_S, cost.seconds_at(FAIR_THROUGHPUT, most))
-            return min(LONGEST_TICK_S, fair_s)
-        return LONGEST_TICK_S
+            return min(MAX_TICK_S, fair_s)
+        return MAX_TICK_S
 
 
 def _adapters_of(sequence: Sequence) -> list[tuple[str, str, float]]:

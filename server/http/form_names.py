@@ -11,7 +11,7 @@ from server.errors import InvalidRequest
 
 __all__ = ["paths_of"]
 
-MOST_DEPTH: Final = 8
+MAX_DEPTH: Final = 8
 
 _NAME: Final = re.compile(r"([^\[\]]+)((?:\[[^\[\]]*\])*)")
 _SUBSCRIPT: Final = re.compile(r"\[([^\[\]]*)\]")
@@ -62,8 +62,8 @@ def paths_of(names: Sequence[str]) -> list[list[str]]:
 def _path(name: str) -> list[str]:
     match = _NAME.fullmatch(name)
     path = [name] if match is None else [match[1], *_SUBSCRIPT.findall(match[2])]
-    if len(path) > MOST_DEPTH:
-        raise InvalidRequest(None, f"A field is nested deeper than {MOST_DEPTH} levels.")
+    if len(path) > MAX_DEPTH:
+        raise InvalidRequest(None, f"A field is nested deeper than {MAX_DEPTH} levels.")
     return path
 
 

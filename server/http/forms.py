@@ -26,13 +26,13 @@ from server.requests.checks.shape import check_shape
 
 __all__ = ["FormPart", "FormRoute", "fields_of", "parts_of"]
 
-MOST_PARTS: Final = 128
+MAX_PARTS: Final = 128
 """Maximum number of parts, more than any request has; each field of an object is a part."""
 
-MOST_UNMEASURED: Final = 8192
+MAX_UNMEASURED: Final = 8192
 """Bytes up to which a text is parsed as JSON without measuring how much of it is pictures."""
 
-MOST_HEAD_BYTES: Final = 1024
+MAX_HEAD_BYTES: Final = 1024
 """Maximum bytes of one part's headers."""
 
 TEXTS: Final = frozenset({"prompt", "negative_prompt", "model", "user", "size"})
@@ -85,13 +85,13 @@ def parts_of(body: bytes, boundary: bytes) -> list[FormPart]:
 
     Raises:
         MalformedBody: the body is not a valid form.
-        InvalidRequest: the form has more than `MOST_PARTS` parts.
+        InvalidRequest: the form has more than `MAX_PARTS` parts.
     """
     if not boundary:
         raise MalformedBody(None, "The form has no boundary in its content-type.")
-    _, *found = (b"\r\n" + body).split(b"\r\n--" + boundary, MOST_PARTS + 2)
-    if len(found) > MOST_PARTS + 1:
-        raise InvalidRequest(None, f"The form has more than {MOST_PARTS} fields.")
+    _, *found = (b"\r\n" + body).split(b"\r\n--" + boundary, MAX_PARTS + 2)
+    if len(found) > MAX_PARTS + 1:
+        raise InvalidRequest(None, f"The form has more than {MAX_PARTS} fields.")
     if not found or not found[-1].startswith(b"--"):
         raise MalformedBody(None, "The form ends before its last boundary.")
     return [_part(part) for part in found[:-1]]
@@ -140,7 +140,7 @@ def _value(path: list[str], content: bytes, meter: TextMeter) -> Any:
         raise InvalidRequest(path[0], f"{path[0]} is not UTF-8 text.") from None
     if path[-1] in TEXTS:
         return text
-    if len(content) > MOST_UNMEASURED:
+    if len(content) > MAX_UNMEASURED:
         # A picture in base64 is not JSON.
         if not text.lstrip().startswith(("{", "[")):
             return text
@@ -174,7 +174,7 @@ def _check_files(value: Any, path: tuple[str, ...] = ()) -> None:
 
 
 def _part(part: bytes) -> FormPart:
-    head_end = part.find(b"\r\n\r\n", 0, MOST_HEAD_BYTES)
+    head_end = part.find(b"\r\n\r\n", 0, MAX_HEAD_BYTES)
     for line in part[: max(head_end, 0)].split(b"\r\n"):
         header, _, value = line.partition(b":")
         if header.strip().lower() == b"content-disposition":

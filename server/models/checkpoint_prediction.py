@@ -24,7 +24,7 @@ SECOND: Final = "v2"
 have the same names and shapes."""
 
 LAST_NORM: Final = "model.diffusion_model.output_blocks.11.1.transformer_blocks.0.norm1.bias"
-LEAST_DEVIATION: Final = 0.09
+MIN_DEVIATION: Final = 0.09
 """Standard deviation of this bias above which ComfyUI assumes that the U-Net predicts a velocity
 (``comfy/supported_models.py``, class SD20)."""
 
@@ -66,5 +66,5 @@ def prediction_of(
     if kind != SECOND or stated == "epsilon":
         return TrainedPrediction(velocity=False, rescaled=rescaled)
     bias = weights.get(LAST_NORM)
-    deviates = bias is not None and float(bias.float().std(correction=0)) > LEAST_DEVIATION
+    deviates = bias is not None and float(bias.float().std(correction=0)) > MIN_DEVIATION
     return TrainedPrediction(velocity=deviates, rescaled=rescaled, guessed=True)

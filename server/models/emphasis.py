@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = [
-    "MOST_CHUNKS",
+    "MAX_CHUNKS",
     "Chunk",
     "EmphasizedPrompt",
     "Segment",
@@ -36,7 +36,7 @@ __all__ = [
     "segments_of",
 ]
 
-MOST_CHUNKS: Final = 4
+MAX_CHUNKS: Final = 4
 """Maximum number of chunks of a prompt. Prompts of one image are repeated to a common length, of at
 most 12 chunks."""
 

@@ -44,12 +44,12 @@ NUMBERS: Final[Mapping[str, tuple[float, float]]] = {
 }
 """Config entries with their allowed minimum and maximum."""
 
-LARGEST_MU: Final = 30
+MAX_MU: Final = 30
 """Maximum mu of exponential shifts; FLUX.1 dev reaches it at 6700 x 6700 pixels. Beyond it, float64
 cannot resolve the difference from pure noise."""
 
 SCHEDULES_KEPT: Final = 512
-LONGEST_INTERPOLATED: Final = 4300
+MAX_INTERPOLATED_TOKENS: Final = 4300
 """Number of image tokens above which FLUX.2's mu no longer depends on the steps."""
 
 
@@ -106,7 +106,7 @@ class FlowSchedules:
         shift = self._shift
         if self._mu is not None:
             mu = self._mu((width // self._cell) * (height // self._cell), steps)
-            shift = exp(min(mu, LARGEST_MU)) if self._exponential else mu
+            shift = exp(min(mu, MAX_MU)) if self._exponential else mu
         return self._made(shift, self._terminal, None if self._terminal is None else steps)
 
 
@@ -136,7 +136,7 @@ def empirical_mu(tokens: int, steps: int) -> float:
     It lies on a line through two fits, at 10 and at 200 steps.
     """
     at_10, at_200 = 8.73809524e-05 * tokens + 1.89833333, 0.00016927 * tokens + 0.45666666
-    if tokens > LONGEST_INTERPOLATED:
+    if tokens > MAX_INTERPOLATED_TOKENS:
         return at_200
     return at_200 + (steps - 200) * (at_200 - at_10) / 190
 

@@ -45,7 +45,7 @@ PATCH = 2
 
 TEXT = "encoder_hidden_states"
 
-MOST_REFERENCES = 4
+MAX_REFERENCES = 4
 """Maximum number of reference images. The transformer has positions for more, but each costs as
 much as a generated image."""
 
@@ -249,7 +249,7 @@ def load_flux2_klein(
         default_height=side,
         max_tokens=text.max_tokens,
         defaults=_defaults_of(folder),
-        references=ReferencesRead(MOST_REFERENCES),
+        references=ReferencesRead(MAX_REFERENCES),
     )
     return TransformerModel(
         facts,

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from server.models.autoencoder import Autoencoder
 
-MOST_BYTES = 1 << 23
+MAX_CACHED_BYTES = 1 << 23
 """Maximum size of cached channels without an image, which suffices for a handful of sizes."""
 
 HALF = 0.5
@@ -40,7 +40,7 @@ class MaskChannels:
         self._scale = scale
         self._device = device
         self._without: ByteBoundedLRU[tuple[int, int], Tensor] = ByteBoundedLRU(
-            MOST_BYTES, lambda channels: channels.nbytes
+            MAX_CACHED_BYTES, lambda channels: channels.nbytes
         )
 
     def of(self, picture: Tensor, mask: Tensor) -> Tensor:

@@ -36,7 +36,7 @@ OLD_ROPE = ("rope_theta", "rope_scaling")
 TOKENIZER, SENTENCEPIECE = "tokenizer.json", "spiece.model"
 """Files of a tokenizer; the second is that of T5 in older folders, which lack the first."""
 
-FEWEST_TOKENS = 3
+MIN_TOKENS = 3
 """Number of tokens of a prompt with one word: its own, and the start and end markers."""
 
 _DRAWN = (nn.init.uniform_, nn.init.kaiming_uniform_, nn.init.normal_)
@@ -225,10 +225,10 @@ def load_tokenizer(folder: Path, part: str, kind: Any, positions: int) -> Any:
     config = read_json(folder, name) if (folder / name).exists() else {}
     longest = config.get("model_max_length", positions)
     is_count = isinstance(longest, int | float) and not isinstance(longest, bool)
-    if not is_count or not longest >= FEWEST_TOKENS:
+    if not is_count or not longest >= MIN_TOKENS:
         raise ModelMismatch(
             f"{name} of model folder {str(folder)!r} has the model_max_length "
-            f"{str(longest)[:40]!r}; a whole number of at least {FEWEST_TOKENS} is needed."
+            f"{str(longest)[:40]!r}; a whole number of at least {MIN_TOKENS} is needed."
         )
     if (folder / part / SENTENCEPIECE).is_file() and not (folder / part / TOKENIZER).is_file():
         tokenizer = t5_tokenizer(folder, f"{part}/{SENTENCEPIECE}", kind)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from server.models.blend import Told
 
 __all__ = [
-    "MOST_TEXTS",
+    "MAX_TEXTS",
     "EditedPrompt",
     "Timeline",
     "at_stage",
@@ -32,7 +32,7 @@ __all__ = [
     "written_in",
 ]
 
-MOST_TEXTS: Final = 64
+MAX_TEXTS: Final = 64
 """Maximum number of texts that all prompts of a request may change to: each is encoded, and kept by
 each image."""
 
@@ -195,7 +195,7 @@ def texts_along(text: str, timeline: Timeline) -> tuple[str, ...]:
         timeline: timeline of the run.
 
     Returns:
-        The texts, which end early once there are more than ``MOST_TEXTS`` different ones.
+        The texts, which end early once there are more than ``MAX_TEXTS`` different ones.
     """
     parts = _parsed(text, timeline)
     if all(isinstance(part, str) for part in parts):
@@ -207,7 +207,7 @@ def texts_along(text: str, timeline: Timeline) -> tuple[str, ...]:
         # last evaluation, counted from 1: the first text lasts for one evaluation more.
         said = _said(parts, max(stage, 1))
         found.append(known.setdefault(said, said))
-        if len(known) > MOST_TEXTS:
+        if len(known) > MAX_TEXTS:
             break
     return tuple(found)
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final, Literal, TypeAlias
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["BITS", "LEAST_FEATURES", "Quantization", "fetches_code", "missing_package"]
+__all__ = ["BITS", "MIN_FEATURES", "Quantization", "fetches_code", "missing_package"]
 
 Quantization: TypeAlias = Literal["none", "int8", "fp8", "nf4"]
 """``int8`` and ``fp8`` (e4m3) have a scale for each row of a matrix; ``nf4`` is QLoRA's
@@ -19,7 +19,7 @@ PACKAGES: Final[Mapping[str, str]] = {"int8": "torchao", "fp8": "torchao", "nf4"
 BITS: Final[Mapping[str, float]] = {"int8": 8.0, "fp8": 8.0, "nf4": 4.5}
 """Bits per weight, including scales for ``nf4``; the scales of rows are negligible."""
 
-LEAST_FEATURES: Final = 64
+MIN_FEATURES: Final = 64
 """Minimum number of inputs and outputs of a quantized layer; smaller ones are not worth it."""
 
 

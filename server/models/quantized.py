@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from server.models.gguf.layers import BlockLinear
-from server.models.quantization import LEAST_FEATURES
+from server.models.quantization import MIN_FEATURES
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -38,7 +38,7 @@ def layers_in_blocks(network: nn.Module) -> dict[str, nn.Linear]:
         for inner, layer in blocks.named_modules():
             if not isinstance(layer, nn.Linear) or isinstance(layer, BlockLinear):
                 continue
-            if min(layer.in_features, layer.out_features) >= LEAST_FEATURES:
+            if min(layer.in_features, layer.out_features) >= MIN_FEATURES:
                 found[f"{name}.{inner}"] = layer
     return found
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 KEPT_BYTES = 128 * 2**20
-LEAST_SCALE = 1e-3
+MIN_SCALE = 1e-3
 """Lower bound of scales where distances are taken in the logarithm, which 0 does not have."""
 
 
@@ -147,7 +147,7 @@ def _command(rule: str, scale: float) -> str:
 
 
 def _distance(a: float, b: float) -> float:
-    return abs(log(max(a, LEAST_SCALE)) - log(max(b, LEAST_SCALE)))
+    return abs(log(max(a, MIN_SCALE)) - log(max(b, MIN_SCALE)))
 
 
 def _bytes_of(statistics: Statistics) -> int:

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any, Final
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["LARGEST_WHOLE", "pixels_a_cell", "with_tiles"]
+__all__ = ["MAX_UNTILED_PIXELS", "pixels_a_cell", "with_tiles"]
 
-LARGEST_WHOLE: Final = 1536 * 1536
+MAX_UNTILED_PIXELS: Final = 1536 * 1536
 """Maximum number of pixels of an image that is processed as a whole."""
 
 NEVER_TILED: Final = "AutoencoderTiny"
@@ -28,7 +28,7 @@ def with_tiles(network: Any, cells: Tensor, scale: int) -> Any:
         cells: images or latents ``[..., h, w]``.
         scale: pixels along one side of a cell; 1 for images.
     """
-    large = cells.shape[-1] * cells.shape[-2] * scale**2 > LARGEST_WHOLE
+    large = cells.shape[-1] * cells.shape[-2] * scale**2 > MAX_UNTILED_PIXELS
     network.use_tiling = large and type(network).__name__ != NEVER_TILED
     return network
 

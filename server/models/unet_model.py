@@ -56,7 +56,7 @@ SCHEDULER = "scheduler/scheduler_config.json"
 
 PREDICTIONS: tuple[PredictionType, ...] = ("epsilon", "v_prediction", "sample")
 
-LONGEST_PERIOD = log(10_000)
+LOG_MAX_PERIOD = log(10_000)
 """Logarithm of the ratio of the first to the last frequency of the guidance scale's embedding."""
 
 OF_OTHER_MODELS: Final = ("EDM", "FlowMatch", "SCM")
@@ -367,7 +367,7 @@ def embedding_of_scales(scales: Tensor, size: int) -> Tensor:
     half = size // 2
     # Angles reach thousands, where float32 rounds by 1e-3: keep the order of LCMs' training code.
     steps = torch.arange(half, dtype=torch.float32, device=scales.device)
-    angles = 1000 * scales.float()[:, None] * torch.exp(steps * -(LONGEST_PERIOD / (half - 1)))
+    angles = 1000 * scales.float()[:, None] * torch.exp(steps * -(LOG_MAX_PERIOD / (half - 1)))
     return torch.cat([angles.sin(), angles.cos()], 1)
 
 

@@ -25,7 +25,7 @@ from server.models.folder import (
 from server.models.gguf.formats import stays_in_blocks
 from server.models.gguf.header import tensors_of
 from server.models.prefixes import own_prefix
-from server.models.quantization import BITS, LEAST_FEATURES
+from server.models.quantization import BITS, MIN_FEATURES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -75,7 +75,7 @@ RESNETS_A_LEVEL: Final = 3
 """Number of blocks per level in the original numbering of published U-Nets, whose first block is a
 convolution."""
 
-LONGEST_HEADER: Final = 100_000_000
+MAX_HEADER_BYTES: Final = 100_000_000
 """Bytes, the limit of safetensors itself."""
 
 
@@ -282,7 +282,7 @@ def _tensors_of_file(folder: Path, name: str) -> list[tuple[str, _Tensor]]:
     try:
         with (folder / name).open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
-            header = json.loads(stream.read(min(length, LONGEST_HEADER)))
+            header = json.loads(stream.read(min(length, MAX_HEADER_BYTES)))
         tensors = [
             (key, _Tensor(entry["shape"], entry["dtype"]))
             for key, entry in header.items()
@@ -306,4 +306,4 @@ def _is_matrix(name: str, tensor: _Tensor) -> bool:
     shape = tensor.shape
     if tensor.in_blocks is not None:
         return False
-    return name.endswith(".weight") and len(shape) == 2 and min(shape) >= LEAST_FEATURES
+    return name.endswith(".weight") and len(shape) == 2 and min(shape) >= MIN_FEATURES

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["AdapterChoices", "WeightedName", "check_adapters", "load_adapters"]
 
-MOST: Final = 8
+MAX_ADAPTERS: Final = 8
 STRONGEST: Final = 4.0
 
 
@@ -59,7 +59,11 @@ AdapterChoices: TypeAlias = Annotated[
         {
             "anyOf": [
                 _BY_NAME,
-                {"type": "array", "maxItems": MOST, "items": {"anyOf": [_BY_NAME, _OBJECT]}},
+                {
+                    "type": "array",
+                    "maxItems": MAX_ADAPTERS,
+                    "items": {"anyOf": [_BY_NAME, _OBJECT]},
+                },
             ]
         }
     ),

@@ -16,7 +16,7 @@ from server.models.embeddings.naming import named
 from server.models.emphasis import is_long, is_weighted
 from server.requests.automatic1111_controlnet import ControlNetUnit, steering
 from server.requests.automatic1111_hires import (
-    LEAST_STEPS,
+    MIN_STEPS,
     HiresFields,
     different,
     hires,
@@ -274,7 +274,7 @@ class Img2Img(Txt2Img):
         strength = 0.75 if self.denoising_strength is None else self.denoising_strength
         image: dict[str, Any] = {
             "image": self.init_images,
-            "strength": min(1.0, max(strength, LEAST_STEPS / (self.steps or DEFAULT_STEPS))),
+            "strength": min(1.0, max(strength, MIN_STEPS / (self.steps or DEFAULT_STEPS))),
             # Mode 3 stretches the latent.
             "resize_mode": dict(enumerate(RESIZE_MODES)).get(self.resize_mode, "stretch"),
         }

@@ -13,7 +13,7 @@ from server.requests.schema import DEFAULT_STEPS
 
 __all__ = [
     "LATENT_UPSCALERS",
-    "LEAST_STEPS",
+    "MIN_STEPS",
     "UPSCALERS",
     "HiresFields",
     "different",
@@ -34,7 +34,7 @@ _UPSCALERS: Final[Mapping[str, Upscaler]] = {
     **{label: name for name, label in UPSCALER_LABELS.items()},
 }
 
-LEAST_STEPS: Final = 1.001
+MIN_STEPS: Final = 1.001
 """Minimum number of steps run from an image, even with a strength of 0."""
 
 DEFAULT_STRENGTH: Final = 0.75
@@ -126,7 +126,7 @@ def hires(
             f"hr_upscaler is {fields.hr_upscaler!r}; allowed are: {', '.join(_UPSCALERS)}.",
         )
     asked = DEFAULT_STRENGTH if denoising_strength is None else denoising_strength
-    least = LEAST_STEPS / (fields.hr_second_pass_steps or steps or DEFAULT_STEPS)
+    least = MIN_STEPS / (fields.hr_second_pass_steps or steps or DEFAULT_STEPS)
     made: dict[str, Any] = {"strength": min(1.0, max(asked, least)), "upscaler": upscaler}
     if fields.hr_second_pass_steps:
         made["steps"] = fields.hr_second_pass_steps

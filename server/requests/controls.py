@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from server.models.hosted import HostedModel
 
 __all__ = [
-    "MOST",
+    "MAX_CONTROLS",
     "PRECEDENCE_LABELS",
     "RESIZE_LABELS",
     "STRONGEST",
@@ -33,7 +33,7 @@ __all__ = [
     "unloaded_controls",
 ]
 
-MOST: Final = 4
+MAX_CONTROLS: Final = 4
 STRONGEST: Final = 4.0
 
 RESIZE_LABELS: Final[Mapping[ResizeMode, str]] = {

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from server.models.image_prompts.ip_adapter_file import IPAdapterFile
 
 __all__ = [
-    "MOST",
+    "MAX_IMAGE_PROMPTS",
     "ImagePromptChoice",
     "ImagePromptSettings",
     "check_image_prompts",
@@ -30,8 +30,8 @@ __all__ = [
     "unloaded_image_prompts",
 ]
 
-MOST: Final = 4
-MOST_PICTURES: Final = 4
+MAX_IMAGE_PROMPTS: Final = 4
+MAX_PICTURES: Final = 4
 STRONGEST: Final = 4.0
 
 
@@ -81,7 +81,7 @@ class ImagePromptChoice(ImagePromptSettings):
 
     image: Pictures = Field(
         min_length=1,
-        max_length=MOST_PICTURES,
+        max_length=MAX_PICTURES,
         repr=False,
         description="What the images should resemble, in content or style: PNG, JPEG or WebP, as "
         "base64 or a base64 data URI, or a list of up to four, which are attended to together. The "

@@ -20,7 +20,7 @@ __all__ = ["warnings_for"]
 LED_BY_THE_FIRST_SLOPE = frozenset({"heun", "plms", "restart"})
 """Samplers that overshoot if the first steps cover thousands of sigma."""
 
-MOST_GAIN = 5.0
+MAX_GAIN = 5.0
 """Maximum gain of prediction errors per step. `plms` has up to 3 with all models; `lms` has more
 than 8 in up to 8 steps of models whose levels crowd at the noisy end, and its pictures are then far
 off."""
@@ -67,7 +67,7 @@ def warnings_for(resolved: ResolvedRequest, model: HostedModel, plan: Plan) -> t
             f"on model {model.facts.name!r}, which begins at sigma "
             f"{plan.sigma[0] / plan.alpha[0]:.0f}; take more steps, or 'ddim', 'euler' or 'unipc'."
         )
-    if not plan.elementwise and abs(plan.weights).sum() > MOST_GAIN * plan.steps:
+    if not plan.elementwise and abs(plan.weights).sum() > MAX_GAIN * plan.steps:
         found.append(
             f"sampler {resolved.sampler.name!r} amplifies errors of the model at the noise levels "
             f"of these {plan.steps} steps; take more steps, or 'euler' or 'dpm_solver_pp'."

@@ -13,7 +13,7 @@ from pydantic_core import PydanticCustomError
 from server.decoding.picture import MaskForm
 from server.errors import InvalidRequest
 from server.requests.numbers import Count
-from server.requests.reference_images import MOST
+from server.requests.reference_images import MAX_REFERENCES
 from server.requests.schema import GenerateRequest
 from server.requests.upload import Upload
 
@@ -122,11 +122,11 @@ class ImageEdit(ImageGeneration):
         images = data.get("image") if isinstance(data, dict) else None
         if not isinstance(images, list) or not images:
             return data
-        if len(images) > MOST:
+        if len(images) > MAX_REFERENCES:
             raise PydanticCustomError(
                 "sentence",
                 "image has {count} images; at most {most} are allowed.",
-                {"count": len(images), "most": MOST, "field": "image"},
+                {"count": len(images), "most": MAX_REFERENCES, "field": "image"},
             )
         several = {"reference_images": images} if len(images) > 1 else {}
         if several and data.get("reference_images"):
@@ -159,9 +159,9 @@ def with_referenced_images(body: Any) -> Any:
     images = changed.pop("images", None)
     if images is None:
         return changed
-    if not isinstance(images, list) or not 0 < len(images) <= MOST:
+    if not isinstance(images, list) or not 0 < len(images) <= MAX_REFERENCES:
         raise InvalidRequest(
-            "images", f"images must be a list of 1 to {MOST} objects with image_url."
+            "images", f"images must be a list of 1 to {MAX_REFERENCES} objects with image_url."
         )
     if body.get("image") is not None:
         raise InvalidRequest("images", "images are given, and image is too; send one of them.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from server.errors import InvalidRequest
-from server.models.prompt_editing import MOST_TEXTS, Timeline, texts_along
+from server.models.prompt_editing import MAX_TEXTS, Timeline, texts_along
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -51,15 +51,15 @@ def check_editing(resolved: ResolvedRequest) -> None:
     """Refuse prompts that change to too many texts, all of which would have to be encoded.
 
     Raises:
-        InvalidRequest: there are more than ``MOST_TEXTS`` texts in total.
+        InvalidRequest: there are more than ``MAX_TEXTS`` texts in total.
     """
     texts = dict[tuple[str, str], None]()
     for field, prompt in prompts_of(resolved):
         for text in versions_of(resolved, prompt):
             texts[field, text] = None
-            if len(texts) > MOST_TEXTS:
+            if len(texts) > MAX_TEXTS:
                 raise InvalidRequest(
                     field,
                     f"{field} changes too often while an image is drawn: all prompts of a request "
-                    f"together may change to at most {MOST_TEXTS} different texts.",
+                    f"together may change to at most {MAX_TEXTS} different texts.",
                 )

@@ -12,7 +12,7 @@ _FIELD: Final = re.compile(r'(?<![\w \-/])([\w \-/]++):\s*+("(?:\\.|[^\\"])++"|[
 """Pattern for the last line, equivalent to AUTOMATIC1111's (modules/infotext_utils.py), but in
 linear time: a name is searched for only where one can begin, without backtracking into it."""
 
-_FEWEST: Final = 3
+_MIN_FIELDS: Final = 3
 """Minimum number of fields in the last line; with fewer it belongs to the prompt, as in
 AUTOMATIC1111."""
 
@@ -28,7 +28,7 @@ def read_infotext(text: str) -> dict[str, str]:
     """
     *lines, last = text.strip().split("\n")
     fields = _FIELD.findall(last)
-    if len(fields) < _FEWEST:
+    if len(fields) < _MIN_FIELDS:
         lines, fields = [*lines, last], []
     prompt: list[str] = []
     negative: list[str] = []

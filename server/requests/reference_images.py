@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from server.models.hosted import ModelFacts
 
 __all__ = [
-    "MOST",
+    "MAX_REFERENCES",
     "check_references",
     "largest_of",
     "most_of",
@@ -20,12 +20,12 @@ __all__ = [
     "target_of",
 ]
 
-MOST: Final = 4
+MAX_REFERENCES: Final = 4
 
 AREA_MULTIPLE: Final = 32
 """Multiple for the sides of pictures that are resized to a given area, as in diffusers."""
 
-MOST_PIXELS: Final = 1024 * 1024
+MAX_PIXELS: Final = 1024 * 1024
 """Maximum pixels of a reference image; larger ones are reduced, as in diffusers, since each pixel
 costs as much as one of the result."""
 
@@ -62,7 +62,7 @@ def most_of(facts: ModelFacts) -> int:
 
 def largest_of(facts: ModelFacts) -> tuple[int, int]:
     """Return the largest height and width of a reference image, used until its own are known."""
-    side = isqrt(MOST_PIXELS) // facts.size_multiple * facts.size_multiple
+    side = isqrt(MAX_PIXELS) // facts.size_multiple * facts.size_multiple
     return side, side
 
 
@@ -85,5 +85,5 @@ def target_of(facts: ModelFacts) -> PictureTarget:
         sizes=sizes,
         multiple=facts.size_multiple,
         longest=facts.longest_side,
-        most_pixels=MOST_PIXELS,
+        most_pixels=MAX_PIXELS,
     )

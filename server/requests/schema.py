@@ -27,17 +27,15 @@ from guidance.parts import PARTS, Part
 from samplers import SAMPLERS, SPACINGS, Sampler, Spacing
 from server.decoding.sizing import ResizeMode
 from server.image_codec import OutputFormat
-from server.requests.adapters import MOST, AdapterChoices
+from server.requests.adapters import MAX_ADAPTERS, AdapterChoices
 from server.requests.choice import choice, name_of
-from server.requests.controls import MOST as MOST_CONTROLS
-from server.requests.controls import ControlChoice, ControlSettings
+from server.requests.controls import MAX_CONTROLS, ControlChoice, ControlSettings
 from server.requests.foreign_names import why_no_sampler, why_no_spacing
 from server.requests.hires import Hires
-from server.requests.image_prompts import MOST as MOST_IMAGE_PROMPTS
-from server.requests.image_prompts import ImagePromptChoice, ImagePromptSettings
+from server.requests.image_prompts import MAX_IMAGE_PROMPTS, ImagePromptChoice, ImagePromptSettings
 from server.requests.numbers import Count
 from server.requests.reading import DEFAULT_RULE, Readable
-from server.requests.reference_images import MOST as MOST_REFERENCES
+from server.requests.reference_images import MAX_REFERENCES
 from server.requests.start_noise import MAX_SEED, NoiseSize, VariationChoice
 from server.requests.upload import Upload
 from server.settings import PROMPT_BYTES_CEILING
@@ -232,7 +230,7 @@ class GenerateRequest(Readable):
     )
     adapters: AdapterChoices = Field(
         default=(),
-        max_length=MOST,
+        max_length=MAX_ADAPTERS,
         description="LoRA adapters to apply to the model, added up: names of the model's adapters "
         "in the catalog, or objects with a `name` and a `weight`.",
     )
@@ -276,19 +274,19 @@ class GenerateRequest(Readable):
     )
     controls: tuple[ControlChoice, ...] = Field(
         default=(),
-        max_length=MOST_CONTROLS,
+        max_length=MAX_CONTROLS,
         description="ControlNets that steer the images, added up: names of the model's ControlNets "
         "in the catalog, each with the picture that it reads.",
     )
     image_prompts: tuple[ImagePromptChoice, ...] = Field(
         default=(),
-        max_length=MOST_IMAGE_PROMPTS,
+        max_length=MAX_IMAGE_PROMPTS,
         description="Pictures that the images should resemble in addition to the prompt, added up: "
         "names of the model's IP-Adapters in the catalog, each with its picture.",
     )
     reference_images: tuple[Upload, ...] = Field(
         default=(),
-        max_length=MOST_REFERENCES,
+        max_length=MAX_REFERENCES,
         repr=False,
         description="Pictures that the prompt refers to, in the order in which it numbers them: it "
         "says what to change in them, or what to take from them. PNG, JPEG or WebP, as base64 or "

@@ -16,7 +16,7 @@ from server.requests.checks.shape import check_shape
 from server.requests.image_prompts import ImagePromptChoice
 from server.requests.messages import explain
 from server.requests.reading import Readable
-from server.requests.reference_images import MOST as MOST_REFERENCES
+from server.requests.reference_images import MAX_REFERENCES
 from server.requests.schema import (
     Count,
     GenerateRequest,
@@ -37,10 +37,10 @@ __all__ = [
     "read_settings",
 ]
 
-MOST_PROMPTS: Final = 8
-LONGEST_TRANSITION: Final = 600
-MOST_SKIPPED: Final = 1000
-MOST_SEED_STEP: Final = 2**32
+MAX_PROMPTS: Final = 8
+MAX_TRANSITION_FRAMES: Final = 600
+MAX_SKIPPED: Final = 1000
+MAX_SEED_STEP: Final = 2**32
 
 BESIDE: Final = ("image_prompts", "reference_images")
 """Fields with pictures, which complement the prompt of every frame."""
@@ -77,7 +77,7 @@ class SimilarityFilter(BaseModel):
         description="Cosine similarity of two frames from which the second may be skipped.",
     )
     max_skip: Count = Field(
-        default=10, ge=1, le=MOST_SKIPPED, description="Maximum number of frames skipped in a row."
+        default=10, ge=1, le=MAX_SKIPPED, description="Maximum number of frames skipped in a row."
     )
 
 
@@ -105,7 +105,7 @@ def _as_in_requests(field: str) -> Any:
 
 Prompts = Annotated[
     tuple[BlendedPrompt, ...],
-    Field(min_length=1, max_length=MOST_PROMPTS),
+    Field(min_length=1, max_length=MAX_PROMPTS),
     BeforeValidator(_listed),
     AfterValidator(_weighty),
 ]
@@ -131,7 +131,7 @@ class StreamSettings(Readable):
     image_prompts: tuple[ImagePromptChoice, ...] = _as_in_requests("image_prompts")
     reference_images: tuple[Upload, ...] = Field(
         default=(),
-        max_length=MOST_REFERENCES,
+        max_length=MAX_REFERENCES,
         repr=False,
         description="Pictures that the prompt refers to, for models whose entry in the catalog has "
         "`reference_images`. With source `references`, they come after the input frame.",
@@ -155,7 +155,7 @@ class StreamSettings(Readable):
     seed_step: Count = Field(
         default=0,
         ge=0,
-        le=MOST_SEED_STEP,
+        le=MAX_SEED_STEP,
         description="Added to the seed for each output frame.",
     )
     blend: BlendKind = Field(
@@ -165,7 +165,7 @@ class StreamSettings(Readable):
     transition_frames: Count = Field(
         default=0,
         ge=0,
-        le=LONGEST_TRANSITION,
+        le=MAX_TRANSITION_FRAMES,
         description="Frames over which a new prompt replaces the old one.",
     )
     similarity_filter: SimilarityFilter | None = Field(

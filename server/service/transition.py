@@ -8,7 +8,7 @@ from server.models.blend import Blend, BlendKind
 
 __all__ = ["Transition"]
 
-MOST_NESTED = 4
+MAX_NESTING = 4
 """Maximum depth of nested transitions, each of which starts from the middle of another."""
 
 
@@ -72,7 +72,7 @@ class Transition:
             return Transition(target, self.target, frames, kind)
         if not self.done:
             return Transition(target, self.start, frames, kind, nested=self.nested)
-        if self.nested == MOST_NESTED:
+        if self.nested == MAX_NESTING:
             return Transition(target, self.target, frames, kind)
         return Transition(target, self._at(self.done), frames, kind, nested=self.nested + 1)
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from studies.guidance.cells import Cell
     from studies.guidance.sitters import Sitter
 
-MOST_PENDING = 4096
+MAX_PENDING = 4096
 FIRST_FITTED_SEED = 2_000_000
 
 
@@ -83,7 +83,7 @@ class Drawing:
         self._decoded: deque[Tensor] = deque()
         self._listen(model)
         model.linear_fits = LinearFits(kept)
-        self._engine = start_engine(model, rows, MOST_PENDING)
+        self._engine = start_engine(model, rows, MAX_PENDING)
 
     @property
     def row_budget(self) -> int:

@@ -19,7 +19,7 @@ LUMA = (0.2126, 0.7152, 0.0722)
 BEYOND = 0.05
 """Distance outside [-1, 1] from which a decoded value counts as clipped: 2.5 % of the range."""
 RESAMPLES = 200
-MOST_PSNR = 99.0
+MAX_PSNR = 99.0
 
 
 def saturation(pictures: Tensor) -> list[float]:
@@ -51,9 +51,9 @@ def _shown(pictures: Tensor) -> Tensor:
 
 
 def psnr(pictures: Tensor, wanted: Tensor) -> list[float]:
-    """PSNR of each picture as shown, in decibels, at most :data:`MOST_PSNR`."""
+    """PSNR of each picture as shown, in decibels, at most :data:`MAX_PSNR`."""
     error = (_shown(pictures) - _shown(wanted)).square().flatten(1).mean(1)
-    return (-10 * error.log10()).clamp(max=MOST_PSNR).tolist()
+    return (-10 * error.log10()).clamp(max=MAX_PSNR).tolist()
 
 
 def features(latents: Tensor) -> F64:

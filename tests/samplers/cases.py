@@ -43,7 +43,7 @@ SCHEDULES: dict[str, NoiseSchedule] = {
     "trigflow": TRIGFLOW,
 }
 
-MOST_VARIANTS = 100
+MAX_VARIANTS = 100
 """Number of combinations above which the numeric fields of a kind are varied one at a time."""
 DISTILLED = ("lcm", "tcd")
 """Samplers for models distilled to few steps; they are not solvers, and their default spacing needs
@@ -116,7 +116,7 @@ def _variants(kind: type[BaseModel]) -> list[Any]:
     fields = kind.model_fields
     values = product(*(_choices(*field) for field in fields.items()))
     settings = [dict(zip(fields, value, strict=True)) for value in values]
-    if len(settings) > MOST_VARIANTS:
+    if len(settings) > MAX_VARIANTS:
         number: tuple[Any, ...] = (int, float)
         numbers = [name for name, field in fields.items() if field.annotation in number]
         strays = ([s[name] != fields[name].default for name in numbers] for s in settings)

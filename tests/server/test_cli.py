@@ -20,7 +20,7 @@ from typer.testing import CliRunner, Result
 
 from guidance.linear_fit import LinearFit
 from server.cli import app
-from server.engine.cost_model import MOST_ROWS
+from server.engine.cost_model import MAX_ROWS
 from server.models.hosted import HostedModel
 from server.models.inputs import RowInputs
 from server.models.loading import load_model
@@ -69,7 +69,7 @@ def test_the_help_of_serve_shows_the_defaults_of_the_settings() -> None:
     settings = Settings()
     for name in ("host", "port", "max-pending", "device", "dtype"):
         assert shown[name] == str(getattr(settings, name.replace("-", "_"))), name
-    assert shown["row-budget"] == str(MOST_ROWS)
+    assert shown["row-budget"] == str(MAX_ROWS)
     assert shown["deterministic"] == shown["insecure"] == "off"
     assert not settings.deterministic
     assert not settings.insecure

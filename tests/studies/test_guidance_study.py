@@ -244,7 +244,7 @@ def test_saturation_contrast_and_clipping_are_those_of_the_picture_shown() -> No
     assert measures.contrast(stripes) == pytest.approx([np.std([0, 1] * 8, ddof=1)])
     # An error of a tenth of the range is 20 decibels; clipped values are not errors.
     assert measures.psnr(grey + 0.2, grey) == pytest.approx([20.0], abs=1e-3)
-    assert measures.psnr(beyond, red) == [measures.MOST_PSNR]
+    assert measures.psnr(beyond, red) == [measures.MAX_PSNR]
 
 
 def test_the_frechet_distance_is_that_of_the_fitted_normal_distributions() -> None:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-LEAST_SINE = 1e-6
+MIN_SINE = 1e-6
 """Sine of the angle between two noises below which they count as parallel, with no arc between."""
 
 
@@ -71,7 +71,7 @@ def _between(noise: Tensor, other: Tensor, share: float) -> Tensor:
     angle = cosine.acos()[:, None]
     sine = angle.sin()
     turned = ((1 - share) * angle).sin() / sine * noise + (share * angle).sin() / sine * other
-    return torch.where(sine > LEAST_SINE, turned, torch.lerp(noise, other, share))
+    return torch.where(sine > MIN_SINE, turned, torch.lerp(noise, other, share))
 
 
 def _in_the_middle(inner: Tensor, outer: Tensor) -> Tensor:

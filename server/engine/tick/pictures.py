@@ -27,7 +27,7 @@ ENCODED_AT_ONCE = 4
 PIXELS_A_TICK = 1024 * 1024
 """Maximum pixels of ordinary images' pictures encoded before a tick; one picture may have more."""
 
-LEAST_PIXELS = 64 * 64
+MIN_PIXELS = 64 * 64
 """Number of pixels whose encoding costs about as much as that of a prompt."""
 
 
@@ -67,7 +67,7 @@ class PicturesOfATick:
 
     def parts(self, sequences: Iterable[Sequence]) -> dict[Sequence, float]:
         """Share of each image in the work of admitting them, in pixels."""
-        return {one: max(LEAST_PIXELS, self._by_image.get(one, 0)) for one in sequences}
+        return {one: max(MIN_PIXELS, self._by_image.get(one, 0)) for one in sequences}
 
 
 def encode_pictures(

@@ -17,7 +17,7 @@ PATCHES = 2
 CELLS = 16
 """Number of pictures to fit on, and of colour patches and latent cells along their sides."""
 
-MOST_MULTIPLIED = 32
+MAX_MULTIPLIED = 32
 """Largest number of latent channels for which products of channels are features."""
 
 RIDGE = 1e-8
@@ -80,9 +80,9 @@ def _features(cells: Tensor) -> Tensor:
     """Map ``[..., C]`` to ``[..., C + C (C + 1) / 2 + 1]``: the channels, their products, and 1.
 
     The products matter: on the embedded model, channels alone render white as a light green. With
-    more than ``MOST_MULTIPLIED`` channels there would be more products than cells to fit them on.
+    more than ``MAX_MULTIPLIED`` channels there would be more products than cells to fit them on.
     """
-    if cells.shape[-1] > MOST_MULTIPLIED:
+    if cells.shape[-1] > MAX_MULTIPLIED:
         return torch.cat([cells, torch.ones_like(cells[..., :1])], -1)
     first, second = torch.triu_indices(cells.shape[-1], cells.shape[-1], device=cells.device)
     products = cells[..., first] * cells[..., second]

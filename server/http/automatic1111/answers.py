@@ -54,7 +54,7 @@ class ProgressAnswer(BaseModel):
     )
 
 
-LEAST: float = 0.01
+MIN_PROGRESS: float = 0.01
 """Minimum progress of a job: 0 would mean that there is no job."""
 
 
@@ -74,7 +74,7 @@ def progress_of(jobs: Sequence[ClientJob], *, with_image: bool) -> ProgressAnswe
     preview = job.preview if with_image else None
     seen = job.seen
     return ProgressAnswer(
-        progress=max(LEAST, job.share),
+        progress=max(MIN_PROGRESS, job.share),
         eta_relative=job.left_s,
         state=State(
             interrupted=job.interrupted,

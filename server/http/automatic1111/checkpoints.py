@@ -15,9 +15,9 @@ from server.service.model_shelf import ModelState
 
 __all__ = ["Checkpoints", "CheckpointsDep", "chosen", "named"]
 
-MOST_OWNERS: Final = 1024
+MAX_OWNERS: Final = 1024
 
-FEWEST_DIGITS: Final = 8
+MIN_DIGITS: Final = 8
 """Minimum number of digits of a hash that names a model."""
 
 _SUFFIX: Final = re.compile(r"(\.(safetensors|ckpt|gguf))?( \[[0-9a-f]+\])?$", re.IGNORECASE)
@@ -37,7 +37,7 @@ class Checkpoints:
         """Use a model for a client's requests that name none."""
         self._names[owner] = name
         self._names.move_to_end(owner)
-        if len(self._names) > MOST_OWNERS:
+        if len(self._names) > MAX_OWNERS:
             self._names.popitem(last=False)
 
     def of(self, owner: Owner) -> str | None:
@@ -55,7 +55,7 @@ def named(text: str, models: Sequence[ModelState]) -> str:
     plain = _SUFFIX.sub("", wanted)
     for state in models:
         revision = "" if state.model is None else state.model.facts.revision
-        by_hash = len(wanted) >= FEWEST_DIGITS and revision.startswith(wanted)
+        by_hash = len(wanted) >= MIN_DIGITS and revision.startswith(wanted)
         if by_hash or state.name.casefold() in (wanted, plain):
             return state.name
     raise UnknownModel(text[:60], [state.name for state in models])

@@ -14,7 +14,7 @@ from server.http.automatic1111.route import ERRORS, TolerantRoute
 from server.http.dependencies import ServiceDep
 from server.image_codec import encode
 from server.requests.automatic1111_controlnet import MODULES, module_of
-from server.requests.controls import MOST
+from server.requests.controls import MAX_CONTROLS
 from server.requests.upload import Upload
 from server.service.service import Service
 
@@ -32,7 +32,10 @@ class Detect(BaseModel):
 
     controlnet_module: str = Field(default="none", max_length=128, description="`invert`.")
     controlnet_input_images: tuple[Upload, ...] = Field(
-        min_length=1, max_length=MOST, repr=False, description="PNG, JPEG or WebP in base64."
+        min_length=1,
+        max_length=MAX_CONTROLS,
+        repr=False,
+        description="PNG, JPEG or WebP in base64.",
     )
 
 
@@ -77,7 +80,7 @@ async def control_types(service: ServiceDep) -> dict[str, Any]:
 @router.get("/settings")
 async def settings() -> dict[str, int]:
     """The maximum number of units in a request."""
-    return {"control_net_unit_count": MOST}
+    return {"control_net_unit_count": MAX_CONTROLS}
 
 
 @router.post("/detect", responses=ERRORS)

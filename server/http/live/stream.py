@@ -29,14 +29,14 @@ router = APIRouter()
 SUBPROTOCOL: Final = "weft.stream"
 FIRST_SETTINGS_S: Final = 30.0
 CLOSE_S: Final = 1.0
-MOST_SETTINGS_CHARACTERS: Final = 256 * 1024
+MAX_SETTINGS_CHARACTERS: Final = 256 * 1024
 """Maximum length of a JSON message without pictures: eight prompts of maximum length, with every
 byte escaped."""
 
 POLICY_VIOLATION: Final = 1008
 INTERNAL_ERROR: Final = 1011
 SERVICE_RESTART: Final = 1012
-MOST_REASON_BYTES: Final = 120
+MAX_REASON_BYTES: Final = 120
 """Maximum bytes of the reason in a close frame, which has room for 123."""
 
 
@@ -149,9 +149,9 @@ class Conversation:
             TooLarge: the message is longer.
             InvalidRequest: the message does not contain settings.
         """
-        if len(text) <= MOST_SETTINGS_CHARACTERS:
+        if len(text) <= MAX_SETTINGS_CHARACTERS:
             return message_fields(text)
-        most = max(MOST_SETTINGS_CHARACTERS, self._limits.frame_bytes)
+        most = max(MAX_SETTINGS_CHARACTERS, self._limits.frame_bytes)
         if len(text) > most:
             raise TooLarge(
                 None, f"The message has {len(text)} characters; at most {most} are allowed."
@@ -161,7 +161,7 @@ class Conversation:
         if meter.too_costly:
             raise TooLarge(
                 None,
-                f"The message has more than {MOST_SETTINGS_CHARACTERS} characters; only pictures "
+                f"The message has more than {MAX_SETTINGS_CHARACTERS} characters; only pictures "
                 "in base64 may make it longer.",
             )
         return await asyncio.to_thread(message_fields, text)
@@ -214,7 +214,7 @@ class Conversation:
             code = SERVICE_RESTART
         elif isinstance(error, RequestTimeout):
             code = POLICY_VIOLATION
-        reason = error.message.encode()[:MOST_REASON_BYTES].decode(errors="ignore")
+        reason = error.message.encode()[:MAX_REASON_BYTES].decode(errors="ignore")
         with contextlib.suppress(TimeoutError, *GONE):
             async with asyncio.timeout(CLOSE_S):
                 if not self._image_owed:

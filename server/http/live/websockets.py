@@ -25,11 +25,11 @@ client that reads slowly, which would see them seconds late."""
 LINGER_S: Final = 5.0
 """Maximum seconds from the end of a stream to the end of its connection."""
 
-LEAST_MESSAGE_BYTES: Final = 2**20
+MIN_MESSAGE_BYTES: Final = 2**20
 """Minimum of the maximum message size, which leaves room for any settings."""
 
 
-MOST_FRAGMENTS: Final = 4096
+MAX_FRAGMENTS: Final = 4096
 """Maximum number of fragments in a message: empty ones do not count in its size, but each is an
 object in memory."""
 
@@ -79,10 +79,10 @@ class StreamProtocol(WebSocketsSansIOProtocol):
     def handle_cont(self, event: Frame) -> None:
         if self.close_sent:
             return
-        if len(self.frames) == MOST_FRAGMENTS:
+        if len(self.frames) == MAX_FRAGMENTS:
             self.frames = []
             self.conn.fail(
-                CloseCode.MESSAGE_TOO_BIG, f"message has more than {MOST_FRAGMENTS} fragments"
+                CloseCode.MESSAGE_TOO_BIG, f"message has more than {MAX_FRAGMENTS} fragments"
             )
             self.handle_parser_exception()
             return
@@ -105,7 +105,7 @@ def websocket_options(limits: StreamLimits) -> Mapping[str, Any]:
         "ws": StreamProtocol,
         # A frame slightly above the limit gets an error message; only one far above ends the
         # stream.
-        "ws_max_size": max(LEAST_MESSAGE_BYTES, 2 * limits.frame_bytes),
+        "ws_max_size": max(MIN_MESSAGE_BYTES, 2 * limits.frame_bytes),
         # Compressing image files takes milliseconds and does not make them smaller.
         "ws_per_message_deflate": False,
     }

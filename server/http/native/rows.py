@@ -20,12 +20,12 @@ from server.http.errors import ErrorBody
 from server.http.native.events import PING_S
 from server.service.service import Service
 
-__all__ = ["MOST_WATCHERS", "router"]
+__all__ = ["MAX_WATCHERS", "router"]
 
-MOST_WATCHERS: Final = 8
+MAX_WATCHERS: Final = 8
 """Maximum number of streams of rows that are open at once; more are refused."""
 
-LONGEST_S: Final = 600.0
+MAX_RESPONSE_S: Final = 600.0
 """Seconds after which a stream ends, so that a forgotten page does not watch forever; clients may
 reconnect."""
 
@@ -47,9 +47,9 @@ async def watch_rows(service: ServiceDep) -> EventSourceResponse:
     stream ends after ten minutes; while nobody watches, nothing is recorded.
     """
     watch = service.ready_engine().row_watch
-    if watch.watchers >= MOST_WATCHERS:
+    if watch.watchers >= MAX_WATCHERS:
         raise Overloaded(
-            PING_S, f"At most {MOST_WATCHERS} streams of rows are open at once; try again later."
+            PING_S, f"At most {MAX_WATCHERS} streams of rows are open at once; try again later."
         )
     return RowEvents(service, watch)
 
@@ -78,7 +78,7 @@ class RowEvents(EventSourceResponse):
         yield KEEPALIVE_COMMENT
         seen, began = self._watch.latest, monotonic()
         spoke_at = began
-        while not self._service.leaving.is_set() and (now := monotonic()) < began + LONGEST_S:
+        while not self._service.leaving.is_set() and (now := monotonic()) < began + MAX_RESPONSE_S:
             if (latest := self._watch.latest) is not None and latest is not seen:
                 seen, spoke_at = latest, now
                 yield format_sse_event(event="tick", data_str=json.dumps(asdict(latest)))

@@ -7,9 +7,9 @@ from typing import Final
 
 from server.errors import InvalidRequest
 
-__all__ = ["MOST_S", "waiting_s"]
+__all__ = ["MAX_WAIT_S", "waiting_s"]
 
-MOST_S: Final = 60
+MAX_WAIT_S: Final = 60
 """Seconds of `wait` without a number, and its maximum."""
 
 _WAIT: Final = re.compile(r"wait(?:\s*=\s*\"?(\d{1,6})\"?)?", re.IGNORECASE)
@@ -35,4 +35,4 @@ def waiting_s(prefer: str) -> float:
             "prefer",
             f"prefer is {prefer[:60]!r}; allowed are wait, wait=SECONDS and respond-async.",
         )
-    return float(min(MOST_S, int(match[1]))) if match[1] else float(MOST_S)
+    return float(min(MAX_WAIT_S, int(match[1]))) if match[1] else float(MAX_WAIT_S)

@@ -19,7 +19,7 @@ from server.models.adapters.lycoris import layers_of_whole_operands
 from server.models.adapters.magnitude import INPUTS, OUTPUTS
 from server.models.adapters.naming import DOWN, UP
 from server.models.adapters.peft_config import (
-    LARGEST_ALPHA,
+    MAX_ALPHA,
     PeftConfig,
     adapter_stamp,
     files_of,
@@ -207,10 +207,10 @@ def _header(path: Path) -> Header:
         shapes = shapes_of(opened, others, AdapterMismatch)
         metadata = dict(opened.metadata() or {})
     unused = {f"{layer}.alpha" for layer in layers_of_whole_operands(names)}
-    large = [name for name, alpha in alphas.items() if not abs(alpha) <= LARGEST_ALPHA]
+    large = [name for name, alpha in alphas.items() if not abs(alpha) <= MAX_ALPHA]
     if wrong := sorted(set(large) - unused):
         raise AdapterMismatch(
-            f"has the tensor {wrong[0]}, which is not a number of at most {LARGEST_ALPHA:g}"
+            f"has the tensor {wrong[0]}, which is not a number of at most {MAX_ALPHA:g}"
         )
     return Header(shapes, alphas, metadata, PeftConfig.of_file(config) if config else None)
 

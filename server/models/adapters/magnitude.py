@@ -18,7 +18,7 @@ Axis = Literal[0, 1]
 OUTPUTS: Axis = 0
 INPUTS: Axis = 1
 
-LEAST_NORM = torch.finfo(torch.float32).eps
+MIN_NORM = torch.finfo(torch.float32).eps
 """Lower bound of norms, which LyCORIS uses as well."""
 
 
@@ -53,4 +53,4 @@ class Magnitude:
         """
         whole, mixed, own = self.norms
         squared = whole + 2 * weight * mixed + weight**2 * own
-        return self.size / squared.clamp_min(LEAST_NORM**2).sqrt()
+        return self.size / squared.clamp_min(MIN_NORM**2).sqrt()

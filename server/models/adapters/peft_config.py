@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping
     from pathlib import Path
 
-__all__ = ["LARGEST_ALPHA", "WEIGHTS", "PeftConfig", "adapter_stamp", "files_of"]
+__all__ = ["MAX_ALPHA", "WEIGHTS", "PeftConfig", "adapter_stamp", "files_of"]
 
 WEIGHTS: Final = "adapter_model.safetensors"
 CONFIG: Final = "adapter_config.json"
@@ -26,7 +26,7 @@ CONFIG: Final = "adapter_config.json"
 METADATA: Final = "lora_adapter_metadata"
 """Entry of a file's metadata in which diffusers stores the configs of networks, as JSON."""
 
-LARGEST_ALPHA: Final = 1e6
+MAX_ALPHA: Final = 1e6
 
 DEFAULT_ALPHA: Final = 8
 """Alpha of a config of peft without ``lora_alpha``, as in its ``LoraConfig``."""
@@ -146,11 +146,10 @@ class PeftConfig:
         if (
             isinstance(alpha, bool)
             or not isinstance(alpha, int | float)
-            or not abs(alpha) <= LARGEST_ALPHA
+            or not abs(alpha) <= MAX_ALPHA
         ):
             raise AdapterMismatch(
-                f"has the alpha {str(alpha)[:40]!r}; a number of at most {LARGEST_ALPHA:g} is "
-                "needed"
+                f"has the alpha {str(alpha)[:40]!r}; a number of at most {MAX_ALPHA:g} is needed"
             )
         return alpha / (rank**0.5 if self.entries.get("use_rslora") else rank)
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 __all__ = ["BlockCall", "Layout", "Operand", "fits", "layout_of", "read", "template_of"]
 
 
-MOST_PER_ROW = 2
+MAX_PER_ROW = 2
 """Maximum number of entries that a tensor may have for each row of the batch."""
 
 
@@ -101,7 +101,7 @@ def layout_of(call: BlockCall) -> Layout | None:
     """
     rows = len(call.tensors[0])
     counts = [divmod(len(one), rows) for one in call.tensors]
-    per_row = tuple(each if not over and 1 <= each <= MOST_PER_ROW else 0 for each, over in counts)
+    per_row = tuple(each if not over and 1 <= each <= MAX_PER_ROW else 0 for each, over in counts)
     grown = {rows * each for each in per_row if each}
     if rows == 1 or any(grown.intersection(one.shape[1:]) for one in call.tensors):
         return None

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from server.models.compiling.block_call import Layout, fits, layout_of, read, template_of
-from server.models.compiling.program import MOST_ROWS, BlockJob
+from server.models.compiling.program import MAX_ROWS, BlockJob
 from server.models.compiling.skeleton import fingerprint, skeleton_of, weights_of
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ log = logging.getLogger("weft")
 OFTEN = 40
 """Number of calls with the same shapes after which a block is compiled for them."""
 
-MOST_SHAPES = 64
+MAX_SHAPES = 64
 """Maximum number of shapes compiled per model: a U-Net has about 18 for each image size."""
 
 UNUSED_S = 600.0
@@ -169,7 +169,7 @@ class CompiledBlocks:
                 return eager(*args, **kwargs)
             key = kind, call.key
             program = self._programs.get(key)
-            if program is not None and fits(program.layout, call.tensors, MOST_ROWS):
+            if program is not None and fits(program.layout, call.tensors, MAX_ROWS):
                 self._called_at[key] = self._forward_at
                 try:
                     return program(weights, call.tensors)
@@ -226,12 +226,12 @@ class CompiledBlocks:
 
     @property
     def _known(self) -> tuple[Collection[Hashable], ...]:
-        """The shapes that count toward ``MOST_SHAPES``."""
+        """The shapes that count toward ``MAX_SHAPES``."""
         return self._waiting, self._ready, self._programs, self._reasons
 
     def _make_room(self) -> bool:
         """Whether one more shape may be compiled, after evicting an unused one if necessary."""
-        if sum(map(len, self._known)) < MOST_SHAPES:
+        if sum(map(len, self._known)) < MAX_SHAPES:
             return True
         ended = [*self._programs, *self._reasons]
         last = min(ended, key=self._called_at.__getitem__, default=None)

@@ -42,7 +42,7 @@ __all__ = ["BlockCompiler", "key_of", "missing_compiler"]
 log = logging.getLogger("weft")
 
 MEASURED_AGAIN_S = 3600.0
-MOST_MEASUREMENTS = 3
+MAX_MEASUREMENTS = 3
 """A program that seemed to gain nothing may have been timed on a busy machine. It is timed again
 at a later start, at least ``MEASURED_AGAIN_S`` seconds later, up to this many times in all."""
 
@@ -230,7 +230,7 @@ def _known(file: Path) -> dict[str, Any] | None:
 
 def _may_gain(told: dict[str, Any], file: Path) -> bool:
     """Whether a program that seemed to gain nothing should be timed again."""
-    if not told.get("slow") or told.get("measurements", 1) >= MOST_MEASUREMENTS:
+    if not told.get("slow") or told.get("measurements", 1) >= MAX_MEASUREMENTS:
         return False
     try:
         return time() - _note(file).stat().st_mtime > MEASURED_AGAIN_S

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
-from server.models.compiling.worker import LONGEST_EXIT_S, main
+from server.models.compiling.worker import MAX_EXIT_S, main
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
@@ -25,7 +25,7 @@ __all__ = ["CompilingProcess"]
 METHOD: Final = "spawn"
 """A forked child of a process that uses CUDA cannot use CUDA."""
 
-LONGEST_S: Final = 900.0
+MAX_COMPILE_S: Final = 900.0
 """Maximum seconds for one block."""
 
 
@@ -60,7 +60,7 @@ class CompilingProcess:
         _, connection = self._running
         try:
             connection.send((job, str(file), torch.get_num_threads()))
-            if not connection.poll(LONGEST_S):
+            if not connection.poll(MAX_COMPILE_S):
                 raise TimeoutError
             return json.loads(connection.recv())
         except (EOFError, OSError):
@@ -69,7 +69,7 @@ class CompilingProcess:
 
     def end(self) -> None:
         """End the process because there is nothing left to do, and wait until it has ended."""
-        self._end(LONGEST_EXIT_S)
+        self._end(MAX_EXIT_S)
 
     def _started(self) -> tuple[BaseProcess, Connection]:
         context = multiprocessing.get_context(METHOD)

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 __all__ = [
-    "MOST_ROWS",
+    "MAX_ROWS",
     "BlockJob",
     "Exported",
     "FlatBlock",
@@ -39,7 +39,7 @@ __all__ = [
     "export",
 ]
 
-MOST_ROWS = 1024
+MAX_ROWS = 1024
 """Maximum number of rows that a program accepts."""
 
 CLOSE = {torch.float32: 1e-5}
@@ -49,9 +49,9 @@ CLOSE_IN_HALF = 2e-2
 CHECKED_ROWS = 1, 2, 5
 TIMED_ROWS = 1, 4
 TIMED = 5
-MOST_TIMED = 20
+MAX_TIMED = 20
 TIMED_S = 0.5
-"""The fastest of at least ``TIMED`` calls counts, and of up to ``MOST_TIMED`` calls as long as they
+"""The fastest of at least ``TIMED`` calls counts, and of up to ``MAX_TIMED`` calls as long as they
 take less than ``TIMED_S`` seconds together."""
 
 
@@ -125,7 +125,7 @@ def export(job: BlockJob, weights: Sequence[Tensor]) -> Exported:
         Unsuitable: it cannot be traced that way.
     """
     sample = [*weights, *_given(job, _rows_to_trace(job))]
-    rows = torch.export.Dim("rows", min=1, max=MOST_ROWS)
+    rows = torch.export.Dim("rows", min=1, max=MAX_ROWS)
     free: list[Any] = [
         {0: rows if each == 1 else each * rows} if each else None for each in job.layout.per_row
     ]
@@ -238,7 +238,7 @@ def _seconds(
     """Seconds of the fastest of several calls each, alternating, as a busy machine delays both."""
     best = [float("inf")] * len(calls)
     ends = perf_counter() + TIMED_S
-    for number in range(MOST_TIMED):
+    for number in range(MAX_TIMED):
         if number >= TIMED and perf_counter() > ends:
             break
         for which, call in enumerate(calls):

@@ -13,7 +13,7 @@ from server.models.memory import HOST, measure
 
 __all__ = ["cores", "has_room", "most_processes"]
 
-MOST: Final = 8
+MAX_PROCESSES: Final = 8
 """Maximum number of processes: a U-Net has some 22 shapes of blocks, and no other family more."""
 
 CORES_EACH: Final = 2
@@ -31,7 +31,7 @@ QUOTA: Final = Path("/sys/fs/cgroup/cpu.max")
 
 def most_processes() -> int:
     """Maximum number of processes that may compile at once on this machine; at least one."""
-    return max(1, min(MOST, cores() // CORES_EACH))
+    return max(1, min(MAX_PROCESSES, cores() // CORES_EACH))
 
 
 def cores() -> int:

@@ -33,7 +33,7 @@ __all__ = ["main"]
 
 REASON_LENGTH = 200
 
-LONGEST_EXIT_S = 5
+MAX_EXIT_S = 5
 
 TURNS = "turns"
 """Lock file in the programs' folder, by which processes take turns at timing."""
@@ -84,7 +84,7 @@ def _end_all(*_: object) -> None:
     os.killpg(0, signal.SIGTERM)
     # If a compiler catches the exit or takes long to reach it, the alarm ends this process.
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    signal.alarm(LONGEST_EXIT_S)
+    signal.alarm(MAX_EXIT_S)
     sys.exit()
 
 

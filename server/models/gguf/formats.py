@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = ["FORMATS", "BlockFormat", "stays_in_blocks"]
 
-FEWEST_CHANNELS: Final = 16
+MIN_CHANNELS: Final = 16
 """Minimum number of channels of a convolution whose weight stays in blocks."""
 
 
@@ -67,5 +67,5 @@ def stays_in_blocks(name: str, shape: Sequence[int]) -> bool:
         shape: shape of its numbers.
     """
     # The first and last convolutions are small, and determine the memory format of activations.
-    is_convolution = len(shape) == 4 and min(shape[:2]) >= FEWEST_CHANNELS
+    is_convolution = len(shape) == 4 and min(shape[:2]) >= MIN_CHANNELS
     return name.endswith(".weight") and (len(shape) == 2 or is_convolution)

@@ -35,11 +35,11 @@ CODES: Final[Mapping[int, str]] = {
     **{form.code: kind for kind, form in FORMATS.items()},
 }
 
-LONGEST_HEADER: Final = 1 << 24
+MAX_HEADER_BYTES: Final = 1 << 24
 """Bytes; headers of published transformers have a few hundred thousand."""
 
-LONGEST_NAME: Final = 256
-MOST_DIMENSIONS: Final = 4
+MAX_NAME_BYTES: Final = 256
+MAX_DIMENSIONS: Final = 4
 SHOWN: Final = 80
 """Maximum characters of a name shown in a message, as a file may contain anything."""
 
@@ -54,8 +54,8 @@ blocks are stored in rows of 256 numbers, as the tools of city96's ComfyUI-GGUF 
 
 INTEGERS: Final = {4: "I", 5: "i", 10: "Q", 11: "q"}
 DEFAULT_ALIGNMENT: Final = 32
-LEAST_ALIGNMENT: Final = 8
-MOST_ALIGNMENT: Final = 1 << 16
+MIN_ALIGNMENT: Final = 8
+MAX_ALIGNMENT: Final = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +99,7 @@ def tensors_of(file: Path) -> dict[str, GgufTensor]:
     try:
         size = file.stat().st_size
         with file.open("rb") as stream:
-            tensors = _read(_Header(stream, min(size, LONGEST_HEADER)), size)
+            tensors = _read(_Header(stream, min(size, MAX_HEADER_BYTES)), size)
         _check_apart(tensors)
     except _Unreadable as error:
         raise ModelMismatch(f"GGUF file {str(file)!r} {error}.") from None
@@ -149,7 +149,7 @@ class _Header:
         self.position += count
         if self.position > self._most:
             raise _Unreadable(
-                f"is cut short, or has a header of more than {LONGEST_HEADER} bytes, the maximum "
+                f"is cut short, or has a header of more than {MAX_HEADER_BYTES} bytes, the maximum "
                 "that is read"
             )
 
@@ -166,7 +166,7 @@ def _read(header: _Header, size: int) -> dict[str, GgufTensor]:
     alignment = DEFAULT_ALIGNMENT
     shapes: dict[str, tuple[int, ...]] = {}
     for _ in range(entries):
-        key = header.text(LONGEST_HEADER)
+        key = header.text(MAX_HEADER_BYTES)
         kind = header.number("I")
         if key == ALIGNMENT and kind == UINT32:
             alignment = _checked_alignment(header.number("I"))
@@ -176,7 +176,7 @@ def _read(header: _Header, size: int) -> dict[str, GgufTensor]:
             _skip_value(header, kind, key)
     described: dict[str, GgufTensor] = {}
     for _ in range(count):
-        name = header.text(LONGEST_NAME)
+        name = header.text(MAX_NAME_BYTES)
         if name in described:
             raise _Unreadable(f"has the tensor {name[:SHOWN]} twice")
         described[name] = _tensor(header, name, alignment, shapes.get(name))
@@ -186,19 +186,19 @@ def _read(header: _Header, size: int) -> dict[str, GgufTensor]:
 
 def _checked_alignment(alignment: int) -> int:
     """Check the alignment: at least the widest number's, so that tensors can be mapped in place."""
-    if not LEAST_ALIGNMENT <= alignment <= MOST_ALIGNMENT or alignment & alignment - 1:
+    if not MIN_ALIGNMENT <= alignment <= MAX_ALIGNMENT or alignment & alignment - 1:
         raise _Unreadable(
-            f"has the {ALIGNMENT} {alignment}; allowed are powers of two from {LEAST_ALIGNMENT} "
-            f"to {MOST_ALIGNMENT}"
+            f"has the {ALIGNMENT} {alignment}; allowed are powers of two from {MIN_ALIGNMENT} "
+            f"to {MAX_ALIGNMENT}"
         )
     return alignment
 
 
 def _shape(header: _Header, key: str) -> tuple[int, ...]:
     kind, count = header.number("I"), header.number("Q")
-    if kind not in INTEGERS or not 1 <= count <= MOST_DIMENSIONS:
+    if kind not in INTEGERS or not 1 <= count <= MAX_DIMENSIONS:
         raise _Unreadable(
-            f"has {key[:SHOWN]}, which is not a list of 1 to {MOST_DIMENSIONS} whole numbers"
+            f"has {key[:SHOWN]}, which is not a list of 1 to {MAX_DIMENSIONS} whole numbers"
         )
     return tuple(header.number(INTEGERS[kind]) for _ in range(count))
 
@@ -221,10 +221,10 @@ def _tensor(
 ) -> GgufTensor:
     """Read a tensor's description; its start is relative to the start of all tensors."""
     dimensions = header.number("I")
-    if not 1 <= dimensions <= MOST_DIMENSIONS:
+    if not 1 <= dimensions <= MAX_DIMENSIONS:
         raise _Unreadable(
             f"has the tensor {name[:SHOWN]} of {dimensions} dimensions; allowed are 1 to "
-            f"{MOST_DIMENSIONS}"
+            f"{MAX_DIMENSIONS}"
         )
     stored = tuple(header.number("Q") for _ in range(dimensions))[::-1]
     shape = stored if original is None else original

@@ -35,7 +35,7 @@ MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 """Statistics of CLIP's training images, used where a folder specifies none."""
 
-LARGEST_SIDE = 1024
+MAX_SIDE = 1024
 """Maximum height and width of input images in pixels; published encoders have 224 or 336."""
 
 
@@ -75,10 +75,10 @@ class EncoderFolder:
             return None
         entries = [config.get(entry) for entry in ("image_size", "projection_dim", "hidden_size")]
         sizes = [entry for entry in entries if type(entry) is int and entry > 0]
-        if len(sizes) < len(entries) or sizes[0] > LARGEST_SIDE:
+        if len(sizes) < len(entries) or sizes[0] > MAX_SIDE:
             raise ImagePromptMismatch(
                 f"{CONFIG} of image encoder {path.name!r} must have the whole numbers image_size, "
-                f"at most {LARGEST_SIDE}, projection_dim and hidden_size."
+                f"at most {MAX_SIDE}, projection_dim and hidden_size."
             )
         side, projected, hidden = sizes
         mean, std = shown.get("image_mean", MEAN), shown.get("image_std", STD)

@@ -7,7 +7,7 @@ from typing import Final
 from pydantic_core import PydanticCustomError
 
 from server.errors import InvalidRequest
-from server.models.emphasis import MOST_CHUNKS, EmphasizedPrompt
+from server.models.emphasis import MAX_CHUNKS, EmphasizedPrompt
 from server.models.hosted import HostedModel, ModelFacts
 from server.requests.embeddings import texts_of
 from server.requests.schema import GenerateRequest, ResolvedRequest, check_printable
@@ -94,7 +94,7 @@ def check_tokens(resolved: ResolvedRequest, model: HostedModel) -> None:
     most = model.facts.max_tokens
     for field, text in texts_of(resolved, model):
         if resolved.prompt_syntax is not None and field in WRITTEN:
-            _check_tokens(field, EmphasizedPrompt(text), model, MOST_CHUNKS * most)
+            _check_tokens(field, EmphasizedPrompt(text), model, MAX_CHUNKS * most)
         else:
             _check_tokens(field, text, model, most)
 

@@ -10,10 +10,10 @@ from server.settings import PROMPT_BYTES_CEILING
 
 __all__ = ["below", "check_shape"]
 
-MOST_FIELDS: Final = 64
-MOST_ENTRIES: Final = 2048
-MOST_CHARACTERS: Final = PROMPT_BYTES_CEILING
-MOST_NAME: Final = 64
+MAX_FIELDS: Final = 64
+MAX_ENTRIES: Final = 2048
+MAX_CHARACTERS: Final = PROMPT_BYTES_CEILING
+MAX_NAME_LENGTH: Final = 64
 
 
 def check_shape(value: Any, uploads: Collection[str], path: tuple[str, ...] = ()) -> None:
@@ -31,19 +31,19 @@ def check_shape(value: Any, uploads: Collection[str], path: tuple[str, ...] = ()
         InvalidRequest: something is too large; the first is named.
     """
     if isinstance(value, str):
-        _at_most(path, len(value), MOST_CHARACTERS, "characters")
+        _at_most(path, len(value), MAX_CHARACTERS, "characters")
     elif isinstance(value, list):
-        _at_most(path, len(value), MOST_ENTRIES, "entries")
+        _at_most(path, len(value), MAX_ENTRIES, "entries")
         for index, entry in enumerate(value):
             check_shape(entry, uploads, (*path, str(index)))
     elif isinstance(value, dict):
-        _at_most(path, len(value), MOST_FIELDS, "fields")
+        _at_most(path, len(value), MAX_FIELDS, "fields")
         for name, inner in value.items():
-            if len(name) > MOST_NAME:
+            if len(name) > MAX_NAME_LENGTH:
                 raise InvalidRequest(
                     None,
                     f"{_named(path)} has a field whose name has {len(name)} characters; at most "
-                    f"{MOST_NAME} are allowed.",
+                    f"{MAX_NAME_LENGTH} are allowed.",
                 )
             if name not in uploads or not _is_text(inner):
                 check_shape(inner, below(uploads, name), (*path, name))
@@ -52,7 +52,7 @@ def check_shape(value: Any, uploads: Collection[str], path: tuple[str, ...] = ()
 def _is_text(value: Any) -> bool:
     """Return whether a value is a text or a list of texts."""
     if isinstance(value, list):
-        return len(value) <= MOST_ENTRIES and all(isinstance(one, str) for one in value)
+        return len(value) <= MAX_ENTRIES and all(isinstance(one, str) for one in value)
     return isinstance(value, str)
 
 

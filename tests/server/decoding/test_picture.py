@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from server.decoding.picture import (
-    MOST_SCANS,
+    MAX_SCANS,
     MaskForm,
     Repaints,
     decode_mask,
@@ -213,8 +213,8 @@ def test_a_mask_with_an_alpha_channel_and_no_clear_pixel_is_refused() -> None:
 def test_the_scans_of_a_jpeg_are_limited() -> None:
     usual = repeated_scans(32, 32, 0)
     assert picture(usual).size == (32, 32)
-    with pytest.raises(TooLarge, match=rf"^image is a JPEG of \d+ scans; at most {MOST_SCANS} "):
-        picture(repeated_scans(32, 32, MOST_SCANS))
+    with pytest.raises(TooLarge, match=rf"^image is a JPEG of \d+ scans; at most {MAX_SCANS} "):
+        picture(repeated_scans(32, 32, MAX_SCANS))
 
 
 def test_scans_are_not_counted_inside_other_segments_or_after_the_end() -> None:

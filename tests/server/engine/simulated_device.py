@@ -11,7 +11,7 @@ from server.engine.client import Client, Flow
 from server.engine.fair_queue import Turns
 from server.engine.fair_tick import fair_tick
 from server.engine.scheduler import (
-    LONGEST_TICK_S,
+    MAX_TICK_S,
     Candidate,
     LaneCosts,
     Load,
@@ -21,7 +21,7 @@ from server.engine.scheduler import (
 )
 from server.engine.selection import FAIR_THROUGHPUT, FAIR_TICK_S
 
-MOST = 128
+MAX_ROWS = 128
 
 Curve = Callable[[int], float]
 Choose = Callable[["Device", list[Candidate]], list[int]]
@@ -45,8 +45,8 @@ def large(rows: int) -> float:
 @cache
 def least_s(curve: Curve, share: float) -> float:
     """Seconds of the shortest tick with that share of the best throughput."""
-    best = min(curve(rows) / rows for rows in range(1, MOST + 1))
-    return next(curve(n) for n in range(1, MOST + 1) if curve(n) <= n * best / share)
+    best = min(curve(rows) / rows for rows in range(1, MAX_ROWS + 1))
+    return next(curve(n) for n in range(1, MAX_ROWS + 1) if curve(n) <= n * best / share)
 
 
 @dataclass
@@ -126,15 +126,15 @@ class Device:
     def cost(self, lane: int) -> LaneCosts:
         """The costs of a lane, as the engine computes them."""
         curve = self.curves[lane]
-        fair_s = min(LONGEST_TICK_S, max(FAIR_TICK_S, least_s(curve, FAIR_THROUGHPUT)))
-        longest_s = fair_s if self.turns.contended else LONGEST_TICK_S
+        fair_s = min(MAX_TICK_S, max(FAIR_TICK_S, least_s(curve, FAIR_THROUGHPUT)))
+        longest_s = fair_s if self.turns.contended else MAX_TICK_S
         mixes = True if self.areas else None
-        return LaneCosts(MOST, curve, longest_s, self.areas.get(lane, 0), mixes)
+        return LaneCosts(MAX_ROWS, curve, longest_s, self.areas.get(lane, 0), mixes)
 
     def rows_of(self, load: Load) -> int:
         """The number of rows, as the engine chooses it."""
         costs = self.cost(load.lane)
-        return rows_of_tick(load, MOST, costs.seconds, costs.longest_s, tick=1)
+        return rows_of_tick(load, MAX_ROWS, costs.seconds, costs.longest_s, tick=1)
 
     def _tick(self, requests: list[Request]) -> None:
         images = [(one, k) for one in requests for k, left in enumerate(one.left) if left]
@@ -180,7 +180,7 @@ def first_come(device: Device, candidates: list[Candidate]) -> list[int]:
     here = [i for i, one in enumerate(candidates) if one.lane == lane]
     wide = [candidates[i].rows for i in here]
     load = Load(lane, sum(wide), max(wide), live=False)
-    rows = rows_of_tick(load, MOST, device.curves[lane], LONGEST_TICK_S, tick=1)
+    rows = rows_of_tick(load, MAX_ROWS, device.curves[lane], MAX_TICK_S, tick=1)
     return fill(candidates, here, rows)
 
 

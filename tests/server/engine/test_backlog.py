@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from server.engine.backlog import LARGEST_PART, LATITUDE, Amounts, Backlog, Bounds, Holding
+from server.engine.backlog import LATITUDE, MAX_FRACTION, Amounts, Backlog, Bounds, Holding
 from server.engine.client import ANYONE, Client
 from server.engine.footprint import Kind
 from server.errors import InvalidRequest, Overloaded
@@ -109,7 +109,7 @@ def test_a_client_with_nothing_waiting_is_admitted_though_others_fill_the_queue(
 def test_a_request_larger_than_the_queue_is_possible_and_shuts_nobody_out():
     queue = backlog()
     admit(queue, ANYONE, rows=5000, kind=LARGE)
-    assert queue.by_client()[ANYONE].seconds == LARGEST_PART * 100
+    assert queue.by_client()[ANYONE].seconds == MAX_FRACTION * 100
     assert fill(queue, ANYONE) == 50
 
 

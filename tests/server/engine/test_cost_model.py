@@ -13,14 +13,14 @@ import torch
 from server.engine.cost_model import (
     AGREEING,
     FIRST_TICKS,
-    MOST_ROWS,
+    MAX_ROWS,
     NODES,
     SHAPES_KEPT,
     CostModel,
     TickCost,
     measured,
 )
-from server.engine.scheduler import LONGEST_TICK_S, Load, rows_of_tick
+from server.engine.scheduler import MAX_TICK_S, Load, rows_of_tick
 from server.engine.warmup import time_forwards
 from server.errors import Overloaded
 from tests.covering import EVERY_CELL
@@ -96,7 +96,7 @@ def long_queue(rows: int = 400) -> Load:
 @cache
 def share_of_best(curve, rows: int) -> float:
     """Throughput as a fraction of the best that ticks within the bound allow."""
-    allowed = [n for n in range(1, MOST_ROWS + 1) if curve(n) <= LONGEST_TICK_S]
+    allowed = [n for n in range(1, MAX_ROWS + 1) if curve(n) <= MAX_TICK_S]
     return (rows / curve(rows)) / max(n / curve(n) for n in allowed)
 
 
@@ -104,7 +104,7 @@ def throughput(curve, cost: TickCost, machine: Noisy, ticks: int, since: int = 0
     """Throughput of a long queue, as a fraction of the best possible on a quiet machine."""
     shares: list[float] = []
     for tick in range(ticks):
-        rows = rows_of_tick(long_queue(), MOST_ROWS, cost.seconds, LONGEST_TICK_S, tick)
+        rows = rows_of_tick(long_queue(), MAX_ROWS, cost.seconds, MAX_TICK_S, tick)
         cost.observe(rows, machine(rows))
         if tick >= since:
             shares.append(share_of_best(curve, rows))
@@ -116,7 +116,7 @@ def test_cold_starts_on_a_busy_machine_are_within_a_tenth_of_the_best_throughput
     reached: list[float] = []
     for seed in range(100 if EVERY_CELL else 20):
         machine = Noisy(curve, seed)
-        cost = TickCost(measured(machine, MOST_ROWS))
+        cost = TickCost(measured(machine, MAX_ROWS))
         reached.append(throughput(curve, cost, machine, ticks=150))
     assert sum(share < 0.9 for share in reached) <= 1, sorted(reached)[:5]
 
@@ -149,7 +149,7 @@ def test_sizes_that_do_not_fit_in_memory_are_left_out():
             raise MemoryError
         return 0.001 * rows
 
-    assert list(measured(time_of, MOST_ROWS)) == [1, 4, 16]
+    assert list(measured(time_of, MAX_ROWS)) == [1, 4, 16]
 
 
 def test_a_real_model_is_measured_up_to_the_bound_and_within_its_memory(model):
@@ -276,7 +276,7 @@ def test_requests_of_ever_new_shapes_leave_no_more_than_the_last_ones_behind():
     assert costs.of("model", (4, 64, 64)) is first
 
 
-def rows(waiting: int, curve=h100, *, widest=1, most=MOST_ROWS, longest_s=LONGEST_TICK_S) -> int:
+def rows(waiting: int, curve=h100, *, widest=1, most=MAX_ROWS, longest_s=MAX_TICK_S) -> int:
     load = Load(lane=0, rows=waiting, widest=widest, live=False)
     return rows_of_tick(load, most, curve, longest_s, tick=1)
 
@@ -293,7 +293,7 @@ def test_a_short_queue_runs_one_by_one_where_together_is_no_faster():
 def test_a_long_queue_has_the_best_throughput_and_no_more_rows_than_that_takes():
     chosen = rows(400)
     assert share_of_best(h100, chosen) >= 0.98
-    assert chosen < MOST_ROWS
+    assert chosen < MAX_ROWS
 
 
 @pytest.mark.parametrize("waiting", [17, 20, 34, 40, 46])

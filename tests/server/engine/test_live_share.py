@@ -17,7 +17,7 @@ from server.engine.fair_tick import fair_tick
 from server.engine.live_share import ORDINARY_SHARE, Shares, share_tick
 from server.engine.scheduler import Candidate, LaneCosts, Load, Priority, rows_of_tick
 
-MOST = 128
+MAX_ROWS = 128
 LIVE_TICK_S = 0.1
 
 
@@ -36,7 +36,7 @@ Curve = Callable[[int], float]
 
 
 def rows_of(load: Load, curve: Curve) -> int:
-    return rows_of_tick(load, MOST, curve, LIVE_TICK_S, tick=1)
+    return rows_of_tick(load, MAX_ROWS, curve, LIVE_TICK_S, tick=1)
 
 
 @dataclass
@@ -106,7 +106,9 @@ class Simulation:
         candidates = [self._candidate(image) for image in images]
         ordinary = {candidate.flow for candidate in candidates if candidate.stream is None}
         self.turns.wait(ordinary, self.now)
-        lanes = {lane: LaneCosts(MOST, curve, LIVE_TICK_S) for lane, curve in self.curves.items()}
+        lanes = {
+            lane: LaneCosts(MAX_ROWS, curve, LIVE_TICK_S) for lane, curve in self.curves.items()
+        }
 
         def rows_for(load: Load) -> int:
             return rows_of(load, self.curves[load.lane])

@@ -20,7 +20,7 @@ from tests.server.engine.simulated_device import Device, Sender, fairly, jain
 SOMEBODY = Client("somebody")
 SMALL, LARGE, OTHER_MODEL = 0, 1, 2
 AREAS = {SMALL: 16, LARGE: 24, OTHER_MODEL: 16}
-MOST = 16
+MAX_ROWS = 16
 
 Curve = Callable[[int], float]
 
@@ -52,7 +52,7 @@ def lanes_of(curve: Curve, longest_s: float = 100.0, mixing: float = 1.0) -> dic
         return lambda rows: curve(rows) * area / AREAS[SMALL]
 
     return {
-        lane: LaneCosts(MOST, of(area), longest_s, area, lane == OTHER_MODEL, mixing)
+        lane: LaneCosts(MAX_ROWS, of(area), longest_s, area, lane == OTHER_MODEL, mixing)
         for lane, area in AREAS.items()
     }
 
@@ -87,7 +87,7 @@ def test_as_many_join_as_save_most() -> None:
 
 
 def test_no_more_join_than_a_forward_may_have_or_may_take() -> None:
-    assert join(10, 10, launches, lead=SMALL) == MOST - 10
+    assert join(10, 10, launches, lead=SMALL) == MAX_ROWS - 10
     assert join(2, 8, until_full, lead=LARGE, longest_s=1.0) == 0
     assert join(2, 8, until_full, lead=LARGE, longest_s=1.5) == 6
 

@@ -8,7 +8,7 @@ import torch
 
 from server.engine.state.sequence import Sequence
 from server.engine.state.submission import Submission
-from server.engine.tick.pictures import ENCODED_AT_ONCE, LEAST_PIXELS, PicturesOfATick
+from server.engine.tick.pictures import ENCODED_AT_ONCE, MIN_PIXELS, PicturesOfATick
 from server.models.controls.control import Control, ControlUse
 from server.models.image_prompts.image_prompt import UNLOADED, ImagePromptUse
 from tests.server.engine.conftest import SIDE
@@ -105,4 +105,4 @@ def test_a_tick_waits_for_one_large_picture_at_most(task, listen):
     prompted = of(Submission(1), None, 64, image_prompts=(beside,))
     assert not before.take(prompted, due=True), "there is a picture beside its prompt"
     assert not PicturesOfATick().take(first, due=False)
-    assert before.parts([first, text]) == {first: 1024 * 1024, text: LEAST_PIXELS}
+    assert before.parts([first, text]) == {first: 1024 * 1024, text: MIN_PIXELS}

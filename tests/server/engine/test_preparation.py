@@ -31,13 +31,13 @@ from tests.server.by_hand import task
 from tests.server.toy_model import FACTS, SIDE, Toy, run, started
 
 SHAPE = (4, 4, 4)
-MOST = 40
+MAX_ROWS = 40
 
 
 class Busy(Toy):
     """A toy with room for some rows, which counts the rows tried and the pictures it gets."""
 
-    def __init__(self, room: int = MOST, **facts: object) -> None:
+    def __init__(self, room: int = MAX_ROWS, **facts: object) -> None:
         super().__init__(**facts)
         self.room = room
         self.tried: list[int] = []
@@ -61,7 +61,7 @@ def begin(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Engine]]:
     engines: list[Engine] = []
 
     def make(model: Toy, **options: bool) -> Engine:
-        engines.append(started(model, MOST, prepares=True, **options))
+        engines.append(started(model, MAX_ROWS, prepares=True, **options))
         return engines[-1]
 
     yield make
@@ -85,8 +85,8 @@ def test_small_sizes_have_run_when_the_server_is_ready_and_all_of_them_soon_afte
     begin(model)
     assert {size for size in ROW_SIZES if size <= AT_START} <= sizes_of(model)
     assert model.pictures[-8:] == [1, 1, 2, 2, 3, 3, 4, 4]
-    wait_for(model, MOST)
-    assert sorted(set(model.tried)) == [size for size in ROW_SIZES if size <= MOST]
+    wait_for(model, MAX_ROWS)
+    assert sorted(set(model.tried)) == [size for size in ROW_SIZES if size <= MAX_ROWS]
 
 
 def test_an_engine_is_settled_when_nothing_is_left_to_prepare_and_nothing_waits(begin):
@@ -110,7 +110,7 @@ def test_an_engine_is_settled_when_nothing_is_left_to_prepare_and_nothing_waits(
     model = Asking()
     engine = begin(model)
     wait_until_settled()
-    assert set(model.tried) == {size for size in ROW_SIZES if size <= MOST}
+    assert set(model.tried) == {size for size in ROW_SIZES if size <= MAX_ROWS}
     model.engine = engine
     run(engine, [task()])
     assert set(model.heard) == {False}
@@ -119,12 +119,12 @@ def test_an_engine_is_settled_when_nothing_is_left_to_prepare_and_nothing_waits(
 
 def test_images_are_the_same_and_no_tick_is_the_first_of_its_size(begin):
     tasks = [task(seed=seed, steps=3 + seed) for seed in range(9)]
-    plain = started(Toy(), MOST)
+    plain = started(Toy(), MAX_ROWS)
     expected = run(plain, tasks).results
     plain.stop(0)
     model = Busy()
     engine = begin(model)
-    wait_for(model, MOST)
+    wait_for(model, MAX_ROWS)
     before = len(model.seen)
     results = run(engine, tasks).results
     for i in range(len(tasks)):
@@ -188,7 +188,7 @@ def test_what_has_no_room_is_tried_once_and_the_server_goes_on(begin):
 def test_no_image_fails_for_rows_that_only_fill_up(begin):
     model = Busy()
     engine = begin(model)
-    wait_for(model, MOST)
+    wait_for(model, MAX_ROWS)
     # Since then others have taken the memory.
     model.room = 5
     before = len(model.tried)
@@ -205,7 +205,7 @@ def test_where_a_rehearsal_cannot_even_begin_its_size_is_given_up():
             raise torch.OutOfMemoryError("no room")
 
     preparation, failed = Preparation(), 0
-    shape = preparation.forwards(Speechless(), SHAPE, TickCost({1: 0.01}), MOST)
+    shape = preparation.forwards(Speechless(), SHAPE, TickCost({1: 0.01}), MAX_ROWS)
     while piece := preparation.next():
         with pytest.raises(torch.OutOfMemoryError):
             piece()
@@ -218,7 +218,7 @@ def test_deterministic_engines_keep_to_their_one_size(begin):
     model = Busy()
     engine = begin(model, deterministic=True)
     run(engine, [task()])
-    assert sizes_of(model) == {MOST}
+    assert sizes_of(model) == {MAX_ROWS}
 
 
 def test_no_other_rows_are_prepared_than_a_deterministic_engines_forwards_have(monkeypatch):
@@ -255,21 +255,21 @@ def test_rows_of_a_fixed_forward_are_changed_by_products_of_all_rows(monkeypatch
 
 def test_a_tick_is_planned_by_the_size_that_it_is_filled_up_to():
     """18 rows would run as 20, so two ticks of 9 are faster."""
-    selection = Selection(EngineMeasurements(row_budget=MOST), live_tick_s=0.1)
+    selection = Selection(EngineMeasurements(row_budget=MAX_ROWS), live_tick_s=0.1)
     cost = TickCost({1: 0.02, 128: 1.29})
-    forwards = Forwards(Toy(), SHAPE, cost, MOST)
+    forwards = Forwards(Toy(), SHAPE, cost, MAX_ROWS)
     for size in (1, 9, 20):
         forwards.sizes.note(size, size, cost.seconds)
-    lane = Lane(Toy(), SHAPE, cost, MOST, forwards)
+    lane = Lane(Toy(), SHAPE, cost, MAX_ROWS, forwards)
     assert selection.rows_of_tick(Load(lane=0, rows=18, widest=1, live=False), lane) == 9
 
 
 def test_other_latent_shapes_are_prepared_smallest_forwards_first_as_long_as_they_are_short():
     model, preparation = Busy(), Preparation()
-    default = preparation.add(model, SHAPE, TickCost({1: 0.01}), MOST)
+    default = preparation.add(model, SHAPE, TickCost({1: 0.01}), MAX_ROWS)
     for size in ROW_SIZES:
         default.sizes.note(size, size, lambda _: 0.01)
-    large = preparation.forwards(model, (4, 8, 8), TickCost({1: 0.3}), MOST)
+    large = preparation.forwards(model, (4, 8, 8), TickCost({1: 0.3}), MAX_ROWS)
     while piece := preparation.next():
         piece()
     assert large.sizes.known == (1, 2, 3)
@@ -278,13 +278,13 @@ def test_other_latent_shapes_are_prepared_smallest_forwards_first_as_long_as_the
 
 def test_shapes_of_ever_new_requests_leave_nothing_behind_but_the_default_one_stays():
     model, preparation = Busy(), Preparation()
-    default = preparation.add(model, SHAPE, TickCost({1: 0.01}), MOST)
+    default = preparation.add(model, SHAPE, TickCost({1: 0.01}), MAX_ROWS)
     made = [
-        preparation.forwards(model, (4, side, 8), TickCost({1: 0.01}), MOST)
+        preparation.forwards(model, (4, side, 8), TickCost({1: 0.01}), MAX_ROWS)
         for side in range(8, 12 + SHAPES_KEPT)
     ]
-    assert preparation.forwards(model, SHAPE, TickCost({1: 0.01}), MOST) is default
+    assert preparation.forwards(model, SHAPE, TickCost({1: 0.01}), MAX_ROWS) is default
     assert preparation.forwards(model, (4, 11 + SHAPES_KEPT, 8), TickCost({1: 1}), 4) is made[-1]
-    assert preparation.forwards(model, (4, 8, 8), TickCost({1: 0.01}), MOST) is not made[0]
+    assert preparation.forwards(model, (4, 8, 8), TickCost({1: 0.01}), MAX_ROWS) is not made[0]
     preparation.forget(FACTS.name)
     assert preparation.next() is None

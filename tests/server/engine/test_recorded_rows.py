@@ -258,7 +258,7 @@ def test_a_recording_goes_with_stacks_that_had_no_room(model: HostedModel) -> No
 def test_of_too_many_recordings_the_one_that_ran_least_lately_goes(
     model: HostedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(graphs_module, "MOST_GRAPHS", 2)
+    monkeypatch.setattr(graphs_module, "MAX_GRAPHS", 2)
     tape = OperationTape()
     graphs, one, other = Graphs(model, tape), *(RowAdapters(((ink(model, n),),)) for n in (2, 3))
     recorded(graphs, given(model, 1, 0))

@@ -17,13 +17,13 @@ from server.requests.upload import Upload
 from tests.server.decoding.files import saved
 from tests.server.http.small_server import SmallServer, answer_of, send, small_server
 
-MOST = 4
+MAX_PENDING = 4
 MIB = 2**20
 
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[SmallServer]:
-    with small_server(max_pending=MOST, limits={"images": MOST}, body_s=2) as made:
+    with small_server(max_pending=MAX_PENDING, limits={"images": MAX_PENDING}, body_s=2) as made:
         yield made
 
 
@@ -116,7 +116,7 @@ def test_an_upload_is_handed_out_once_and_says_when_it_is_gone() -> None:
 
 
 def test_a_large_body_is_refused_unread_while_the_queue_is_full(server: SmallServer) -> None:
-    with server.engine.reserve(MOST), server.connect() as client:
+    with server.engine.reserve(MAX_PENDING), server.connect() as client:
         client.sendall(server.head("POST", 30 * MIB))
         status, answer = answer_of(client)
     assert status == 429
@@ -125,7 +125,7 @@ def test_a_large_body_is_refused_unread_while_the_queue_is_full(server: SmallSer
 
 def test_a_body_of_unknown_length_is_refused_when_it_turns_out_large(server: SmallServer) -> None:
     head = server.head("POST", 0).replace(b"content-length: 0", b"transfer-encoding: chunked")
-    with server.engine.reserve(MOST), server.connect() as client:
+    with server.engine.reserve(MAX_PENDING), server.connect() as client:
         client.sendall(head + b"%x\r\n" % (128 * 2**10) + b"x" * (128 * 2**10))
         assert answer_of(client)[0] == 429
 

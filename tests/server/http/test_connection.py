@@ -13,7 +13,7 @@ from fastapi import Response
 
 from tests.server.http.small_server import SmallServer, answer_of, small_server
 
-MOST = 8
+MAX_CONNECTIONS = 8
 SOON_S = 0.5
 
 
@@ -23,7 +23,7 @@ LARGE = bytes(16 * 2**20)
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[SmallServer]:
-    with small_server(headers_s=SOON_S, write_s=SOON_S, max_connections=MOST) as made:
+    with small_server(headers_s=SOON_S, write_s=SOON_S, max_connections=MAX_CONNECTIONS) as made:
         made.app.add_api_route("/large", lambda: Response(LARGE))
         yield made
 
@@ -197,8 +197,8 @@ def test_when_there_are_many_connections_the_one_that_waited_longest_makes_way(
     server: SmallServer,
 ) -> None:
     with ExitStack() as stack:
-        idle = [stack.enter_context(server.connect()) for _ in range(3 * MOST)]
-        server.wait(lambda: open_connections(server) == MOST)
+        idle = [stack.enter_context(server.connect()) for _ in range(3 * MAX_CONNECTIONS)]
+        server.wait(lambda: open_connections(server) == MAX_CONNECTIONS)
         assert alive(server)
         assert closed_after(idle[0]) < SOON_S / 2
 

@@ -16,7 +16,7 @@ from tests.server.http.browser import Tab, new_tab
 from tests.server.models.image_prompts.tiny_image_prompts import put_adapter, put_encoder
 
 KEY = "a-key-of-the-test-suite-of-the-page"
-LEAST_DIFFERENCE = 4
+MIN_DIFFERENCE = 4
 """Least mean difference of the bytes of two pictures at which they count as different."""
 
 WATCHED = """
@@ -67,7 +67,7 @@ const other = async (before) => {
   await until(async () => distance(after = await pixels(), before) > LEAST);
   return after;
 };
-""".replace("LEAST", str(LEAST_DIFFERENCE))
+""".replace("LEAST", str(MIN_DIFFERENCE))
 LIVE = """
 await loaded();
 form.steps.value = 2;
@@ -209,7 +209,7 @@ def test_an_image_prompt_changes_the_picture_until_it_is_removed(style: str, tab
         return [distance(drawn, first), distance(again, first), sentences];
         """.replace("STYLE", style)
     )
-    assert with_it > LEAST_DIFFERENCE
+    assert with_it > MIN_DIFFERENCE
     assert without == 0
     assert sentences == [False, ""]
 

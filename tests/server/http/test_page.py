@@ -19,10 +19,10 @@ from guidance.embedded import Embedded
 from samplers import LCM, LCMSpacing
 from server.http.documents import WEB
 from server.models.defaults import ModelDefaults
-from server.requests.adapters import MOST as MOST_ADAPTERS
+from server.requests.adapters import MAX_ADAPTERS
 from server.requests.catalog import Catalog, catalog, defaults_of
-from server.requests.controls import MOST as MOST_CONTROLS
-from server.requests.image_prompts import MOST as MOST_IMAGE_PROMPTS
+from server.requests.controls import MAX_CONTROLS
+from server.requests.image_prompts import MAX_IMAGE_PROMPTS
 from server.requests.schema import GenerateRequest, guidance_of
 from tests.server.conftest import Running
 from tests.server.http.browser import Tab, new_tab
@@ -617,9 +617,9 @@ def test_what_some_models_have_is_asked_for_and_comes_back_with_the_settings(
         """
     )
     assert hidden == [False] * 4
-    assert most == [MOST_IMAGE_PROMPTS, MOST_CONTROLS, 1, MOST_ADAPTERS]
+    assert most == [MAX_IMAGE_PROMPTS, MAX_CONTROLS, 1, MAX_ADAPTERS]
     # A new one differs from those already there, while another is left.
-    assert names == ["pastel", "ink", *["pastel"] * (MOST_ADAPTERS - 2)]
+    assert names == ["pastel", "ink", *["pastel"] * (MAX_ADAPTERS - 2)]
     first, again, square, several = map(json.loads, sent)
     GenerateRequest.model_validate(first)
     shown = {"scale": 0.5, "start": 0.1, "end": 0.7}

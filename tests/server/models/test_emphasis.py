@@ -16,7 +16,7 @@ from server.engine.engine import Engine
 from server.engine.task import ImageTask
 from server.errors import InvalidRequest
 from server.models.emphasis import (
-    MOST_CHUNKS,
+    MAX_CHUNKS,
     Chunk,
     EmphasizedPrompt,
     Segment,
@@ -289,4 +289,4 @@ def test_images_of_texts_of_different_lengths_run_at_once(
 
 def test_a_prompt_of_too_many_chunks_is_refused(model: HostedModel) -> None:
     with pytest.raises(InvalidRequest, match=r"^prompt has .* tokens; .* at most"):
-        asked(model, prompt="a BREAK " * MOST_CHUNKS + "b", prompt_syntax="automatic1111")
+        asked(model, prompt="a BREAK " * MAX_CHUNKS + "b", prompt_syntax="automatic1111")

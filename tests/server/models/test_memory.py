@@ -10,7 +10,7 @@ from server.models import memory
 from server.models.memory import HOST, measure, reclaim
 from server.models.own_memory import give_own_memory
 
-MOST, USED = 2**20, 2**19
+LIMIT, USED = 2**20, 2**19
 
 
 @pytest.mark.parametrize(
@@ -40,12 +40,12 @@ def test_there_is_what_is_below_the_limit_and_what_the_kernel_keeps_of_files(
 ) -> None:
     files = [tmp_path / folder / name for name in names]
     files[0].parent.mkdir(parents=True, exist_ok=True)
-    for file, content in zip(files, (f"{MOST}\n", f"{USED}\n", statistics), strict=True):
+    for file, content in zip(files, (f"{LIMIT}\n", f"{USED}\n", statistics), strict=True):
         file.write_text(content)
     (tmp_path / "own").write_text(group)
     monkeypatch.setattr(memory, "GROUPS", str(tmp_path))
     monkeypatch.setattr(memory, "OWN_GROUP", str(tmp_path / "own"))
-    assert measure(torch.device("cpu")) == (MOST - USED + kept, MOST)
+    assert measure(torch.device("cpu")) == (LIMIT - USED + kept, LIMIT)
     files[0].write_text("max\n")
     assert measure(torch.device("cpu")).most == psutil.virtual_memory().total
 

@@ -21,7 +21,7 @@ from server.models.weight_files import bytes_in_memory
 from server.models.weights_held import bytes_of
 
 KINDS: tuple[Quantization, ...] = ("int8", "fp8", "nf4")
-LARGEST_ERROR = {"int8": 0.02, "fp8": 0.06, "nf4": 0.25}
+MAX_ERROR = {"int8": 0.02, "fp8": 0.06, "nf4": 0.25}
 """Largest error of a prediction, relative to its norm."""
 
 
@@ -71,7 +71,7 @@ def test_predictions_stay_close_and_weights_take_the_bytes_that_were_foretold(
     kind = model.placement.quantization
     expected, made = predicted(plain), predicted(model)
     error = float((made - expected).norm() / expected.norm())
-    assert 0 < error < LARGEST_ERROR[kind]
+    assert 0 < error < MAX_ERROR[kind]
     foretold = bytes_in_memory(MODEL_FOLDER, torch.float32, model.placement)
     assert foretold == pytest.approx(bytes_of(model), rel=0.01)
     assert bytes_of(model) < 0.75 * bytes_of(plain)

@@ -45,7 +45,7 @@ def test_a_picture_over_the_bound_is_decoded_and_encoded_in_tiles(
     assert torch.equal(whole, network.decode(scaled).sample)
     assert sides == [SIDE, SIDE]
     sides.clear()
-    monkeypatch.setattr(tiling, "LARGEST_WHOLE", SIDE**2 - 1)
+    monkeypatch.setattr(tiling, "MAX_UNTILED_PIXELS", SIDE**2 - 1)
     tiled = autoencoder.decode(latents)
     assert max(sides) == network.tile_sample_min_size == 64
     assert torch.equal(tiled, network.tiled_decode(scaled).sample)

@@ -303,7 +303,7 @@ def test_a_large_picture_passes_it_whole(monkeypatch: pytest.MonkeyPatch) -> Non
     network = tiny(latent_channels=16)
     autoencoder = Autoencoder(network, torch.device("cpu"))
     pixels = torch.rand(1, 3, SIDE, SIDE) * 2 - 1
-    monkeypatch.setattr(tiling, "LARGEST_WHOLE", SIDE**2 - 1)
+    monkeypatch.setattr(tiling, "MAX_UNTILED_PIXELS", SIDE**2 - 1)
     latents = autoencoder.encode(pixels)
     torch.testing.assert_close(latents, network.encode(pixels).latents)
     torch.testing.assert_close(autoencoder.decode(latents), network.decode(latents).sample)

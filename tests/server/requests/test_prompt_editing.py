@@ -8,7 +8,7 @@ import pytest
 
 from server.engine.task import ImageTask
 from server.errors import InvalidRequest
-from server.models.prompt_editing import MOST_TEXTS, EditedPrompt, Timeline
+from server.models.prompt_editing import MAX_TEXTS, EditedPrompt, Timeline
 from server.requests.prompt_editing import timelines_of
 from server.requests.resolve import Prepared, resolve
 from server.requests.schema import GenerateRequest, ResolvedRequest
@@ -81,7 +81,7 @@ def test_every_prompt_of_a_request_may_change() -> None:
         (
             {"prompt": "[" + "|".join(map(str, range(9))) + "][a|b|c|d|e|f|g|h]", "steps": 200},
             "prompt",
-            f"at most {MOST_TEXTS} different texts",
+            f"at most {MAX_TEXTS} different texts",
         ),
         ({"prompt": "[a:" + "b " * 200 + ":.5]"}, "prompt", "has 200 tokens"),
         (

@@ -24,19 +24,19 @@ from server.settings import Limits
 from tests.server.decoding.files import repeated_scans, saved
 from tests.server.toy_model import Toy, started
 
-MOST = 4
+MAX_PENDING = 4
 
 
 @pytest.fixture
 def engine() -> Iterator[Engine]:
-    made = started(Toy(), 8, max_pending=MOST)
+    made = started(Toy(), 8, max_pending=MAX_PENDING)
     yield made
     made.stop(0)
 
 
 @pytest.fixture
 def service(engine: Engine) -> Iterator[Service]:
-    made = Service(Limits(steps=50, images=MOST))
+    made = Service(Limits(steps=50, images=MAX_PENDING))
     made.open(engine, {"toy": Toy()})
     yield made
     made.close()
@@ -84,7 +84,7 @@ def test_a_request_that_finds_the_queue_full_costs_nothing(
     service: Service, engine: Engine, done: list[str]
 ) -> None:
     upload = {"image": picture(1024), "mask": picture(1024), "width": 32, "height": 32}
-    with engine.reserve(MOST), pytest.raises(Overloaded):
+    with engine.reserve(MAX_PENDING), pytest.raises(Overloaded):
         make(service, **upload)
     assert done == []
     assert len(make(service, **upload).pictures) == 1
@@ -107,8 +107,8 @@ def test_an_image_that_gives_its_size_is_decoded_first(service: Service, done: l
 def test_too_many_images_are_refused_for_good_and_not_until_there_is_room(
     service: Service, engine: Engine
 ) -> None:
-    with engine.reserve(MOST), pytest.raises(InvalidRequest) as caught:
-        make(service, n=MOST + 1)
+    with engine.reserve(MAX_PENDING), pytest.raises(InvalidRequest) as caught:
+        make(service, n=MAX_PENDING + 1)
     assert caught.value.field == "n"
 
 
@@ -128,21 +128,21 @@ def test_a_refused_request_gives_its_room_back(
     service: Service, engine: Engine, fields: dict[str, Any]
 ) -> None:
     with pytest.raises(InvalidRequest):
-        make(service, n=MOST, **fields)
+        make(service, n=MAX_PENDING, **fields)
     assert engine.measurements.pending == 0
-    assert len(make(service, n=MOST).pictures) == MOST
+    assert len(make(service, n=MAX_PENDING).pictures) == MAX_PENDING
 
 
 def test_a_client_that_leaves_during_decoding_gives_its_room_back(
     service: Service, engine: Engine
 ) -> None:
     slow = base64.b64encode(repeated_scans(2048, 2048, 20)).decode()
-    request = GenerateRequest.model_validate({"prompt": "x", "n": MOST, "image": slow})
+    request = GenerateRequest.model_validate({"prompt": "x", "n": MAX_PENDING, "image": slow})
 
     async def leave() -> None:
         admitting = asyncio.ensure_future(service.admit(request, "one"))
         await asyncio.sleep(0.01)
-        assert engine.measurements.pending == MOST
+        assert engine.measurements.pending == MAX_PENDING
         admitting.cancel()
         await asyncio.wait([admitting])
 
@@ -165,14 +165,14 @@ def test_slow_uploads_do_not_delay_what_needs_no_upload(engine: Engine) -> None:
             service.release(generation)
 
     async def run() -> int:
-        uploads = [asyncio.ensure_future(post(f"{k}", image=slow)) for k in range(MOST - 1)]
+        uploads = [asyncio.ensure_future(post(f"{k}", image=slow)) for k in range(MAX_PENDING - 1)]
         await asyncio.sleep(0)
         await post("plain")
         left = sum(not upload.done() for upload in uploads)
         await asyncio.gather(*uploads)
         return left
 
-    assert asyncio.run(run()) == MOST - 1
+    assert asyncio.run(run()) == MAX_PENDING - 1
     service.close()
 
 
@@ -182,7 +182,7 @@ def test_both_runs_of_a_request_are_admitted_at_once_and_nothing_of_them_is_left
     """Between the two runs, another client cannot take the room that the second run needs."""
 
     async def run() -> Pictures:
-        fields = {"prompt": "x", "steps": 50, "n": MOST // 2, "hires": {"strength": 1}}
+        fields = {"prompt": "x", "steps": 50, "n": MAX_PENDING // 2, "hires": {"strength": 1}}
         generation = await service.admit(GenerateRequest.model_validate(fields), "one")
         try:
             with pytest.raises(Overloaded):
@@ -193,11 +193,11 @@ def test_both_runs_of_a_request_are_admitted_at_once_and_nothing_of_them_is_left
         return made
 
     made = asyncio.run(run())
-    assert made.spent == 2 * 50 * 2 * (MOST // 2)
-    engine.reserve(MOST).release()
+    assert made.spent == 2 * 50 * 2 * (MAX_PENDING // 2)
+    engine.reserve(MAX_PENDING).release()
     with pytest.raises(InvalidRequest, match="drawn twice, so at most 2 are allowed"):
-        make(service, n=MOST // 2 + 1, hires={})
-    engine.reserve(MOST).release()
+        make(service, n=MAX_PENDING // 2 + 1, hires={})
+    engine.reserve(MAX_PENDING).release()
 
 
 @pytest.mark.parametrize("stage", [1, 3], ids=["first run", "second run"])
@@ -213,9 +213,9 @@ def test_a_request_of_two_runs_gives_all_its_room_back_if_one_of_them_fails(
 
     monkeypatch.setattr("server.engine.stages.run_stage", breaking)
     with pytest.raises(RowFailed):
-        make(service, n=MOST // 2, hires={"strength": 1})
+        make(service, n=MAX_PENDING // 2, hires={"strength": 1})
     ends = monotonic() + 60
     while engine.measurements.pending and monotonic() < ends:
         sleep(0.01)
     assert engine.waiting() == {}
-    engine.reserve(MOST).release()
+    engine.reserve(MAX_PENDING).release()

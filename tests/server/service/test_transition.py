@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from server.models.blend import Blend
-from server.service.transition import MOST_NESTED, Transition
+from server.service.transition import MAX_NESTING, Transition
 
 
 def told(transition: Transition, frames: int) -> list[str | Blend]:
@@ -54,7 +54,7 @@ def test_endless_changes_of_mind_do_not_nest_without_end() -> None:
         change = change.to(str(k), 10, "linear")
         deepest = max(deepest, depth(change.told))
         change = change.onward()
-    assert deepest == MOST_NESTED + 1
+    assert deepest == MAX_NESTING + 1
 
 
 def test_two_changes_of_mind_for_each_frame_do_not_nest_without_end_either() -> None:
@@ -64,10 +64,10 @@ def test_two_changes_of_mind_for_each_frame_do_not_nest_without_end_either() -> 
         change = change.to(str(k), 10, "linear").to(str(k + 1), 10, "linear")
         deepest = max(deepest, depth(change.told))
         change = change.onward()
-    assert deepest == MOST_NESTED + 1
+    assert deepest == MAX_NESTING + 1
 
 
 def test_a_change_that_is_complete_counts_no_more() -> None:
-    change = Transition("a", "z", 1, done=1, nested=MOST_NESTED).to("b", 4, "linear").onward()
+    change = Transition("a", "z", 1, done=1, nested=MAX_NESTING).to("b", 4, "linear").onward()
     last = Blend((("a", 0.75), ("b", 0.25)))
     assert change.to("c", 2, "linear").told == Blend(((last, 0.5), ("c", 0.5)))

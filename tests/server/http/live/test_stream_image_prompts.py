@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from server.http.live.stream import MOST_SETTINGS_CHARACTERS
+from server.http.live.stream import MAX_SETTINGS_CHARACTERS
 from tests.server.conftest import Running
 from tests.server.models.image_prompts.tiny_image_prompts import put_adapter, put_encoder
 from tests.server.stream_client import SMALL, StreamClient, file_of, opened, pixels_of
@@ -127,9 +127,9 @@ def test_a_message_may_be_long_by_its_pictures_alone(
     running: Running, speaker: StreamClient
 ) -> None:
     large = prompt(15, side=320)
-    assert len(large["image"]) > MOST_SETTINGS_CHARACTERS
+    assert len(large["image"]) > MAX_SETTINGS_CHARACTERS
     assert "settings" in speaker.settings(**SMALL, image_prompts=[large])
-    speaker.tell(json.dumps({"prompt": [0] * MOST_SETTINGS_CHARACTERS}))
+    speaker.tell(json.dumps({"prompt": [0] * MAX_SETTINGS_CHARACTERS}))
     assert "only pictures in base64 may make it longer" in speaker.heard()["error"]["message"]
     most = running.app.state.settings.streams.frame_bytes
     speaker.tell(json.dumps({"image_prompts": [prompt(16) | {"image": "A" * most}]}))

@@ -11,7 +11,7 @@ from typing import Any
 import httpx2
 import pytest
 
-from server.http.native.rows import MOST_WATCHERS
+from server.http.native.rows import MAX_WATCHERS
 from tests.server.conftest import Running
 from tests.server.http.small_server import small_server
 
@@ -67,7 +67,7 @@ def test_a_tick_says_whose_rows_it_has_and_nothing_of_prompts(
 def test_only_so_many_watch_and_a_stopping_server_lets_them_go() -> None:
     with small_server() as server, ExitStack() as seats:
         watch = server.engine.row_watch
-        for _ in range(MOST_WATCHERS - 1):
+        for _ in range(MAX_WATCHERS - 1):
             seats.enter_context(watch.watching())
         client = httpx2.Client(base_url=f"http://127.0.0.1:{server.port}", timeout=20)
         with client, client.stream("GET", "/v1/rows") as answer:
@@ -78,4 +78,4 @@ def test_only_so_many_watch_and_a_stopping_server_lets_them_go() -> None:
             assert "8 streams of rows" in refused.json()["error"]["message"]
             server.app.state.service.drain()
             assert list(chunks) == []
-        server.wait(lambda: watch.watchers == MOST_WATCHERS - 1)
+        server.wait(lambda: watch.watchers == MAX_WATCHERS - 1)

@@ -115,7 +115,7 @@ def test_what_cannot_be_compiled_runs_as_ever_and_says_why_once(
     unet: HostedModel, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = predicted(unet, 2)
-    monkeypatch.setattr(module, "MOST_SHAPES", 3)
+    monkeypatch.setattr(module, "MAX_SHAPES", 3)
     compiler = compiled(unet)
     # There is a limit, as clients may request many sizes.
     assert len(compiler.asked) == 3
@@ -160,7 +160,7 @@ def test_a_shape_that_is_no_longer_called_gives_its_place_to_another(
 ) -> None:
     compiler = compiled(unet)
     shapes = len(compiler.asked)
-    monkeypatch.setattr(module, "MOST_SHAPES", shapes)
+    monkeypatch.setattr(module, "MAX_SHAPES", shapes)
     compiler.work()
     assert unet.blocks is not None
     generation = unet.blocks.generation

@@ -17,7 +17,7 @@ from server.errors import InvalidRequest
 from server.models.conditioning import Conditioning
 from server.models.embeddings.embedding import Embedding
 from server.models.embeddings.shelf import EmbeddingShelf
-from server.models.emphasis import MOST_CHUNKS, EmphasizedPrompt
+from server.models.emphasis import MAX_CHUNKS, EmphasizedPrompt
 from server.models.hosted import HostedModel
 from server.models.loading import load_model
 from server.models.text_options import TextOptions
@@ -189,8 +189,8 @@ def test_vectors_count_towards_the_length_of_a_prompt(family: Family) -> None:
     with pytest.raises(InvalidRequest, match=rf"^prompt has .* tokens; .* at most {room}\."):
         asked(family.model, prompt=long)
     asked(family.model, prompt=long, prompt_syntax="automatic1111")
-    with pytest.raises(InvalidRequest, match=rf"at most {MOST_CHUNKS * room}\."):
-        asked(family.model, prompt=long * MOST_CHUNKS, prompt_syntax="automatic1111")
+    with pytest.raises(InvalidRequest, match=rf"at most {MAX_CHUNKS * room}\."):
+        asked(family.model, prompt=long * MAX_CHUNKS, prompt_syntax="automatic1111")
 
 
 def test_a_name_that_does_not_fit_is_plain_text_and_the_answer_says_so(family: Family) -> None:
