@@ -159,8 +159,8 @@ class Compared:
             if not self._allowance.allows(MIN_REMAINING_S, called):
                 return None
             last = name == [*self._pipelines][-1]
-            most_s = self._allowance.left_s * (1 if last else SHARE_OF_TIME)
-            until, pipeline = perf_counter() + most_s, self._pipelines[name]
+            max_s = self._allowance.left_s * (1 if last else SHARE_OF_TIME)
+            until, pipeline = perf_counter() + max_s, self._pipelines[name]
             if name not in self._warm:
                 pipeline.run(self._few, until)
                 self._warm.add(name)

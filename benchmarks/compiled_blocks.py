@@ -148,10 +148,10 @@ class Hurried:
 
 
 def _compile(
-    blocks: CompiledBlocks, forward: Callable[[], object], most_s: float, allowance: Allowance
+    blocks: CompiledBlocks, forward: Callable[[], object], max_s: float, allowance: Allowance
 ) -> None:
     """Run forward passes until compilation is requested, and wait for the programs."""
-    ends = perf_counter() + most_s
+    ends = perf_counter() + max_s
     for _ in range(OFTEN):
         forward()
     before = None

@@ -298,12 +298,12 @@ def main() -> int:
     began, failed = monotonic(), False
     unnamed = [name for name, part in PARTS.items() if not part.by_name]
     chosen = options.only or [(name, PARTS[name].seconds) for name in unnamed]
-    for name, most_s in chosen:
+    for name, max_s in chosen:
         record = options.folder / f"{name}.json"
         if record.exists() and json.loads(record.read_text())["code"] == 0:
             print(f"{name}: done before", flush=True)
             continue
-        left = min(most_s, options.seconds - (monotonic() - began))
+        left = min(max_s, options.seconds - (monotonic() - began))
         if left < 1:
             print(f"{name}: no time left", flush=True)
             failed = True

@@ -378,16 +378,16 @@ class Clock:
         self._total += perf_counter() - self._began
 
 
-def settle(engine: Engine, model: HostedModel, most_s: float, allowance: Allowance) -> None:
+def settle(engine: Engine, model: HostedModel, max_s: float, allowance: Allowance) -> None:
     """Let an idle engine prepare and record forward passes, and report how far it got.
 
     Args:
         engine: engine that has already run what will be measured.
         model: model that it serves.
-        most_s: maximum seconds to wait, within the remaining time.
+        max_s: maximum seconds to wait, within the remaining time.
         allowance: time limit of the benchmark.
     """
-    until = perf_counter() + min(most_s, SETTLING_SHARE * allowance.left_s)
+    until = perf_counter() + min(max_s, SETTLING_SHARE * allowance.left_s)
     while not engine.settled and perf_counter() < until:
         sleep(POLL_S)
     state = "settled" if engine.settled else "not settled, as time was short"

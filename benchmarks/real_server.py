@@ -106,13 +106,13 @@ class Served:
         body = {"prompt": "a red circle", "steps": 2, "seed": 1} | fields
         return self.ask("POST", "/v1/generate", json.dumps(body).encode())
 
-    def settle(self, most_s: float) -> None:
+    def settle(self, max_s: float) -> None:
         """Wait until the default model's forward passes are prepared and recorded, on a GPU.
 
         Args:
-            most_s: maximum seconds to wait.
+            max_s: maximum seconds to wait.
         """
-        until, before = monotonic() + most_s, None
+        until, before = monotonic() + max_s, None
         while monotonic() < until:
             models = json.loads(self.ask("GET", "/v1/models")[2])["data"]
             now = [(one["forward_rows"], one["recorded_rows"]) for one in models]

@@ -45,17 +45,17 @@ class Request:
         return self.sampler, self.guidance, self.steps
 
 
-def mixed(count: int, seed: int, most_steps: int, rate: float | None) -> list[Request]:
+def mixed(count: int, seed: int, max_steps: int, rate: float | None) -> list[Request]:
     """``count`` requests, uniformly distributed over samplers, kinds of guidance and step counts.
 
     Args:
         count: number of requests.
         seed: seed of the random choices.
-        most_steps: maximum step count; higher ones are left out.
+        max_steps: maximum step count; higher ones are left out.
         rate: mean arrivals per second of a Poisson process; None for all at once.
     """
     random = Random(seed)
-    steps = [n for n in STEPS if n <= most_steps] or [most_steps]
+    steps = [n for n in STEPS if n <= max_steps] or [max_steps]
     clock = 0.0
     requests: list[Request] = []
     for i in range(count):

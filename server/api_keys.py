@@ -130,8 +130,8 @@ def _read(number: int, key: Any, *, alone: bool) -> Any:
     client = Client(
         about.name or f"key-{number}",
         weight=about.weight,
-        most_images=about.images,
-        most_seconds=about.device_s,
+        max_images=about.images,
+        max_device_s=about.device_s,
         batch=about.priority == "batch",
     )
     unloads = alone if about.unload is None else about.unload

@@ -143,10 +143,10 @@ class HeadersTooLarge(InvalidRequest):
     status = 431
     code = "headers_too_large"
 
-    def __init__(self, most_bytes: int, most: int) -> None:
+    def __init__(self, max_bytes: int, max_count: int) -> None:
         super().__init__(
             None,
-            f"The headers are too large; at most {most} headers and {most_bytes} bytes of them "
+            f"The headers are too large; at most {max_count} headers and {max_bytes} bytes of them "
             "are allowed.",
         )
 
@@ -172,9 +172,9 @@ class TooLarge(InvalidRequest):
     code = "too_large"
 
     @classmethod
-    def body(cls, most: int) -> Self:
-        """The error for a body of more than `most` bytes."""
-        return cls(None, f"The body is too large; at most {most} bytes are allowed.")
+    def body(cls, max_bytes: int) -> Self:
+        """The error for a body of more than `max_bytes` bytes."""
+        return cls(None, f"The body is too large; at most {max_bytes} bytes are allowed.")
 
 
 class RequestTimeout(InvalidRequest):

@@ -19,13 +19,13 @@ class ByteBoundedLRU(Generic[Key, Value]):
     It is thread-safe; two threads that miss the same key at once both make its value.
 
     Args:
-        most_bytes: bound on the sum of all sizes. A value that is larger by itself is not cached,
+        max_bytes: bound on the sum of all sizes. A value that is larger by itself is not cached,
             and evicts nothing.
         size: function that returns the bytes of a value.
     """
 
-    def __init__(self, most_bytes: int, size: Callable[[Value], int]) -> None:
-        self._most_bytes = most_bytes
+    def __init__(self, max_bytes: int, size: Callable[[Value], int]) -> None:
+        self._max_bytes = max_bytes
         self._size = size
         self._values: OrderedDict[Key, Value] = OrderedDict()
         self._bytes = 0
@@ -48,18 +48,18 @@ class ByteBoundedLRU(Generic[Key, Value]):
         """Cache a value, unless the key has one already or the value is too large by itself."""
         size = self._size(value)
         with self._lock:
-            if key in self._values or size > self._most_bytes:
+            if key in self._values or size > self._max_bytes:
                 return
             self._values[key] = value
             self._bytes += size
-            while self._bytes > self._most_bytes:
+            while self._bytes > self._max_bytes:
                 _, gone = self._values.popitem(last=False)
                 self._bytes -= self._size(gone)
 
-    def shrink(self, most_bytes: int) -> None:
+    def shrink(self, max_bytes: int) -> None:
         """Evict the least recently used values until at most this many bytes are cached."""
         with self._lock:
-            while self._bytes > max(0, most_bytes):
+            while self._bytes > max(0, max_bytes):
                 _, gone = self._values.popitem(last=False)
                 self._bytes -= self._size(gone)
 

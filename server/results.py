@@ -73,14 +73,14 @@ class Results:
     Args:
         place: path, or URL for fsspec; None for a temporary folder that ends with the process.
         keep_s: seconds for which an image is kept.
-        most_bytes: maximum bytes of all images; beyond it, the oldest ones of the owner with the
+        max_bytes: maximum bytes of all images; beyond it, the oldest ones of the owner with the
             most are deleted.
     """
 
-    def __init__(self, place: str | None, keep_s: float, most_bytes: int) -> None:
+    def __init__(self, place: str | None, keep_s: float, max_bytes: int) -> None:
         self._place = place
         self._keep_s = keep_s
-        self._most_bytes = most_bytes
+        self._max_bytes = max_bytes
         self._opening = asyncio.Lock()
         self._blobs: Blobs | None = None
         # Oldest first.
@@ -133,11 +133,11 @@ class Results:
             NotReady: they cannot be stored.
         """
         needed = sum(map(len, files))
-        if needed > self._most_bytes:
+        if needed > self._max_bytes:
             raise InvalidRequest(
                 "response_format",
                 f"response_format is 'url', but the images have {needed} bytes and at most "
-                f"{self._most_bytes} are kept; ask for 'b64_json' or for fewer images.",
+                f"{self._max_bytes} are kept; ask for 'b64_json' or for fewer images.",
             )
         blobs = await self.open()
         expires_at = math.ceil(time.time() + self._keep_s)
@@ -194,7 +194,7 @@ class Results:
             held[one.owner] += one.nbytes
             stored[one.owner] += 1
         forgotten: list[str] = []
-        while held.total() > self._most_bytes:
+        while held.total() > self._max_bytes:
             greediest = max(+stored, key=held.__getitem__)
             oldest = next(one for one in self._kept.values() if one.owner == greediest)
             del self._kept[oldest.name]

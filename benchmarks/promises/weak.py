@@ -117,7 +117,7 @@ def _oldest_first(
         return []
     lane = candidates[0].lane
     here = [i for i, one in enumerate(candidates) if one.lane == lane]
-    return fill(candidates, here, lanes[lane].most)
+    return fill(candidates, here, lanes[lane].max_rows)
 
 
 def _end_all(_: Any, chosen: list[Any], __: int | None, error: Exception) -> Iterator[Failure]:

@@ -176,13 +176,13 @@ def _growth(samples: Sequence[Sample]) -> list[Figure]:
     def grew(
         name: str,
         values: Callable[[Sample], int],
-        most: int | float,
+        max_growth: int | float,
         unit: int = 1,
         of: Callable[[Iterable[int]], int] = min,
     ) -> Figure:
         first, last = (of(map(values, part)) for part in (before, after))
-        limit = f"+{most:.0%}" if isinstance(most, float) else f"+{most}"
-        bound = first * (1 + most) if isinstance(most, float) else first + most
+        limit = f"+{max_growth:.0%}" if isinstance(max_growth, float) else f"+{max_growth}"
+        bound = first * (1 + max_growth) if isinstance(max_growth, float) else first + max_growth
         return Figure(name, f"{first / unit:.0f}", f"{last / unit:.0f}", limit, last <= bound)
 
     # The minimum of memory and files, as the needs of current clients come and go. The maximum of

@@ -33,7 +33,7 @@ class PictureTarget:
             no side is given and the server's limit allows any; empty for any size.
         area: number of pixels for derived sides, however large the picture is; None for that of the
             picture.
-        most_pixels: maximum number of pixels for derived sides, in addition to the server's limit;
+        max_pixels: maximum number of pixels for derived sides, in addition to the server's limit;
             None for no such bound.
     """
 
@@ -42,47 +42,47 @@ class PictureTarget:
     mode: Mode = "stretch"
     multiple: int = 1
     longest: int | None = None
-    most_pixels: int | None = None
+    max_pixels: int | None = None
     sizes: tuple[tuple[int, int], ...] = ()
     area: int | None = None
 
-    def size_of(self, width: int, height: int, most_pixels: int) -> tuple[int, int]:
+    def size_of(self, width: int, height: int, max_pixels: int) -> tuple[int, int]:
         """The size that a picture gets: given sides, and derived ones within the limits.
 
         Args:
             width: width of the picture.
             height: height of the picture.
-            most_pixels: maximum number of pixels if a side is derived.
+            max_pixels: maximum number of pixels if a side is derived.
         """
         if self.width is not None and self.height is not None:
             return self.width, self.height
-        sizes = [one for one in self.sizes if one[0] * one[1] <= most_pixels]
+        sizes = [one for one in self.sizes if one[0] * one[1] <= max_pixels]
         if sizes and self.width is None and self.height is None:
             return min(sizes, key=lambda size: abs(width / height - size[0] / size[1]))
-        if self.most_pixels is not None:
-            most_pixels = min(most_pixels, self.most_pixels)
+        if self.max_pixels is not None:
+            max_pixels = min(max_pixels, self.max_pixels)
         if self.width is not None:
-            most = most_pixels // self.width
+            most = max_pixels // self.width
             return self.width, self._side(height * self.width / width, most)
         if self.height is not None:
-            most = most_pixels // self.height
+            most = max_pixels // self.height
             return self._side(width * self.height / height, most), self.height
         if self.area is not None:
-            scale = sqrt(min(self.area, most_pixels) / (width * height))
+            scale = sqrt(min(self.area, max_pixels) / (width * height))
             sides = width * scale, height * scale
             # Rounded as in diffusers, which may give a few pixels more than that; rounded down if
             # these are too many.
             down = tuple(side // self.multiple * self.multiple for side in sides)
             for wide, high in (sides, down):
-                found = self._side(wide, most_pixels), self._side(high, most_pixels)
-                if found[0] * found[1] <= most_pixels:
+                found = self._side(wide, max_pixels), self._side(high, max_pixels)
+                if found[0] * found[1] <= max_pixels:
                     return found
-        scale = min(1.0, sqrt(most_pixels / (width * height)))
+        scale = min(1.0, sqrt(max_pixels / (width * height)))
         if self.longest is not None:
             scale = min(scale, self.longest / max(width, height))
         # The other side keeps room for at least one multiple, whatever the proportions.
-        found = self._side(width * scale, most_pixels // self.multiple)
-        return found, self._side(height * scale, most_pixels // found)
+        found = self._side(width * scale, max_pixels // self.multiple)
+        return found, self._side(height * scale, max_pixels // found)
 
     def _side(self, wanted: float, most: int) -> int:
         """The multiple nearest to a side, at least one multiple and at most ``most``."""
@@ -91,12 +91,12 @@ class PictureTarget:
         return max(steps, 1) * self.multiple
 
 
-def brought_to(image: Image.Image, target: PictureTarget, most_pixels: int) -> Image.Image:
-    """Resample a picture to its target, but leave it if that has more than ``most_pixels``."""
-    width, height = target.size_of(image.width, image.height, most_pixels)
+def brought_to(image: Image.Image, target: PictureTarget, max_pixels: int) -> Image.Image:
+    """Resample a picture to its target, but leave it if that has more than ``max_pixels``."""
+    width, height = target.size_of(image.width, image.height, max_pixels)
     if target.mode == "middle":
         return _middle(image, width)
-    if width * height > most_pixels:
+    if width * height > max_pixels:
         return image
     match target.mode:
         case "stretch":

@@ -159,8 +159,8 @@ class AutoencoderCalls:
             ("decoder", self.decode, self._model.default_shape),
             ("encoder", self.encode, shape),
         )
-        most = max(1, min(DECODED_AT_ONCE, PIXELS_AT_ONCE // pixels))
-        for pictures in (DECODED_AT_ONCE,) if self._fixed else range(1, most + 1):
+        max_pictures = max(1, min(DECODED_AT_ONCE, PIXELS_AT_ONCE // pixels))
+        for pictures in (DECODED_AT_ONCE,) if self._fixed else range(1, max_pictures + 1):
             for name, call, size in calls:
                 yield partial(self._timed, self._paces[name], call, (pictures, *size), pixels)
 

@@ -123,10 +123,10 @@ class Backlog:
             Overloaded: there is no room now.
         """
         limited = images / runs
-        if client.most_images is not None and limited > client.most_images:
+        if client.max_images is not None and limited > client.max_images:
             raise InvalidRequest(
                 "n",
-                f"n is {limited:g}; at most {client.most_images} images of this key may wait or "
+                f"n is {limited:g}; at most {client.max_images} images of this key may wait or "
                 "run at once.",
             )
         waiting = self.by_client()
@@ -154,11 +154,11 @@ class Backlog:
                 f"The request needs about {_megabytes(nbytes)} for its images; at most "
                 f"{_megabytes(self._bounds.nbytes)} are allowed, so ask for fewer or smaller ones.",
             )
-        if client.most_seconds is not None and seconds > client.most_seconds:
+        if client.max_device_s is not None and seconds > client.max_device_s:
             raise InvalidRequest(
                 _largest_field(holding),
                 f"The request needs about {seconds:.0f} s of device time; at most "
-                f"{client.most_seconds:g} s of this key may wait or run at once, so ask for fewer "
+                f"{client.max_device_s:g} s of this key may wait or run at once, so ask for fewer "
                 "images, fewer steps or a smaller size.",
             )
         # The holding's own images must not count against it.
@@ -253,12 +253,12 @@ class Backlog:
     ) -> None:
         own = waiting.get(client, Amounts())
         has = self._totals[client].limited if client in self._totals else 0.0
-        if client.most_images is not None and has + limited > client.most_images:
-            excess = (has + limited - client.most_images) / has
+        if client.max_images is not None and has + limited > client.max_images:
+            excess = (has + limited - client.max_images) / has
             raise _quota_used(
                 self._until(client, waiting, excess, pace),
                 f"{ceil(has)} images",
-                str(client.most_images),
+                str(client.max_images),
             )
         total = sum(one.images for one in waiting.values())
         self._check_room(client, waiting, own.images, images, total, self._bounds.images, pace)
@@ -267,12 +267,12 @@ class Backlog:
         self, client: Client, waiting: Mapping[Client, Amounts], seconds: float, pace: float
     ) -> None:
         own = waiting.get(client, Amounts())
-        if client.most_seconds is not None and own.seconds + seconds > client.most_seconds:
-            excess = (own.seconds + seconds - client.most_seconds) / own.seconds
+        if client.max_device_s is not None and own.seconds + seconds > client.max_device_s:
+            excess = (own.seconds + seconds - client.max_device_s) / own.seconds
             raise _quota_used(
                 self._until(client, waiting, excess, pace),
                 f"about {own.seconds:.0f} s of work",
-                f"{client.most_seconds:g} s",
+                f"{client.max_device_s:g} s",
             )
         if not own.images:
             return
@@ -294,17 +294,17 @@ class Backlog:
         own: float,
         more: float,
         total: float,
-        most: float,
+        limit: float,
         pace: float,
     ) -> None:
         """Refuse more of one measure if the total or the client's own share leaves no room."""
-        if total + more > most:
-            excess = (total + more - most) / (total or more)
+        if total + more > limit:
+            excess = (total + more - limit) / (total or more)
             raise Overloaded(self._until_all(waiting, excess, pace))
         # Compared by identity: a key may have the same name, and then compares equal.
         if client is ANYONE or not own:
             return
-        allowed = LATITUDE * client.weight * (most - total)
+        allowed = LATITUDE * client.weight * (limit - total)
         if own + more > allowed:
             excess = (own + more - allowed) / own
             raise Overloaded(self._until(client, waiting, excess, pace))
@@ -330,10 +330,10 @@ def _largest_field(holding: Holding) -> str:
     return "n" if holding.images > 1 else "width"
 
 
-def _quota_used(retry_after_s: float, has: str, most: str) -> Overloaded:
+def _quota_used(retry_after_s: float, has: str, limit: str) -> Overloaded:
     return Overloaded(
         retry_after_s,
-        f"This key has {has} waiting or running; at most {most} are allowed. Try again in "
+        f"This key has {has} waiting or running; at most {limit} are allowed. Try again in "
         f"{retry_after_s:.0f} s.",
     )
 

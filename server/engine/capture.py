@@ -59,8 +59,8 @@ class CudaRecorder:
         torch.cuda.synchronize(self._device)
         needed = torch.cuda.max_memory_allocated(self._device) - before
         torch.cuda.empty_cache()
-        free, most = measure(self._device)
-        return needed <= SHARE * most and needed - self._pool_bytes <= min(free, room)
+        free, total = measure(self._device)
+        return needed <= SHARE * total and needed - self._pool_bytes <= min(free, room)
 
     def record(self, evaluate: Callable[..., Tensor], given: Sequence[Tensor]) -> CapturedForward:
         """Record a forward pass.

@@ -18,15 +18,15 @@ class Client:
     Attributes:
         name: name under which it is counted; unique among clients.
         weight: its share of the device relative to other clients that have work.
-        most_images: maximum number of its images that may wait or run.
-        most_seconds: maximum seconds of the device that these may need, as estimated.
+        max_images: maximum number of its images that may wait or run.
+        max_device_s: maximum seconds of the device that these may need, as estimated.
         batch: whether all its images have the priority batch.
     """
 
     name: str
     weight: float = 1.0
-    most_images: int | None = None
-    most_seconds: float | None = None
+    max_images: int | None = None
+    max_device_s: float | None = None
     batch: bool = False
 
     def __hash__(self) -> int:

@@ -99,20 +99,20 @@ class TickCost:
         """Expected seconds of a tick with this many rows, at least 1."""
         return _on_line(NODES, self._seconds, rows)
 
-    def seconds_a_row(self, most: int) -> float:
+    def seconds_a_row(self, max_rows: int) -> float:
         """Lowest cost of a row in seconds, in ticks of at most this many rows."""
         kept = zip(NODES, self._seconds, strict=True)
-        least = min(seconds / rows for rows, seconds in kept if rows <= most)
-        return least if most in NODES else min(least, self.seconds(most) / most)
+        least = min(seconds / rows for rows, seconds in kept if rows <= max_rows)
+        return least if max_rows in NODES else min(least, self.seconds(max_rows) / max_rows)
 
-    def rows_at(self, share: float, most: int) -> int:
-        """Rows of the smallest tick with a given share of the best throughput at ``most`` rows."""
-        dearest = self.seconds_a_row(most) / share
-        return next(n for n in range(1, most + 1) if self.seconds(n) <= dearest * n)
+    def rows_at(self, share: float, max_rows: int) -> int:
+        """Rows of the smallest tick with a share of the best throughput, up to ``max_rows``."""
+        dearest = self.seconds_a_row(max_rows) / share
+        return next(n for n in range(1, max_rows + 1) if self.seconds(n) <= dearest * n)
 
-    def seconds_at(self, share: float, most: int) -> float:
+    def seconds_at(self, share: float, max_rows: int) -> float:
         """Expected seconds of the tick that :meth:`rows_at` returns."""
-        return self.seconds(self.rows_at(share, most))
+        return self.seconds(self.rows_at(share, max_rows))
 
     def estimates(self) -> dict[int, float]:
         """Expected seconds by number of rows, at the stored sizes."""
@@ -208,12 +208,12 @@ class CostModel:
         cost, larger = self._nearest(model, shape)
         return cost.scaled(larger)
 
-    def seconds_a_row(self, model: str, shape: tuple[int, int, int], most: int) -> float:
+    def seconds_a_row(self, model: str, shape: tuple[int, int, int], max_rows: int) -> float:
         """:meth:`TickCost.seconds_a_row` of :meth:`of`, fast as every request asks often."""
         if (known := self._costs.get((model, shape))) is not None:
-            return known.seconds_a_row(most)
+            return known.seconds_a_row(max_rows)
         cost, larger = self._nearest(model, shape)
-        return larger * cost.seconds_a_row(most)
+        return larger * cost.seconds_a_row(max_rows)
 
     def _nearest(self, model: str, shape: tuple[int, int, int]) -> tuple[TickCost, float]:
         """The measured cost of a model, and the area of the shape relative to the measured one."""
@@ -240,7 +240,7 @@ class CostModel:
         return [(*key, cost) for key, cost in list(self._costs.items())]
 
 
-def measured(time_of: Callable[[int], float], most: int) -> dict[int, float]:
+def measured(time_of: Callable[[int], float], max_rows: int) -> dict[int, float]:
     """Measure seconds by number of rows, from rounds of samples that agree with each other.
 
     Each round times every size once, so that a busy spell of the machine affects all of them and is
@@ -249,12 +249,12 @@ def measured(time_of: Callable[[int], float], most: int) -> dict[int, float]:
 
     Args:
         time_of: function that runs a forward pass of a number of rows, and returns its seconds.
-        most: maximum number of rows, at least 1.
+        max_rows: maximum number of rows, at least 1.
 
     Raises:
         MemoryError: not even one row fits.
     """
-    sizes = _sizes(time_of, most)
+    sizes = _sizes(time_of, max_rows)
     rounds = np.empty((0, len(sizes)))
     shape = np.zeros(len(sizes))
     while len(rounds) < MAX_ROUNDS:
@@ -281,10 +281,11 @@ def _shape(rounds: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np
     return shape, agree
 
 
-def _sizes(time_of: Callable[[int], float], most: int) -> list[int]:
+def _sizes(time_of: Callable[[int], float], max_rows: int) -> list[int]:
     """The sizes to measure; each is run here, which warms it up and shows that it fits."""
     sizes: list[int] = []
-    for rows in sorted({rows for rows in SAMPLED if rows == 1 or 2 * rows <= most} | {most}):
+    sampled = {rows for rows in SAMPLED if rows == 1 or 2 * rows <= max_rows}
+    for rows in sorted(sampled | {max_rows}):
         try:
             # The second call is warm.
             seconds = min(time_of(rows), time_of(rows))

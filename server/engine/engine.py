@@ -37,7 +37,7 @@ from server.engine.state.submission import Submission
 from server.engine.tick.decode import Decoder
 from server.engine.tick.newcomers import Admission
 from server.engine.tick.pictures import PicturesOfATick
-from server.engine.warmup import fewest_rows, warm_up, warm_up_beside_ticks
+from server.engine.warmup import common_fixed_rows, warm_up, warm_up_beside_ticks
 from server.errors import Cancelled, DeviceLost, NotReady, OutOfMemory
 from server.models.memory import unused_bytes
 
@@ -100,7 +100,7 @@ class Engine:
             there is one number only. Defaults to True on a GPU.
         cuda_graphs: whether to record the prepared forward passes on a GPU, and replay them. In
             deterministic mode a recording is kept only if it equals its pass bit for bit.
-        most_bytes: maximum bytes of the device for weights and graphs of all models together; only
+        max_bytes: maximum bytes of the device for weights and graphs of all models together; only
             graphs are bounded here, since loading of weights has its own check.
 
     Attributes:
@@ -123,7 +123,7 @@ class Engine:
         guessed_costs: Mapping[int, float] | None = None,
         prepares: bool | None = None,
         cuda_graphs: bool = True,
-        most_bytes: float = inf,
+        max_bytes: float = inf,
     ) -> None:
         if row_budget is not None and row_budget < MIN_BUDGET:
             raise ValueError(
@@ -147,7 +147,7 @@ class Engine:
             self._device,
             prepares=on_gpu if prepares is None else prepares,
             records=on_gpu and cuda_graphs,
-            most_bytes=most_bytes,
+            max_bytes=max_bytes,
             fixed=deterministic,
         )
         self._overflows = Overflows()
@@ -366,26 +366,26 @@ class Engine:
                 self._on_failure()
 
     def _warm_up(self) -> None:
-        most = self._asked_budget or MAX_ROWS
+        max_rows = self._asked_budget or MAX_ROWS
         warmths: dict[str, Warmth] = {}
         for name, model in self._models.items():
-            warmth = warmths[name] = warm_up(model, most, self._guessed_costs)
+            warmth = warmths[name] = warm_up(model, max_rows, self._guessed_costs)
             self._reports.add(name, warmth.colours)
             self._costs.start(name, model.default_shape, warmth.cost)
         fixed: int | None = None
         if self._deterministic:
-            fixed = self._asked_budget or fewest_rows(warmths.values())
+            fixed = self._asked_budget or common_fixed_rows(warmths.values())
             fixed = -(-fixed // FIXED_ROWS_MULTIPLE) * FIXED_ROWS_MULTIPLE
             self.measurements.fixed_rows = fixed
             log.info("deterministic: a forward pass has %d rows", fixed)
         for name, model in self._models.items():
-            self._idle_work.add(model, warmths[name].cost, fixed or most)
+            self._idle_work.add(model, warmths[name].cost, fixed or max_rows)
         if self._guessed_costs is None:
             self._idle_work.before_ready(self._models.values())
-        self.measurements.row_budget = most
+        self.measurements.row_budget = max_rows
         free_memory(self._device)
         self.ready = True
-        log.info("ready; at most %d rows per forward pass", most)
+        log.info("ready; at most %d rows per forward pass", max_rows)
 
     def _wait_for_work(self) -> bool:
         """Sleep until there is work, and prepare for it meanwhile; return False to end."""
@@ -394,21 +394,21 @@ class Engine:
             return True
         return bool(self._arrived or self._active) and monotonic() < self._stop_at
 
-    def _wait(self, most_s: float | None) -> bool:
-        """Wait for something to do, at most ``most_s`` seconds; return whether there is any."""
+    def _wait(self, max_s: float | None) -> bool:
+        """Wait for something to do, at most ``max_s`` seconds; return whether there is any."""
         with self._wake:
             return self._wake.wait_for(
                 lambda: (
                     bool(self._arrived or self._active or self._chores) or self._stop_at is not None
                 ),
-                most_s,
+                max_s,
             )
 
-    def _interrupted(self, most_s: float) -> bool:
-        """Wait at most ``most_s`` seconds for more newcomers or chores; return whether any came."""
+    def _interrupted(self, max_s: float) -> bool:
+        """Wait at most ``max_s`` seconds for more newcomers or chores; return whether any came."""
         with self._wake:
             return self._wake.wait_for(
-                lambda: len(self._arrived) > self._left_waiting or bool(self._chores), most_s
+                lambda: len(self._arrived) > self._left_waiting or bool(self._chores), max_s
             )
 
     def _tick(self) -> None:
@@ -526,10 +526,10 @@ class Engine:
         Returns:
             The images that advanced; those that recall further stages do so in later ticks.
         """
-        longest_s = self._selection.longest_aside_s
+        max_s = self._selection.max_aside_s
         recalled: set[Sequence] = set()
         began = perf_counter()
-        while (now := perf_counter()) - began < longest_s and (
+        while (now := perf_counter()) - began < max_s and (
             recalling := self._selection.recalling(self._active)
         ):
             self._weave(recalling)

@@ -64,7 +64,7 @@ def fair_tick(
     ]
     clients = {units[i].flow.client for i in (*here, *mixable)}
     # Relative to clients that can run now: others may be ahead of all of them, and have to wait.
-    latest = turns.standing(units[first].flow)[0] + costs.longest_s
+    latest = turns.standing(units[first].flow)[0] + costs.max_tick_s
     owed = {client for client in clients if turns.due(client, latest)}
     due = [i for i in here if i in ready and units[i].flow.client in owed]
     wanted = [units[i].rows for i in due]
@@ -157,5 +157,5 @@ def _firsts(
 def _stretched(rows: int, costs: LaneCosts) -> int:
     """Maximum number of rows of a tick that would otherwise have ``rows``."""
     alone = costs.seconds(rows)
-    longest = max(alone, min(STRETCH * alone, costs.longest_s))
-    return max(rows, bisect_right(range(1, costs.most + 1), longest, key=costs.seconds))
+    longest = max(alone, min(STRETCH * alone, costs.max_tick_s))
+    return max(rows, bisect_right(range(1, costs.max_rows + 1), longest, key=costs.seconds))

@@ -34,7 +34,7 @@ class Forwards:
         model: model of the forward passes.
         shape: shape of the latents, ``(C, h, w)``.
         cost: cost of the ticks.
-        most: maximum number of rows in a forward pass.
+        max_rows: maximum number of rows in a forward pass.
         graphs: recordings of the model's passes; None to make none.
         fixed: whether passes run at the rows that they are given, which depend on nothing but an
             image.
@@ -45,13 +45,13 @@ class Forwards:
         model: HostedModel,
         shape: tuple[int, int, int],
         cost: TickCost,
-        most: int,
+        max_rows: int,
         graphs: Graphs | None = None,
         *,
         fixed: bool = False,
     ) -> None:
-        self.sizes = FixedRows(most) if fixed else RowSizes(most)
-        self._mixed_sizes = RowSizes(most)
+        self.sizes = FixedRows(max_rows) if fixed else RowSizes(max_rows)
+        self._mixed_sizes = RowSizes(max_rows)
         self._model = model
         self._shape = shape
         self._cost = cost
@@ -64,44 +64,44 @@ class Forwards:
         """Count of the numbers of rows that have run, of this size alone and with smaller sizes."""
         return len(self.sizes.known) + len(self._mixed_sizes.known)
 
-    def size_of(self, rows: int, most: int, *, mixed: bool = False) -> int:
+    def size_of(self, rows: int, max_rows: int, *, mixed: bool = False) -> int:
         """Return the number of rows that a forward pass is padded to.
 
         Args:
             rows: number of rows before padding.
-            most: maximum number of rows that fit into memory.
+            max_rows: maximum number of rows that fit into memory.
             mixed: whether some of them are of smaller sizes.
         """
         sizes = self._mixed_sizes if mixed else self.sizes
-        return sizes.of(rows, most, self._cost.seconds)
+        return sizes.of(rows, max_rows, self._cost.seconds)
 
-    def evaluate(self, x: Tensor, t: Tensor, inputs: RowInputs, most: int) -> Tensor:
-        """See ``HostedModel.evaluate``; at most ``most`` rows fit into memory."""
+    def evaluate(self, x: Tensor, t: Tensor, inputs: RowInputs, max_rows: int) -> Tensor:
+        """See ``HostedModel.evaluate``; at most ``max_rows`` rows fit into memory."""
         rows = len(x)
-        size = self.size_of(rows, most)
+        size = self.size_of(rows, max_rows)
         filled = inputs.padded(size, fixed=self._fixed)
         raw = self._evaluated(padded(x, size), padded(t, size), filled)[:rows]
         self.sizes.note(rows, size, self._cost.seconds)
         return raw
 
     def evaluate_sizes(
-        self, x: Sequence[Tensor], t: Tensor, inputs: RowInputs, most: int
+        self, x: Sequence[Tensor], t: Tensor, inputs: RowInputs, max_rows: int
     ) -> list[Tensor]:
         """See ``HostedModel.evaluate_sizes``; this size is the largest of them.
 
         The masks make it another forward pass than one of this size alone, with its own first call.
         """
         rows, last = len(t), len(x[-1])
-        size = self.size_of(rows, most, mixed=True)
+        size = self.size_of(rows, max_rows, mixed=True)
         filled = [*x[:-1], padded(x[-1], last + size - rows)]
         raw = self._model.evaluate_sizes(filled, padded(t, size), inputs.padded(size, fixed=False))
         self._mixed_sizes.note(rows, size, self._cost.seconds)
         return [*raw[:-1], raw[-1][:last]]
 
-    def wants(self, most: int | None = None) -> bool:
-        """Whether a number of rows, up to ``most``, should be run before it is needed."""
+    def wants(self, max_rows: int | None = None) -> bool:
+        """Whether a number of rows, up to ``max_rows``, should be run before it is needed."""
         return any(
-            (most is None or size <= most) and self._cost.seconds(size) <= MAX_PIECE_S
+            (max_rows is None or size <= max_rows) and self._cost.seconds(size) <= MAX_PIECE_S
             for size in self.sizes.wanted[:1]
         )
 

@@ -236,13 +236,13 @@ class Graphs:
         """Whether a forward pass should be recorded, or is being recorded."""
         return self._under_way is not None or bool(self._ripe())
 
-    def due(self, most_s: float) -> bool:
+    def due(self, max_s: float) -> bool:
         """Whether to record the next piece although something waits.
 
         Args:
-            most_s: maximum seconds of a piece.
+            max_s: maximum seconds of a piece.
         """
-        return self._under_way is not None or self._often(most_s) is not None
+        return self._under_way is not None or self._often(max_s) is not None
 
     def evaluate(self, x: Tensor, t: Tensor, inputs: RowInputs, cost: Cost) -> Tensor:
         """See ``HostedModel.evaluate``.
@@ -304,14 +304,14 @@ class Graphs:
         while self._under_way is not None:
             self._advance(None)
 
-    def record_piece(self, most_s: float) -> None:
+    def record_piece(self, max_s: float) -> None:
         """Record a piece of a pass that is :meth:`due`, between two ticks.
 
         Raises:
             Exception: the device is lost.
         """
         self._drop_dead()
-        self._advance(None if self._under_way else self._often(most_s))
+        self._advance(None if self._under_way else self._often(max_s))
 
     def release(self) -> bool:
         """Free all memory, and record nothing for a while.
@@ -356,7 +356,7 @@ class Graphs:
         wanted = list(self._wanted.items())
         return [shape for shape, one in wanted if not shape.form.kind or one.runs >= FEW]
 
-    def _often(self, most_s: float) -> Shape | None:
+    def _often(self, max_s: float) -> Shape | None:
         """The pass that has run most often, of those that are worth recording between ticks.
 
         A pass whose seconds are unknown is timed first, which takes no longer than the pass has
@@ -365,7 +365,7 @@ class Graphs:
         often = {
             shape: one.runs
             for shape, one in self._wanted.items()
-            if pays_beside_ticks(one.runs, one.cost.seconds(shape.rows), most_s)
+            if pays_beside_ticks(one.runs, one.cost.seconds(shape.rows), max_s)
             or (one.runs >= OFTEN and one.cost.seconds(shape.rows) == inf)
         }
         return max(often, key=lambda shape: often[shape]) if often else None
@@ -514,15 +514,15 @@ def shape_of(tensors: Given, form: Form) -> Shape:
     return Shape(len(tensors["x"]), others, form)
 
 
-def pays_beside_ticks(runs: int, forward_s: float, most_s: float) -> bool:
+def pays_beside_ticks(runs: int, forward_s: float, max_s: float) -> bool:
     """Whether to record a pass between ticks, for lack of quiet moments.
 
     Args:
         runs: number of times that it has run without a recording.
         forward_s: seconds that it takes.
-        most_s: maximum seconds of a piece of the recording.
+        max_s: maximum seconds of a piece of the recording.
     """
-    return runs >= OFTEN and PIECE_FORWARDS * forward_s <= most_s
+    return runs >= OFTEN and PIECE_FORWARDS * forward_s <= max_s
 
 
 def _seconds(call: Callable[[], Tensor]) -> float:

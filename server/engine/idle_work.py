@@ -45,7 +45,7 @@ class IdleWork:
         prepares: whether to run forward passes at few numbers of rows, or at the fixed one, and
             these before they are needed; if not, there is nothing to do here.
         records: whether to record the prepared passes as CUDA graphs.
-        most_bytes: maximum bytes of the device for weights and graphs of all models together.
+        max_bytes: maximum bytes of the device for weights and graphs of all models together.
         fixed: whether passes have fixed rows; a recording must then equal its pass bit for bit.
     """
 
@@ -55,14 +55,14 @@ class IdleWork:
         *,
         prepares: bool,
         records: bool,
-        most_bytes: float = inf,
+        max_bytes: float = inf,
         fixed: bool = False,
     ) -> None:
         self._device = device
         self._preparation: Preparation | None = None
         if prepares:
             recorder_of = _recorder_of if records else None
-            self._preparation = Preparation(recorder_of, most_bytes, fixed=fixed)
+            self._preparation = Preparation(recorder_of, max_bytes, fixed=fixed)
         self._undisturbed = Lock()
         self._settled = False
         self._rests_until = -inf
@@ -81,16 +81,16 @@ class IdleWork:
         """Whether nothing is under way and nothing is left to prepare; safe from any thread."""
         return self._settled
 
-    def add(self, model: HostedModel, cost: TickCost, most: int) -> None:
+    def add(self, model: HostedModel, cost: TickCost, max_rows: int) -> None:
         """Prepare a model from now on.
 
         Args:
             model: loaded model.
             cost: cost of its ticks at its default size.
-            most: maximum number of rows in a forward pass.
+            max_rows: maximum number of rows in a forward pass.
         """
         if self._preparation is not None:
-            self._preparation.add(model, model.default_shape, cost, most)
+            self._preparation.add(model, model.default_shape, cost, max_rows)
 
     def forget(self, name: str) -> None:
         """Release a model."""
@@ -98,12 +98,12 @@ class IdleWork:
             self._preparation.forget(name)
 
     def forwards(
-        self, model: HostedModel, shape: tuple[int, int, int], cost: TickCost, most: int
+        self, model: HostedModel, shape: tuple[int, int, int], cost: TickCost, max_rows: int
     ) -> Forwards | None:
         """The forward passes of a model at a latent shape; None if they are not prepared."""
         if self._preparation is None:
             return None
-        return self._preparation.forwards(model, shape, cost, most)
+        return self._preparation.forwards(model, shape, cost, max_rows)
 
     def encoder_of(self, model: HostedModel) -> Callable[[Tensor], Tensor]:
         """The function that encodes pictures for a model, with recordings if they are prepared."""
@@ -165,15 +165,15 @@ class IdleWork:
             self._settled = quiet_s is None
         self._settled = False
 
-    def beside_ticks(self, most_s: float) -> None:
+    def beside_ticks(self, max_s: float) -> None:
         """Run a small piece between ticks, for lack of quiet moments.
 
         Args:
-            most_s: maximum seconds that it may take.
+            max_s: maximum seconds that it may take.
         """
         if self._preparation is None or monotonic() < self._rests_until:
             return
-        piece = self._preparation.next_beside_ticks(most_s)
+        piece = self._preparation.next_beside_ticks(max_s)
         if piece is None or not self._undisturbed.acquire(blocking=False):
             return
         began = monotonic()

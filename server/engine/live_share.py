@@ -166,8 +166,8 @@ def _turn(
     load = Load(first.lane, sum(rows), max(rows), live=True)
     wanted = min(rows_of(load), load.rows)
     costs = lanes[first.lane]
-    bound = bisect_right(range(1, costs.most + 1), costs.longest_s, key=costs.seconds)
-    return Turn(first, here, wanted, max(wanted, bound), costs, clock + costs.longest_s)
+    bound = bisect_right(range(1, costs.max_rows + 1), costs.max_tick_s, key=costs.seconds)
+    return Turn(first, here, wanted, max(wanted, bound), costs, clock + costs.max_tick_s)
 
 
 def _own_tick(
@@ -190,7 +190,7 @@ def _own_tick(
         return [], 0.0
     here = [i for i in ordinary if units[i].lane == head.lane]
     wide = [units[i].rows for i in here]
-    paid = bisect_right(range(1, costs.most + 1), credit, key=costs.seconds)
+    paid = bisect_right(range(1, costs.max_rows + 1), credit, key=costs.seconds)
     rows = min(paid, rows_of(Load(head.lane, sum(wide), max(wide), live=True)))
     chosen = fill(units, here, max(rows, head.rows))
     return chosen, costs.seconds(sum(units[i].rows for i in chosen))

@@ -38,7 +38,7 @@ def joining(
     chosen: Sequence[int],
     order: Iterable[int],
     lanes: Mapping[int, LaneCosts],
-    longest_s: float | None = None,
+    max_tick_s: float | None = None,
 ) -> list[int]:
     """Choose images of other sizes that join a tick.
 
@@ -52,7 +52,7 @@ def joining(
         order: indices of those that may join, in the order of their turns; their lanes can share a
             forward pass with those chosen.
         lanes: costs of the lanes of all units.
-        longest_s: maximum seconds of the tick; by default what its largest lane allows.
+        max_tick_s: maximum seconds of the tick; by default what its largest lane allows.
 
     Returns:
         Indices of the units that join.
@@ -66,14 +66,14 @@ def joining(
         before = costs_of_tick(units, tick, lanes)
         after = costs_of_tick(units, [*tick, own[0]], lanes)
         rows = sum(units[i].rows for i in tick)
-        in_all = min(sum(units[i].rows for i in own), lanes[lane].most)
+        in_all = min(sum(units[i].rows for i in own), lanes[lane].max_rows)
         price = lanes[lane].seconds(in_all) / in_all
-        most = min(before.most, lanes[lane].most)
-        until_s = after.longest_s if longest_s is None else longest_s
+        max_rows = min(before.max_rows, lanes[lane].max_rows)
+        until_s = after.max_tick_s if max_tick_s is None else max_tick_s
         count, saved_s = 0, 0.0
         for number, more in enumerate(accumulate(units[i].rows for i in own), 1):
             seconds = after.seconds(rows + more)
-            if rows + more > most or seconds > until_s:
+            if rows + more > max_rows or seconds > until_s:
                 break
             saving_s = more * price - (seconds - before.seconds(rows))
             if saving_s > saved_s:

@@ -49,19 +49,19 @@ class Preparation:
 
     Args:
         recorder_of: function that makes the recorder of a model's passes; None to record none.
-        most_bytes: maximum bytes of the device for weights and recordings of all models together.
+        max_bytes: maximum bytes of the device for weights and recordings of all models together.
         fixed: whether passes have fixed rows; a recording must then equal its pass bit for bit.
     """
 
     def __init__(
         self,
         recorder_of: Callable[[HostedModel], Recorder] | None = None,
-        most_bytes: float = inf,
+        max_bytes: float = inf,
         *,
         fixed: bool = False,
     ) -> None:
         self._recorder_of = recorder_of
-        self._most_bytes = most_bytes
+        self._max_bytes = max_bytes
         self._fixed = fixed
         self._weights: dict[str, int] = {}
         self._graphs: dict[str, Graphs] = {}
@@ -70,14 +70,14 @@ class Preparation:
         self._forwards: dict[tuple[str, Shape], Forwards] = {}
         self._defaults: set[tuple[str, Shape]] = set()
 
-    def add(self, model: HostedModel, shape: Shape, cost: TickCost, most: int) -> Forwards:
+    def add(self, model: HostedModel, shape: Shape, cost: TickCost, max_rows: int) -> Forwards:
         """Add a model with its default latent shape.
 
         Args:
             model: loaded model.
             shape: shape of its latents at its default size, ``(C, h, w)``.
             cost: cost of its ticks at that shape.
-            most: maximum number of rows in a forward pass.
+            max_rows: maximum number of rows in a forward pass.
         """
         name = model.facts.name
         self._defaults.add((name, shape))
@@ -90,15 +90,15 @@ class Preparation:
         autoencoder = AutoencoderCalls(model, recorder_of, self._room, fixed=self._fixed)
         self._autoencoders[name] = autoencoder
         self._first_calls.extend((name, call) for call in autoencoder.first_calls())
-        return self.forwards(model, shape, cost, most)
+        return self.forwards(model, shape, cost, max_rows)
 
-    def forwards(self, model: HostedModel, shape: Shape, cost: TickCost, most: int) -> Forwards:
+    def forwards(self, model: HostedModel, shape: Shape, cost: TickCost, max_rows: int) -> Forwards:
         """The forward passes of a model at a latent shape, which are prepared from now on."""
         key = model.facts.name, shape
         made = self._forwards.pop(key, None)
         if made is None:
             graphs = self._graphs.get(key[0])
-            made = Forwards(model, shape, cost, most, graphs, fixed=self._fixed)
+            made = Forwards(model, shape, cost, max_rows, graphs, fixed=self._fixed)
             others = [one for one in self._forwards if one not in self._defaults]
             for old in others[: max(0, len(others) + 1 - SHAPES_KEPT)]:
                 del self._forwards[old]
@@ -138,33 +138,33 @@ class Preparation:
         released = [graphs.release() for graphs in self._recorded()]
         return any(released)
 
-    def next(self, most: int | None = None) -> Callable[[], object] | None:
+    def next(self, max_rows: int | None = None) -> Callable[[], object] | None:
         """Return the piece most likely to be needed soon, or None if all is done.
 
         Args:
-            most: maximum number of rows of a pass that counts; None for all passes and for
+            max_rows: maximum number of rows of a pass that counts; None for all passes and for
                 recordings.
         """
         if self._first_calls:
             return self._first_calls.popleft()[1]
-        waiting = [one for one in self._forwards.values() if one.wants(most)]
+        waiting = [one for one in self._forwards.values() if one.wants(max_rows)]
         waiting.sort(key=lambda one: one.sizes.wanted[0])
         if waiting and waiting[0].wants(AT_START):
             return waiting[0].prepare
-        recorded = [one for one in self._recorded() if one.wanted and most is None]
+        recorded = [one for one in self._recorded() if one.wanted and max_rows is None]
         if recorded:
             return recorded[0].record
         return waiting[0].prepare if waiting else None
 
-    def next_beside_ticks(self, most_s: float) -> Callable[[], object] | None:
+    def next_beside_ticks(self, max_s: float) -> Callable[[], object] | None:
         """Return the next piece of a recording that is worth making between ticks, if any.
 
         Args:
-            most_s: maximum seconds that it may take.
+            max_s: maximum seconds that it may take.
         """
         for graphs in self._recorded():
-            if graphs.due(most_s):
-                return lambda: graphs.record_piece(most_s)
+            if graphs.due(max_s):
+                return lambda: graphs.record_piece(max_s)
         return None
 
     def _recorded(self) -> Iterator[Graphs]:
@@ -180,4 +180,4 @@ class Preparation:
             yield from autoencoder.graphs
 
     def _room(self) -> float:
-        return self._most_bytes - sum(self._weights.values()) - self.recorded_bytes
+        return self._max_bytes - sum(self._weights.values()) - self.recorded_bytes

@@ -252,8 +252,8 @@ class Reception:
         if kind[0] not in self._models:
             # The model was unloaded, so none of its images waits.
             return 0.0
-        most = self._measurements.fixed_rows or self._measurements.row_budget
-        return self._costs.seconds_a_row(*kind, most)
+        max_rows = self._measurements.fixed_rows or self._measurements.row_budget
+        return self._costs.seconds_a_row(*kind, max_rows)
 
     def _check_models(self, tasks: Listed[ImageTask]) -> None:
         if gone := {task.model for task in tasks} - self._models.keys():

@@ -29,11 +29,11 @@ class RowSizes:
     """Numbers of rows that passes of one model and latent shape have run at, or should run at.
 
     Args:
-        most: maximum number of rows in a forward pass.
+        max_rows: maximum number of rows in a forward pass.
     """
 
-    def __init__(self, most: int) -> None:
-        self._usual = [*(size for size in ROW_SIZES if size < most), most]
+    def __init__(self, max_rows: int) -> None:
+        self._usual = [*(size for size in ROW_SIZES if size < max_rows), max_rows]
         self._known: list[int] = []
         self._lost_s: defaultdict[int, float] = defaultdict(float)
 
@@ -52,7 +52,7 @@ class RowSizes:
         own = {rows for rows, lost_s in self._lost_s.items() if lost_s >= FIRST_FORWARD_S}
         return sorted(own.union(self._usual).difference(self._known))
 
-    def of(self, rows: int, most: int, seconds: Callable[[int], float]) -> int:
+    def of(self, rows: int, max_rows: int, seconds: Callable[[int], float]) -> int:
         """Return the number of rows that a forward pass should run at.
 
         That is the smallest known size, unless padding to it takes longer than the first pass of
@@ -60,17 +60,17 @@ class RowSizes:
 
         Args:
             rows: number of rows before padding.
-            most: maximum number of rows that fit into memory.
+            max_rows: maximum number of rows that fit into memory.
             seconds: function from a number of rows to the expected seconds of a pass that has run
                 at this number before.
         """
         options: list[tuple[float, int]] = []
         known = bisect_left(self._known, rows)
-        if known < len(self._known) and self._known[known] <= max(rows, most):
+        if known < len(self._known) and self._known[known] <= max(rows, max_rows):
             size = self._known[known]
             options.append((seconds(size), size))
         usual = bisect_left(self._usual, rows)
-        if usual < len(self._usual) and self._usual[usual] <= most:
+        if usual < len(self._usual) and self._usual[usual] <= max_rows:
             size = self._usual[usual]
             first_s = max(0.0, FIRST_FORWARD_S - self._lost_s[rows])
             options.append((seconds(size) + first_s, size))
@@ -112,7 +112,7 @@ class FixedRows:
         """The size of most passes, until it has run."""
         return [rows for rows in self._wanted if rows not in self._known]
 
-    def of(self, rows: int, _most: int, _seconds: Callable[[int], float]) -> int:
+    def of(self, rows: int, _max_rows: int, _seconds: Callable[[int], float]) -> int:
         """Return ``rows`` itself, since padding is already included."""
         return rows
 

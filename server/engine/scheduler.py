@@ -86,18 +86,18 @@ class LaneCosts:
     """Costs of a lane's ticks, and limits on them.
 
     Attributes:
-        most: maximum number of rows in a tick.
+        max_rows: maximum number of rows in a tick.
         seconds: function from a number of rows to the expected seconds of a tick.
-        longest_s: maximum seconds of a tick, where fewer rows can shorten it.
+        max_tick_s: maximum seconds of a tick, where fewer rows can shorten it.
         area: number of cells of a latent; in a forward pass of several sizes each row costs as much
             as one of the largest.
         mixes: equal for lanes of different sizes that can share a forward pass; None if it cannot.
         mixing: factor by which a pass takes longer if it has smaller sizes as well.
     """
 
-    most: int
+    max_rows: int
     seconds: Callable[[int], float]
-    longest_s: float
+    max_tick_s: float
     area: int = 0
     mixes: Hashable = None
     mixing: float = 1.0
@@ -109,11 +109,11 @@ class LaneCosts:
     @property
     def seconds_a_row(self) -> float:
         """Seconds per row in the largest tick."""
-        return self.seconds(self.most) / self.most
+        return self.seconds(self.max_rows) / self.max_rows
 
 
 def rows_of_tick(
-    load: Load, most: int, seconds: Callable[[int], float], longest_s: float, tick: int
+    load: Load, max_rows: int, seconds: Callable[[int], float], max_tick_s: float, tick: int
 ) -> int:
     """Choose the number of rows of the next tick.
 
@@ -125,19 +125,20 @@ def rows_of_tick(
 
     Args:
         load: work that waits.
-        most: maximum number of rows in a tick.
+        max_rows: maximum number of rows in a tick.
         seconds: function from a number of rows to the expected seconds of a tick.
-        longest_s: maximum seconds of a tick, where fewer rows can shorten it.
+        max_tick_s: maximum seconds of a tick, where fewer rows can shorten it.
         tick: number of the tick; at every 16th another size is tried if the queue is long.
     """
-    sizes = _equal_ticks(load.rows, load.widest) if load.rows <= most else _full_ticks(load, most)
+    fits = load.rows <= max_rows
+    sizes = _equal_ticks(load.rows, load.widest) if fits else _full_ticks(load, max_rows)
     options = [(rows, ticks, seconds(rows)) for rows, ticks in sizes]
-    short = [option for option in options if option[2] <= longest_s] or options[-1:]
+    short = [option for option in options if option[2] <= max_tick_s] or options[-1:]
     soonest = min(ticks * each for _, ticks, each in short)
     rows = min(rows for rows, ticks, each in short if ticks * each <= soonest / NEAR_BEST)
     if tick % PROBED_EVERY == 0 and load.rows > 2 * rows:
         tried = rows * 2 if tick // PROBED_EVERY % 2 else rows // 2
-        if load.widest <= tried <= most and seconds(tried) <= longest_s:
+        if load.widest <= tried <= max_rows and seconds(tried) <= max_tick_s:
             return tried
     return rows
 
@@ -153,9 +154,9 @@ def _equal_ticks(waiting: int, widest: int) -> Iterator[tuple[int, float]]:
         rows = _smaller(even)
 
 
-def _full_ticks(load: Load, most: int) -> Iterator[tuple[int, float]]:
+def _full_ticks(load: Load, max_rows: int) -> Iterator[tuple[int, float]]:
     """The same if more waits than one tick can have: shares of ticks that are always full."""
-    rows = most
+    rows = max_rows
     while rows > 0:
         whole = max(rows // load.widest, 1) * load.widest
         yield whole, load.rows / whole

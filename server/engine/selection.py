@@ -77,7 +77,7 @@ class Selection:
         return ORDINARY_SHARE if self.expects_live else 1.0
 
     @property
-    def longest_aside_s(self) -> float:
+    def max_aside_s(self) -> float:
         """Maximum seconds that stages without a forward pass may take between two ticks."""
         return ORDINARY_SHARE * self._live_tick_s if self.expects_live else FAIR_TICK_S
 
@@ -176,40 +176,40 @@ class Selection:
         """Images that recall their next stage, as many as a tick may have rows."""
         waiting = [one for one in active if one.recalls]
         waiting.sort(key=lambda one: (not one.live, self.turns.standing(one.flow)))
-        most = min([self._measurements.row_budget, *(one.lane.row_cap.rows for one in waiting)])
-        fitting = bisect_right([*accumulate(one.rows for one in waiting)], most)
+        max_rows = min([self._measurements.row_budget, *(one.lane.row_cap.rows for one in waiting)])
+        fitting = bisect_right([*accumulate(one.rows for one in waiting)], max_rows)
         return waiting[: max(1, fitting)]
 
     def rows_of_tick(self, load: Load, lane: Lane) -> int:
         """Number of rows of the next tick of a lane."""
         costs = self._costs_of(lane, live=load.live)
         if lane.fixed_rows is not None:
-            return costs.most
+            return costs.max_rows
         ticks = self._measurements.ticks
-        return rows_of_tick(load, costs.most, costs.seconds, costs.longest_s, ticks)
+        return rows_of_tick(load, costs.max_rows, costs.seconds, costs.max_tick_s, ticks)
 
     def _costs_of(self, lane: Lane, *, live: bool) -> LaneCosts:
         cost, fixed = lane.cost, lane.fixed_rows
-        most = min(self._measurements.row_budget, lane.row_cap.rows)
+        max_rows = min(self._measurements.row_budget, lane.row_cap.rows)
         if live:
-            longest_s = max(self._live_tick_s, cost.seconds_at(MIN_THROUGHPUT, most))
+            max_tick_s = max(self._live_tick_s, cost.seconds_at(MIN_THROUGHPUT, max_rows))
         else:
-            longest_s = self._longest_ordinary_s(cost, most)
+            max_tick_s = self._max_ordinary_tick_s(cost, max_rows)
 
         def seconds(rows: int) -> float:
             return cost.seconds(fixed or lane.size_of(rows))
 
         # A size that always shared its ticks would never reveal its own cost.
         mixes = None if cost.is_guess else lane.mixes
-        return LaneCosts(most, seconds, longest_s, lane.area, mixes, cost.mixing)
+        return LaneCosts(max_rows, seconds, max_tick_s, lane.area, mixes, cost.mixing)
 
-    def _longest_ordinary_s(self, cost: TickCost, most: int) -> float:
+    def _max_ordinary_tick_s(self, cost: TickCost, max_rows: int) -> float:
         """Maximum seconds of a tick of ordinary images, since newcomers wait for its end."""
         if self.expects_live:
             # A live frame waits no longer than the pause before it has lasted.
             return min(self._live_tick_s, monotonic() - self._live_at)
         if self.turns.contended:
-            fair_s = max(FAIR_TICK_S, cost.seconds_at(FAIR_THROUGHPUT, most))
+            fair_s = max(FAIR_TICK_S, cost.seconds_at(FAIR_THROUGHPUT, max_rows))
             return min(MAX_TICK_S, fair_s)
         return MAX_TICK_S
 

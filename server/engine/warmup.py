@@ -35,22 +35,22 @@ class Warmth:
     Attributes:
         colours: colours of previews, see :func:`fit_preview`.
         cost: initial cost of its ticks at its default size.
-        most_rows: rows of the largest forward pass that was measured.
+        max_rows: rows of the largest forward pass that was measured.
     """
 
     colours: Tensor
     cost: TickCost
-    most_rows: int
+    max_rows: int
 
 
 def warm_up(
-    model: HostedModel, most: int, guessed_costs: Mapping[int, float] | None = None
+    model: HostedModel, max_rows: int, guessed_costs: Mapping[int, float] | None = None
 ) -> Warmth:
     """Run each network of a model before the engine works, in the engine's thread.
 
     Args:
         model: loaded model.
-        most: maximum number of rows in a forward pass.
+        max_rows: maximum number of rows in a forward pass.
         guessed_costs: seconds of a tick by number of rows, used instead of timing forward passes.
 
     Raises:
@@ -59,7 +59,7 @@ def warm_up(
     colours = _first_colours(model)
     if guessed_costs is not None:
         return Warmth(colours, TickCost(guessed_costs, guessed=True), max(guessed_costs))
-    samples = time_forwards(model, most)
+    samples = time_forwards(model, max_rows)
     timed = ", ".join(f"{rows}: {1000 * seconds:.1f}" for rows, seconds in samples.items())
     log.info("%s: ms per forward pass, by rows: %s", model.facts.name, timed)
     return Warmth(colours, TickCost(samples), max(samples))
@@ -76,13 +76,13 @@ def warm_up_beside_ticks(model: HostedModel) -> Warmth:
     return Warmth(colours, TickCost(samples, guessed=True), max(samples))
 
 
-def fewest_rows(models: Iterable[Warmth]) -> int:
+def common_fixed_rows(models: Iterable[Warmth]) -> int:
     """Fewest rows of a pass with most of the best throughput, and not too many for any model.
 
     A single image waits for all rows of its passes, so fewer are better for it. More rows than were
     measured may not fit into memory.
     """
-    return min(one.cost.rows_at(DETERMINISTIC_THROUGHPUT, one.most_rows) for one in models)
+    return min(one.cost.rows_at(DETERMINISTIC_THROUGHPUT, one.max_rows) for one in models)
 
 
 def _first_colours(model: HostedModel) -> Tensor:
@@ -92,15 +92,15 @@ def _first_colours(model: HostedModel) -> Tensor:
     return colours
 
 
-def time_forwards(model: HostedModel, most: int) -> dict[int, float]:
+def time_forwards(model: HostedModel, max_rows: int) -> dict[int, float]:
     """Measure seconds of a forward pass by number of rows, at the default picture size.
 
     Args:
         model: loaded model; its networks are warm afterwards.
-        most: maximum number of rows; sizes that do not fit in memory are left out.
+        max_rows: maximum number of rows; sizes that do not fit in memory are left out.
 
     Raises:
         MemoryError: not even one row fits.
     """
     rehearsal = Rehearsal(model, model.facts.default_width, model.facts.default_height)
-    return measured(lambda rows: rehearsal.seconds(rows, model.evaluate), most)
+    return measured(lambda rows: rehearsal.seconds(rows, model.evaluate), max_rows)

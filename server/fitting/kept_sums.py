@@ -30,8 +30,8 @@ class KeptSums:
         self._file = file
         self._description = description
 
-    def read(self, most: int) -> tuple[int, NDArray[np.float64] | None]:
-        """Return the number of runs summed up, at most `most`, and their sums; else 0 and None."""
+    def read(self, limit: int) -> tuple[int, NDArray[np.float64] | None]:
+        """Return the number of runs summed up, at most `limit`, and their sums; else 0 and None."""
         if self._file is None or not self._file.exists():
             return 0, None
         try:
@@ -42,7 +42,7 @@ class KeptSums:
         except (SafetensorError, OSError, KeyError, ValueError) as error:
             log.warning("%s cannot be read, and its runs are made again: %s", self._file, error)
             return 0, None
-        if description != self._description or done > most:
+        if description != self._description or done > limit:
             return 0, None
         return done, sums
 

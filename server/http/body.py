@@ -62,21 +62,21 @@ class Bodies:
     """Count of the bytes of large bodies in memory, over all requests.
 
     Args:
-        most: maximum number of bytes; a body that would exceed it is refused.
+        max_bytes: maximum number of bytes; a body that would exceed it is refused.
     """
 
-    def __init__(self, most: int) -> None:
+    def __init__(self, max_bytes: int) -> None:
         self.held = 0
-        self._most = most
+        self._max_bytes = max_bytes
         self._tidying: asyncio.TimerHandle | None = None
 
     def take(self, count: int) -> None:
         """Reserve `count` more bytes; raise Overloaded if there is no room for them."""
-        if self.held + count > self._most:
+        if self.held + count > self._max_bytes:
             raise Overloaded(
                 RETRY_AFTER_S,
                 f"Request bodies of {self.held} bytes are being received; with yours there would "
-                f"be more than {self._most}. Try again in {RETRY_AFTER_S:.0f} s.",
+                f"be more than {self._max_bytes}. Try again in {RETRY_AFTER_S:.0f} s.",
             )
         self.held += count
 
@@ -251,22 +251,22 @@ async def received(request: Request, share: Share, *, text: bool) -> bytearray:
         Overloaded: there is no room for the bytes, or the queue is full.
     """
     settings: Settings = request.app.state.settings
-    most = settings.limits.body_bytes
+    max_bytes = settings.limits.body_bytes
     announced = request.headers.get("content-length", "0")
-    _check_room(request, int(announced), most)
+    _check_room(request, int(announced), max_bytes)
     body, meter = bytearray(), TextMeter()
     try:
         async with asyncio.timeout(settings.body_s):
             async for chunk in request.stream():
                 if len(body) <= SMALL_BYTES:
-                    _check_room(request, len(body) + len(chunk), most)
+                    _check_room(request, len(body) + len(chunk), max_bytes)
                 share.grow_to(len(body) + len(chunk))
                 body += chunk
                 if text:
                     meter.feed(chunk)
                     check_text(meter)
-                if len(body) > most:
-                    raise TooLarge.body(most)
+                if len(body) > max_bytes:
+                    raise TooLarge.body(max_bytes)
     except TimeoutError:
         raise RequestTimeout(
             f"The body did not arrive within {settings.body_s:g} s; send it faster or smaller."
@@ -274,7 +274,7 @@ async def received(request: Request, share: Share, *, text: bool) -> bytearray:
     return body
 
 
-def _check_room(request: Request, size: int, most: int) -> None:
+def _check_room(request: Request, size: int, max_bytes: int) -> None:
     """Refuse a large body that could not be served before it is read.
 
     Raises:
@@ -282,8 +282,8 @@ def _check_room(request: Request, size: int, most: int) -> None:
         NotReady: the server does not accept requests now.
         Overloaded: the queue is full.
     """
-    if size > most:
-        raise TooLarge.body(most)
+    if size > max_bytes:
+        raise TooLarge.body(max_bytes)
     if size > SMALL_BYTES:
         service: Service = request.app.state.service
         service.check_room(client_of(request))

@@ -125,8 +125,8 @@ def _body_model(request: Request) -> type[BaseModel] | None:
 
 def _of_http(request: Request, error: HTTPException) -> JSONResponse:
     if error.status_code == TooLarge.status:
-        most = request.app.state.settings.limits.body_bytes
-        return answer(TooLarge.body(most), request.url.path)
+        max_bytes = request.app.state.settings.limits.body_bytes
+        return answer(TooLarge.body(max_bytes), request.url.path)
     sentences = {
         400: "The body cannot be read as JSON.",
         404: f"There is nothing at {request.url.path}.",

@@ -117,9 +117,9 @@ class Gate:
             key = self._key(socket_key or offered)
             scope.setdefault("state", {})["api_key"] = key
         announced = headers.get("content-length", "0")
-        most = self._body_bytes if scope.get("method") in WITH_BODY else BODILESS_BYTES
-        if not announced.isdecimal() or int(announced) > most:
-            raise TooLarge.body(most)
+        max_bytes = self._body_bytes if scope.get("method") in WITH_BODY else BODILESS_BYTES
+        if not announced.isdecimal() or int(announced) > max_bytes:
+            raise TooLarge.body(max_bytes)
 
     def _check_host(self, values: Sequence[str]) -> tuple[str, str]:
         match = _HOST.fullmatch(values[0]) if len(values) == 1 else None

@@ -125,12 +125,12 @@ def _explained(refusal: ValidationError) -> str:
     return f"has the {field} {shown(error['input'])}; it {demand_of(error)}"
 
 
-def _steps_within(most: int, said: _Stated, where: str) -> int:
+def _steps_within(max_steps: int, said: _Stated, where: str) -> int:
     if said.steps is None:
-        return min(CONVENTIONS[said.convention].steps, most)
-    if said.steps > most:
+        return min(CONVENTIONS[said.convention].steps, max_steps)
+    if said.steps > max_steps:
         raise ModelMismatch(
-            f"{where} has the steps {said.steps}; at most {most} are allowed, the "
+            f"{where} has the steps {said.steps}; at most {max_steps} are allowed, the "
             f"original_inference_steps of its {SCHEDULER}."
         )
     return said.steps
@@ -221,8 +221,8 @@ def _by_config(name: str, reason: str, scheduler: Mapping[str, Any]) -> ModelDef
     except ValueError as refusal:
         logger.warning("the scheduler's config is not followed: %s", refusal)
         return None
-    most = spacing.model_dump()["distilled_steps"]
-    return defaults_by(name, reason, spacing=spacing, steps=min(CONVENTIONS[name].steps, most))
+    max_steps = spacing.model_dump()["distilled_steps"]
+    return defaults_by(name, reason, spacing=spacing, steps=min(CONVENTIONS[name].steps, max_steps))
 
 
 def is_called_turbo(folder: Path, denoiser: str) -> bool:

@@ -50,23 +50,23 @@ class DeviceMemory(NamedTuple):
     """Bytes available to weights: those free now, and the total."""
 
     free: int
-    most: int
+    total: int
 
 
 def measure(device: torch.device) -> DeviceMemory:
     """Memory available to weights on a device; for a CPU, that of the machine or the container."""
     if device.type != "cuda":
         return _of_host()
-    _, most = torch.cuda.mem_get_info(device)
-    left_alone = int(ACTIVATIONS * most)
-    return DeviceMemory(max(0, unused_bytes(device) - left_alone), most - left_alone)
+    _, total = torch.cuda.mem_get_info(device)
+    left_alone = int(ACTIVATIONS * total)
+    return DeviceMemory(max(0, unused_bytes(device) - left_alone), total - left_alone)
 
 
 def attainable_bytes(device: torch.device) -> int:
     """Bytes available to weights on a device once this process has unloaded its own weights."""
-    free, most = measure(device)
-    own = torch.cuda.memory_allocated(device) if device.type == "cuda" else most
-    return min(free + own, most)
+    free, total = measure(device)
+    own = torch.cuda.memory_allocated(device) if device.type == "cuda" else total
+    return min(free + own, total)
 
 
 @contextmanager
@@ -136,14 +136,14 @@ def _no_room(called: str, needed: int, reason: str) -> Overloaded:
 
 def _of_host() -> DeviceMemory:
     memory = psutil.virtual_memory()
-    free, most = memory.available, memory.total
+    free, total = memory.available, memory.total
     for folder, names in _control_groups():
         limit, used, statistics = (_read(folder / name) for name in names)
         # The limit "max" means none.
-        if limit.strip().isdigit() and used.strip().isdigit() and int(limit) < most:
-            most = int(limit)
-            free = min(free, most - int(used) + _of_files(statistics))
-    return DeviceMemory(max(0, free), most)
+        if limit.strip().isdigit() and used.strip().isdigit() and int(limit) < total:
+            total = int(limit)
+            free = min(free, total - int(used) + _of_files(statistics))
+    return DeviceMemory(max(0, free), total)
 
 
 def _control_groups() -> list[tuple[Path, tuple[str, ...]]]:

@@ -83,13 +83,13 @@ def options(
 
 
 def first_that_fits(
-    placements: Sequence[Placement], needs: Callable[[Placement], int], most: int
+    placements: Sequence[Placement], needs: Callable[[Placement], int], max_bytes: int
 ) -> Placement:
     """The first placement that fits; the last one if none does.
 
     Args:
         placements: placements in order of preference, at least one.
         needs: bytes of device memory that the model takes with a placement.
-        most: maximum number of bytes that it may take.
+        max_bytes: maximum number of bytes that it may take.
     """
-    return next((one for one in placements if needs(one) <= most), placements[-1])
+    return next((one for one in placements if needs(one) <= max_bytes), placements[-1])

@@ -249,7 +249,7 @@ def _places_of(references: ReferencesRead) -> int:
     """Maximum length of a text, in which each image has one token for 28 x 28 pixels."""
     # Rounding to the encoder's multiples of 28 pixels may enlarge an image a little.
     of_a_picture = ceil(1.2 * (references.seen_area or 0) / 28**2)
-    return EDIT_PLACES + references.most * of_a_picture
+    return EDIT_PLACES + references.max_images * of_a_picture
 
 
 def _defaults_of(folder: Path) -> ModelDefaults:

@@ -18,7 +18,7 @@ class ReferencesRead:
     """How many reference images a model accepts, and at which sizes.
 
     Attributes:
-        most: maximum number of images per request.
+        max_images: maximum number of images per request.
         sizes: pairs of width and height in pixels; each image is resized to the pair with the most
             similar aspect ratio. Empty where images keep their own aspect ratio.
         area: number of pixels to which each image is resized; None where it is only downscaled.
@@ -26,7 +26,7 @@ class ReferencesRead:
             encoder takes no images.
     """
 
-    most: int
+    max_images: int
     sizes: tuple[tuple[int, int], ...] = ()
     area: int | None = None
     seen_area: int | None = None

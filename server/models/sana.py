@@ -131,11 +131,11 @@ class InstructedGemma:
 
     def _tokens_of(self, prompt: str | None) -> list[int]:
         text = lowered((prompt or "").removeprefix(NEGATIVE))
-        most = LENGTH
+        max_length = LENGTH
         if not _is_negative(prompt):
-            text, most = INSTRUCTION + text, self._instruction + LENGTH - 2
+            text, max_length = INSTRUCTION + text, self._instruction + LENGTH - 2
         with self._tokenizing:
-            return self._tokenizer(text, truncation=True, max_length=most).input_ids
+            return self._tokenizer(text, truncation=True, max_length=max_length).input_ids
 
 
 class SanaDenoiser:

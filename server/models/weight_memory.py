@@ -40,15 +40,15 @@ class WeightMemory(Generic[Weights]):
     The bound includes weights that running requests use, whether or not they are in the cache.
 
     Args:
-        most_bytes: maximum size of all of them together, in bytes.
+        max_bytes: maximum size of all of them together, in bytes.
         what: name of the kind, in the plural.
     """
 
-    def __init__(self, most_bytes: int, what: str) -> None:
-        self.most_bytes = most_bytes
+    def __init__(self, max_bytes: int, what: str) -> None:
+        self.max_bytes = max_bytes
         self._what = what
         self._kept: ByteBoundedLRU[Key, Weights] = ByteBoundedLRU(
-            most_bytes, lambda weights: weights.nbytes
+            max_bytes, lambda weights: weights.nbytes
         )
         self._alive: WeakValueDictionary[Key, Weights] = WeakValueDictionary()
         self._loading = Lock()
@@ -63,7 +63,7 @@ class WeightMemory(Generic[Weights]):
 
         Args:
             key: key of the weights.
-            nbytes: size of the weights, at most ``most_bytes``.
+            nbytes: size of the weights, at most ``max_bytes``.
             load: loads them; if it finds no room on the device, unused weights are evicted and it
                 is called again.
 
@@ -89,11 +89,11 @@ class WeightMemory(Generic[Weights]):
         Args:
             sizes: sizes in bytes of all weights that one request needs.
         """
-        if (nbytes := sum(sizes)) <= self.most_bytes:
+        if (nbytes := sum(sizes)) <= self.max_bytes:
             return None
         return (
             f"the {self._what} of this request take {nbytes} bytes of memory together; at most "
-            f"{self.most_bytes} are allowed."
+            f"{self.max_bytes} are allowed."
         )
 
     def has(self, key: Key) -> bool:
@@ -108,7 +108,7 @@ class WeightMemory(Generic[Weights]):
         try:
             return load()
         except Overloaded:
-            # The device may have less room than ``most_bytes``. Cached weights that no request uses
+            # The device may have less room than ``max_bytes``. Cached weights that no request uses
             # would never be released otherwise.
             self._kept.shrink(0)
         gc.collect()
@@ -116,9 +116,9 @@ class WeightMemory(Generic[Weights]):
         return load()
 
     def _make_room(self, nbytes: int) -> None:
-        for kept in (self.most_bytes - nbytes, 0):
+        for kept in (self.max_bytes - nbytes, 0):
             self._kept.shrink(kept)
-            if self.bytes + nbytes <= self.most_bytes:
+            if self.bytes + nbytes <= self.max_bytes:
                 return
         raise Overloaded(
             FULL_RETRY_S,

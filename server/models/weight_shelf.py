@@ -227,10 +227,10 @@ class WeightShelf(ABC, Generic[Here, Weights, Wanted]):
         outcome: Here | str
         try:
             outcome = self._understood(name, path, self._taken())
-            if (nbytes := outcome.nbytes(self._dtype)) > self._memory.most_bytes:
+            if (nbytes := outcome.nbytes(self._dtype)) > self._memory.max_bytes:
                 outcome = (
                     f"{self.what} {name!r} takes {nbytes} bytes of memory; at most "
-                    f"{self._memory.most_bytes} are allowed for all {self.what}s."
+                    f"{self._memory.max_bytes} are allowed for all {self.what}s."
                 )
         except self.mismatch as error:
             outcome = error.message

@@ -15,7 +15,7 @@ __all__ = [
     "MAX_REFERENCES",
     "check_references",
     "largest_of",
-    "most_of",
+    "max_reference_images",
     "seen_target_of",
     "target_of",
 ]
@@ -40,13 +40,14 @@ def check_references(count: int, facts: ModelFacts) -> None:
     Raises:
         InvalidRequest: the model reads fewer, or none.
     """
-    most = most_of(facts)
-    if count <= most:
+    max_images = max_reference_images(facts)
+    if count <= max_images:
         return
-    if most:
+    if max_images:
         raise InvalidRequest(
             "reference_images",
-            f"reference_images has {count} images; model {facts.name!r} reads at most {most}.",
+            f"reference_images has {count} images; model {facts.name!r} reads at most "
+            f"{max_images}.",
         )
     raise InvalidRequest(
         "reference_images",
@@ -55,9 +56,9 @@ def check_references(count: int, facts: ModelFacts) -> None:
     )
 
 
-def most_of(facts: ModelFacts) -> int:
+def max_reference_images(facts: ModelFacts) -> int:
     """Return the maximum number of reference images in a request to a model."""
-    return 0 if facts.references is None else facts.references.most
+    return 0 if facts.references is None else facts.references.max_images
 
 
 def largest_of(facts: ModelFacts) -> tuple[int, int]:
@@ -85,5 +86,5 @@ def target_of(facts: ModelFacts) -> PictureTarget:
         sizes=sizes,
         multiple=facts.size_multiple,
         longest=facts.longest_side,
-        most_pixels=MAX_PIXELS,
+        max_pixels=MAX_PIXELS,
     )

@@ -131,7 +131,7 @@ def host(
         max_pending_bytes=settings.max_pending_bytes,
         on_failure=on_failure,
         guessed_costs=guessed_costs,
-        most_bytes=settings.memory_bytes,
+        max_bytes=settings.memory_bytes,
     )
     engine.start()
     return Hosted(engine, models, source)
@@ -182,9 +182,9 @@ class _Folders:
         return measure(torch.device(HOST)).free
 
     def room(self, loaded_bytes: int) -> Room:
-        free, most = measure(choose_device(self.settings.device))
+        free, max_bytes = measure(choose_device(self.settings.device))
         allowed = self.settings.memory_bytes
-        return Room(int(min(free, allowed - loaded_bytes)), int(min(most, allowed)))
+        return Room(int(min(free, allowed - loaded_bytes)), int(min(max_bytes, allowed)))
 
     def load(self, name: str, tell: Callable[[int, int], None]) -> HostedModel:
         with self._told_to_clients(name):
@@ -210,8 +210,8 @@ class _Folders:
         """
         settings, device = self.settings, choose_device(self.settings.device)
         choices = options(settings.offload, settings.quantization_of(name), device)
-        most = int(min(attainable_bytes(device), settings.memory_bytes))
-        return first_that_fits(choices, partial(self._bytes_in, name), most)
+        max_bytes = int(min(attainable_bytes(device), settings.memory_bytes))
+        return first_that_fits(choices, partial(self._bytes_in, name), max_bytes)
 
     def _bytes_in(self, name: str, placement: Placement) -> int:
         dtype = choose_dtype(self.settings.dtype, choose_device(self.settings.device))

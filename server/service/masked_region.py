@@ -83,24 +83,24 @@ def around(mask: NDArray[np.uint8], padding: int, width: int, height: int) -> Bo
         width: width of the drawing.
         height: height of the drawing.
     """
-    most_y, most_x = mask.shape
+    image_height, image_width = mask.shape
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    left, right = _padded(int(columns[0]), int(columns[-1]) + 1, padding, most_x)
-    top, bottom = _padded(int(rows[0]), int(rows[-1]) + 1, padding, most_y)
+    left, right = _padded(int(columns[0]), int(columns[-1]) + 1, padding, image_width)
+    top, bottom = _padded(int(rows[0]), int(rows[-1]) + 1, padding, image_height)
     wanted = max((right - left) / width, (bottom - top) / height)
-    left, right = _widened(left, right, round(wanted * width), most_x)
-    top, bottom = _widened(top, bottom, round(wanted * height), most_y)
+    left, right = _widened(left, right, round(wanted * width), image_width)
+    top, bottom = _widened(top, bottom, round(wanted * height), image_height)
     return Box(left, top, right, bottom)
 
 
-def _padded(first: int, last: int, padding: int, most: int) -> tuple[int, int]:
-    return max(0, first - padding), min(most, last + padding)
+def _padded(first: int, last: int, padding: int, max_end: int) -> tuple[int, int]:
+    return max(0, first - padding), min(max_end, last + padding)
 
 
-def _widened(first: int, last: int, size: int, most: int) -> tuple[int, int]:
+def _widened(first: int, last: int, size: int, max_end: int) -> tuple[int, int]:
     """Widen an interval to a size around its middle, shifted and limited to the picture."""
-    size = min(max(size, last - first), most)
-    first = min(max(0, first - (size - (last - first)) // 2), most - size)
+    size = min(max(size, last - first), max_end)
+    first = min(max(0, first - (size - (last - first)) // 2), max_end - size)
     return first, first + size
 
 

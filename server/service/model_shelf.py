@@ -43,7 +43,7 @@ class Room:
     """Bytes available for weights: now, and if no other model were loaded."""
 
     free: int
-    most: int
+    total: int
 
 
 class Source(Protocol):
@@ -427,10 +427,10 @@ class ModelShelf:
         needed = source.needs(place.name)
         while True:
             room = source.room(self._loaded_bytes())
-            if needed > room.most:
+            if needed > room.total:
                 raise ModelTooLarge(
                     f"Model {place.name!r} needs {needed} bytes for its weights; at most "
-                    f"{room.most} bytes are allowed here."
+                    f"{room.total} bytes are allowed here."
                 )
             if needed <= room.free:
                 return True

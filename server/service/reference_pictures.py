@@ -32,7 +32,7 @@ async def decoded_references(
     model: HostedModel,
     decoding: DecodePool,
     known: ReferencePictures,
-    most: int | None = None,
+    max_images: int | None = None,
 ) -> ReferencePictures:
     """Decode the reference images of a request.
 
@@ -41,7 +41,7 @@ async def decoded_references(
         model: model that will serve it.
         decoding: pool that decodes the images.
         known: the first ones, if they are decoded already.
-        most: maximum number of images; None for all.
+        max_images: maximum number of images; None for all.
 
     Raises:
         InvalidRequest: an image cannot be decoded.
@@ -49,7 +49,7 @@ async def decoded_references(
     """
     read, seen = list(known.read), list(known.seen)
     target, of_text = target_of(model.facts), seen_target_of(model.facts)
-    for place, one in list(enumerate(request.reference_images))[len(read) : most]:
+    for place, one in list(enumerate(request.reference_images))[len(read) : max_images]:
         field = f"reference_images.{place}"
         with one.opened() as data:
             read.append(await decoding.picture(data, field, target))

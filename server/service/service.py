@@ -37,7 +37,7 @@ from server.requests.checks.limits import check_count, runs_of
 from server.requests.controls import load_controls, unloaded_controls
 from server.requests.embeddings import texts_of
 from server.requests.image_prompts import unloaded_image_prompts
-from server.requests.reference_images import check_references, largest_of, most_of
+from server.requests.reference_images import check_references, largest_of, max_reference_images
 from server.requests.resolve import Prepared
 from server.requests.schema import GenerateRequest, ResolvedRequest
 from server.requests.second_run import naming_hires
@@ -211,7 +211,7 @@ class Service:
                 embeddings=embedding_entries(model),
                 unfit_embeddings=dict(model.embeddings.unfit()),
                 image_prompts=image_prompt_entries(model),
-                reference_images=most_of(model.facts),
+                reference_images=max_reference_images(model.facts),
                 defaults=defaults_of(model.facts.defaults),
             )
             for model in (() if self._shelf is None else self._shelf.loaded())

@@ -221,13 +221,13 @@ class StreamSession:
             Why the frame is refused; None if it is accepted.
         """
         number, self.counts.received = self.counts.received, self.counts.received + 1
-        most = self._stream_limits.frame_bytes
+        limit = self._stream_limits.frame_bytes
         if self._current is None:
             error = InvalidRequest(None, "Send the settings as JSON before the first frame.")
             return FailedFrame(error, None, number)
-        if len(data) > most:
+        if len(data) > limit:
             self.counts.count("failed")
-            error = TooLarge("frame", f"frame has {len(data)} bytes; at most {most} are allowed.")
+            error = TooLarge("frame", f"frame has {len(data)} bytes; at most {limit} are allowed.")
             return FailedFrame(error, None, number)
         if self._current.settings.source == "text":
             self.counts.count("dropped")
@@ -373,12 +373,12 @@ class StreamSession:
         return Current(settings, prepared, lease, adapters, embeddings, beside, in_flight)
 
     def _most_in_flight(self, settings: StreamSettings, prepared: Prepared) -> int:
-        most = self._stream_limits.in_flight
+        limit = self._stream_limits.in_flight
         if settings.in_flight is None:
-            return min(most, prepared.plan.evaluations + 2)
-        if settings.in_flight > most:
+            return min(limit, prepared.plan.evaluations + 2)
+        if settings.in_flight > limit:
             raise InvalidRequest(
-                "in_flight", f"in_flight is {settings.in_flight}; at most {most} is allowed."
+                "in_flight", f"in_flight is {settings.in_flight}; at most {limit} is allowed."
             )
         return settings.in_flight
 

@@ -11,7 +11,7 @@ from server.decoding.pool import DecodePool
 from server.decoding.sizing import PictureTarget
 from server.errors import InvalidRequest
 from server.models.hosted import ModelFacts
-from server.requests.reference_images import most_of, seen_target_of, target_of
+from server.requests.reference_images import max_reference_images, seen_target_of, target_of
 from server.requests.schema import ResolvedRequest
 from server.requests.stream_schema import StreamSettings
 
@@ -51,8 +51,8 @@ def check_source(settings: StreamSettings, facts: ModelFacts) -> None:
             f"start from, and source is {settings.source!r}; set source to 'frames'"
             + (f", or {instead}." if instead else "."),
         )
-    most, beside = most_of(facts), len(settings.reference_images)
-    if beside and not most:
+    max_images, beside = max_reference_images(facts), len(settings.reference_images)
+    if beside and not max_images:
         raise InvalidRequest(
             "reference_images",
             f"reference_images has {beside}, but model {facts.name!r} does not read reference "
@@ -60,17 +60,17 @@ def check_source(settings: StreamSettings, facts: ModelFacts) -> None:
         )
     if settings.source != "references":
         return
-    if not most:
+    if not max_images:
         raise InvalidRequest(
             "source",
             f"source is 'references', but model {facts.name!r} does not read reference images; use "
             "'frames' to start from each frame.",
         )
-    if beside >= most:
+    if beside >= max_images:
         raise InvalidRequest(
             "reference_images",
             f"reference_images has {beside} images besides each frame; model {facts.name!r} reads "
-            f"at most {most} with the frame.",
+            f"at most {max_images} with the frame.",
         )
 
 

@@ -78,13 +78,13 @@ class Streams:
         session.close()
 
     def _check_room(self, key: ApiKey | None) -> None:
-        opened, most = len(self.sessions), self.limits.sessions
-        if opened >= most:
+        opened, limit = len(self.sessions), self.limits.sessions
+        if opened >= limit:
             raise Overloaded(
-                RETRY_AFTER_S, f"{opened} streams are open; at most {most} are allowed."
+                RETRY_AFTER_S, f"{opened} streams are open; at most {limit} are allowed."
             )
-        own, most = list(self.sessions.values()).count(key), self.limits.sessions_per_key
-        if key is not None and most is not None and own >= most:
+        own, limit = list(self.sessions.values()).count(key), self.limits.sessions_per_key
+        if key is not None and limit is not None and own >= limit:
             raise Overloaded(
-                RETRY_AFTER_S, f"{own} streams are open with this key; at most {most} are allowed."
+                RETRY_AFTER_S, f"{own} streams are open with this key; at most {limit} are allowed."
             )

@@ -109,7 +109,7 @@ async def _by_reference(
         return Early()
     facts = model.facts
     check_references(len(request.reference_images), facts)
-    first = await decoded_references(request, model, decoding, ReferencePictures(), most=1)
+    first = await decoded_references(request, model, decoding, ReferencePictures(), max_images=1)
     height, width, _ = first.read[0].shape
     # Sides too long for the model or the operator are refused later, with the field's name.
     wanted = PictureTarget(request.width, request.height, multiple=facts.size_multiple)

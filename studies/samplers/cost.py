@@ -47,8 +47,8 @@ def of(contender: Contender, model: HostedModel, files: StatisticsFiles) -> dict
     grid = schedule.grid(LogSNR(), STEPS, t_end=schedule.t_end)
     plan = planned(sampler, grid, statistics)
     return {
-        "plan": 1000 * _least_seconds(lambda: planned(sampler, grid, statistics)),
-        "plan_large": 1000 * _least_seconds(lambda: planned(sampler, grid, large), WARM_UP),
+        "plan": 1000 * _min_seconds(lambda: planned(sampler, grid, statistics)),
+        "plan_large": 1000 * _min_seconds(lambda: planned(sampler, grid, large), WARM_UP),
         **{f"advance_{rows}": _advance_ms(plan, rows, shape, model.device) for rows in ROWS},
     }
 
@@ -70,7 +70,7 @@ def tick_ms(model: HostedModel, rows: int) -> float:
         x = torch.randn(rows, *shape, device=model.device)
         t = torch.full((rows,), 500.0, device=model.device)
         inputs = model.inputs(["a red circle"] * rows)
-        return 1000 * _least_seconds(lambda: model.evaluate(x, t, inputs))
+        return 1000 * _min_seconds(lambda: model.evaluate(x, t, inputs))
 
 
 def _advance_ms(plan: Plan, rows: int, shape: tuple[int, int, int], device: torch.device) -> float:
@@ -79,10 +79,10 @@ def _advance_ms(plan: Plan, rows: int, shape: tuple[int, int, int], device: torc
     table = torch.from_numpy(plan.tables[stage]).to(device, torch.float32)
     columns = torch.randn(rows, plan.slots + 2, *shape, device=device)
     with torch.inference_mode():
-        return 1000 * _least_seconds(lambda: advance(columns, torch.stack([table] * rows)))
+        return 1000 * _min_seconds(lambda: advance(columns, torch.stack([table] * rows)))
 
 
-def _least_seconds(work: Callable[[], Any], rounds: int = ROUNDS) -> float:
+def _min_seconds(work: Callable[[], Any], rounds: int = ROUNDS) -> float:
     """Minimum time over some rounds, as other load on the machine only adds to the time."""
     times: list[float] = []
     for _ in range(rounds + WARM_UP):

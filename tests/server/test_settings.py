@@ -103,7 +103,7 @@ def test_a_key_may_say_what_its_holder_may_have(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("WEFT_API_KEYS", json.dumps([entry, f"{KEY}2"]))
     first, second = Settings().api_keys
     assert first.opens_for(KEY)
-    assert first.client == Client("art", weight=2, most_images=8, most_seconds=60)
+    assert first.client == Client("art", weight=2, max_images=8, max_device_s=60)
     assert second.client == Client("key-2")
 
 

@@ -55,10 +55,10 @@ class Arrivals:
         """Take all images."""
         return self.take(len(self), len(self))
 
-    def _in_turns(self, most: int, may_come: Callable[[Sequence], bool]) -> list[Sequence]:
+    def _in_turns(self, max_images: int, may_come: Callable[[Sequence], bool]) -> list[Sequence]:
         taken: list[Sequence] = []
         flows = deque(self._ordinary)
-        while flows and len(taken) < most:
+        while flows and len(taken) < max_images:
             flow = flows.popleft()
             queue = self._ordinary[flow]
             if not may_come(queue[0]):

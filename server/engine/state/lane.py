@@ -34,7 +34,7 @@ class Lane:
         model: model of all its images.
         shape: shape of their latents, ``(C, h, w)``.
         cost: cost of its ticks.
-        most_rows: maximum number of rows in a forward pass, if memory allows.
+        max_rows: maximum number of rows in a forward pass, if memory allows.
         forwards: object that pads its forward passes; None to run them as they are.
         mixes: equal for lanes of different sizes that can share a forward pass; None if it cannot.
         reads: cells that a forward pass reads per row, relative to the cells of a latent.
@@ -46,7 +46,7 @@ class Lane:
         model: HostedModel,
         shape: tuple[int, int, int],
         cost: TickCost,
-        most_rows: int,
+        max_rows: int,
         forwards: Forwards | None = None,
         mixes: Hashable = None,
         reads: float = 1.0,
@@ -60,7 +60,7 @@ class Lane:
         self.fixed_rows = fixed_rows
         self.pool = Pool(shape, model.device)
         self.cost = cost
-        self.row_cap = RowCap(most_rows)
+        self.row_cap = RowCap(max_rows)
         self._forwards = forwards
         self._indices = lru_cache(INDICES_KEPT)(partial(_sent, model.device))
         # Keyed by identity: a compiled plan holds its plan, so the identity is not reused.

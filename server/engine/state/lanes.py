@@ -77,16 +77,16 @@ class Lanes:
         key = task.model, shape, (group, company), fixed
         if key not in self._lanes:
             self._forget_idle()
-            most = self._measurements.row_budget
-            most = most if fixed is None else min(most, fixed)
+            max_rows = self._measurements.row_budget
+            max_rows = max_rows if fixed is None else min(max_rows, fixed)
             read = model.forward_shape(task.width, task.height, task.references)
             cost = self._costs.keep(task.model, read)
             # Prepared passes have the conditioning of a prompt alone.
             alone = company is None
-            forwards = self._forwards_of(model, shape, cost, fixed or most) if alone else None
+            forwards = self._forwards_of(model, shape, cost, fixed or max_rows) if alone else None
             mixes = (task.model, group) if self._mixed and model.mixes_sizes and alone else None
             reads = read[2] / shape[2]
-            self._lanes[key] = Lane(model, shape, cost, most, forwards, mixes, reads, fixed)
+            self._lanes[key] = Lane(model, shape, cost, max_rows, forwards, mixes, reads, fixed)
         return self._lanes[key]
 
     def _fixed_for(self, rows: int) -> int | None:

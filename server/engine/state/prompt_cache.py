@@ -39,16 +39,16 @@ class PromptCache:
         model: model whose text encoder is used.
         fixed: whether to encode at a fixed batch size, so that a prompt's bits do not depend on the
             other prompts of its batch.
-        most_bytes: bound on the size of all cached encodings.
+        max_bytes: bound on the size of all cached encodings.
     """
 
     def __init__(
-        self, model: HostedModel, *, fixed: bool, most_bytes: int = PROMPTS_KEPT_BYTES
+        self, model: HostedModel, *, fixed: bool, max_bytes: int = PROMPTS_KEPT_BYTES
     ) -> None:
         self._model = model
         self._fixed = fixed
         self._kept: ByteBoundedLRU[Key, Conditioning] = ByteBoundedLRU(
-            most_bytes, lambda conditioning: conditioning.nbytes
+            max_bytes, lambda conditioning: conditioning.nbytes
         )
 
     def of(

@@ -10,12 +10,12 @@ class RowCap:
     """Halves when a forward pass runs out of memory, and recovers slowly while full ticks succeed.
 
     Args:
-        most: initial and maximum number of rows.
+        max_rows: initial and maximum number of rows.
     """
 
-    def __init__(self, most: int) -> None:
-        self.rows = most
-        self._most = most
+    def __init__(self, max_rows: int) -> None:
+        self.rows = max_rows
+        self._max_rows = max_rows
         self._full_ticks = 0
 
     def overflow(self, rows: int) -> None:
@@ -25,9 +25,9 @@ class RowCap:
 
     def fit(self, rows: int) -> None:
         """Record that a number of rows fitted."""
-        if rows < self.rows or self.rows == self._most:
+        if rows < self.rows or self.rows == self._max_rows:
             return
         self._full_ticks += 1
         if self._full_ticks == RECOVERY_TICKS:
-            self.rows = min(self._most, self.rows + max(1, self.rows // 8))
+            self.rows = min(self._max_rows, self.rows + max(1, self.rows // 8))
             self._full_ticks = 0

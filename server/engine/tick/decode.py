@@ -150,9 +150,9 @@ class Decoder:
             return
         while self._queue and len(self._in_flight) < IN_FLIGHT:
             if self._queue.live_turn():
-                some = self._queue.take_live(self._most(self._queue.live[0], idle=idle))
+                some = self._queue.take_live(self._max_images(self._queue.live[0], idle=idle))
             else:
-                some = self._queue.take_ordinary(lambda one: self._most(one, idle=idle))
+                some = self._queue.take_ordinary(lambda one: self._max_images(one, idle=idle))
             self._start(some)
         yield from self._finished(idle=idle)
 
@@ -204,7 +204,7 @@ class Decoder:
         # An error of the call is raised again when its pixels are fetched, and ends its images.
         return True
 
-    def _most(self, first: Sequence, *, idle: bool) -> int:
+    def _max_images(self, first: Sequence, *, idle: bool) -> int:
         """Number of images that the next decoder call on a GPU may take, given the first one."""
         if self._fixed:
             return DECODED_AT_ONCE

@@ -62,20 +62,20 @@ class DecoderQueue:
             self._forget_empty()
         return waits
 
-    def take_live(self, most: int) -> list[Sequence]:
+    def take_live(self, max_images: int) -> list[Sequence]:
         """Take the next frames of live streams, all of one lane."""
-        return _of_one_lane(self.live, most)
+        return _of_one_lane(self.live, max_images)
 
-    def take_ordinary(self, most: Callable[[Sequence], int]) -> list[Sequence]:
+    def take_ordinary(self, max_images: Callable[[Sequence], int]) -> list[Sequence]:
         """Take the next ordinary images of the flow whose turn it is, all of one lane; maybe none.
 
         Args:
-            most: function that returns how many images of a flow may be taken, given the first of
-                them; 0 if the flow must wait for others.
+            max_images: function that returns how many images of a flow may be taken, given the
+                first of them; 0 if the flow must wait for others.
         """
         for flow in sorted(self._ordinary, key=self._turns.standing):
             queue = self._ordinary[flow]
-            if count := most(queue[0]):
+            if count := max_images(queue[0]):
                 taken = _of_one_lane(queue, count)
                 self._forget_empty()
                 return taken
@@ -100,8 +100,8 @@ class DecoderQueue:
         self._ordinary = {flow: queue for flow, queue in self._ordinary.items() if queue}
 
 
-def _of_one_lane(queue: deque[Sequence], most: int) -> list[Sequence]:
+def _of_one_lane(queue: deque[Sequence], max_images: int) -> list[Sequence]:
     taken: list[Sequence] = []
-    while queue and len(taken) < most and (not taken or queue[0].lane is taken[0].lane):
+    while queue and len(taken) < max_images and (not taken or queue[0].lane is taken[0].lane):
         taken.append(queue.popleft())
     return taken

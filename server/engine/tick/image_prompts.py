@@ -46,16 +46,16 @@ class ImagePromptCache:
         model: model whose U-Net attends to them.
         fixed: whether to encode at a fixed batch size, so that a picture's bits do not depend on
             the other pictures of its batch.
-        most_bytes: bound on the size of all cached tokens.
+        max_bytes: bound on the size of all cached tokens.
     """
 
     def __init__(
-        self, model: HostedModel, *, fixed: bool, most_bytes: int = TOKENS_KEPT_BYTES
+        self, model: HostedModel, *, fixed: bool, max_bytes: int = TOKENS_KEPT_BYTES
     ) -> None:
         self._model = model
         self._fixed = fixed
         self._kept: ByteBoundedLRU[Key, Tensor] = ByteBoundedLRU(
-            most_bytes, lambda tokens: tokens.nbytes
+            max_bytes, lambda tokens: tokens.nbytes
         )
 
     def encode(self, members: Iterable[Sequence]) -> None:

@@ -118,10 +118,10 @@ async def extra_batch_images(
 ) -> EnlargedImages:
     """Enlarge images with Lanczos resampling, one after the other."""
     _check(body)
-    most = request.app.state.settings.limits.images
-    if len(body.imageList) > most:
+    limit = request.app.state.settings.limits.images
+    if len(body.imageList) > limit:
         raise InvalidRequest(
-            "imageList", f"imageList has {len(body.imageList)} images; at most {most} are allowed."
+            "imageList", f"imageList has {len(body.imageList)} images; at most {limit} are allowed."
         )
     images = [
         await _enlarged(body, f"imageList.{place}.data", one.data, request, service)
@@ -136,12 +136,12 @@ async def _enlarged(
     with image.opened() as data:
         picture = await service.decoding.picture(data, field)
     width, height = how.size_of(picture.shape[1], picture.shape[0])
-    most = request.app.state.settings.limits.upload_pixels
-    if width * height > most:
+    limit = request.app.state.settings.limits.upload_pixels
+    if width * height > limit:
         asked = "upscaling_resize" if how.resize_mode == 0 else "upscaling_resize_w"
         raise InvalidRequest(
             asked,
-            f"{asked} makes an image of {width} x {height}; at most {most} pixels are allowed.",
+            f"{asked} makes an image of {width} x {height}; at most {limit} pixels are allowed.",
         )
     request.state.share.hold(picture.nbytes + 3 * width * height)
     # A large image takes seconds in a thread of the pool that all other requests need.

@@ -151,10 +151,10 @@ class Conversation:
         """
         if len(text) <= MAX_SETTINGS_CHARACTERS:
             return message_fields(text)
-        most = max(MAX_SETTINGS_CHARACTERS, self._limits.frame_bytes)
-        if len(text) > most:
+        limit = max(MAX_SETTINGS_CHARACTERS, self._limits.frame_bytes)
+        if len(text) > limit:
             raise TooLarge(
-                None, f"The message has {len(text)} characters; at most {most} are allowed."
+                None, f"The message has {len(text)} characters; at most {limit} are allowed."
             )
         meter = TextMeter()
         await asyncio.to_thread(meter.feed, text.encode(errors="replace"))

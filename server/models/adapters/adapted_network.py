@@ -75,7 +75,7 @@ class AdaptedNetwork:
         device: device of the network.
         by_products: whether to compute convolutions as matrix products, see ``convolution``. By
             default on a GPU.
-        most_bytes: maximum size of kept stacks; by default a share of the device's memory.
+        max_bytes: maximum size of kept stacks; by default a share of the device's memory.
     """
 
     def __init__(
@@ -85,15 +85,15 @@ class AdaptedNetwork:
         device: torch.device,
         *,
         by_products: bool | None = None,
-        most_bytes: int | None = None,
+        max_bytes: int | None = None,
     ) -> None:
         self._part = part
         self._device = device
         self._by_products = device.type == "cuda" if by_products is None else by_products
-        if most_bytes is None:
-            most_bytes = int(KEPT_SHARE * measure(device).most)
-        self._most_bytes = most_bytes
-        self._plans: ByteBoundedLRU[Key, _Plan] = ByteBoundedLRU(most_bytes, lambda one: one.nbytes)
+        if max_bytes is None:
+            max_bytes = int(KEPT_SHARE * measure(device).total)
+        self._max_bytes = max_bytes
+        self._plans: ByteBoundedLRU[Key, _Plan] = ByteBoundedLRU(max_bytes, lambda one: one.nbytes)
         self._layers: dict[str, Layer] = {
             name: module
             for name, module in network.named_modules()
@@ -140,7 +140,7 @@ class AdaptedNetwork:
     def _hooked(self, adapters: RowAdapters) -> list[RemovableHandle]:
         """Register hooks on all layers and norms that are changed."""
         plan, rows = self._planned(adapters), len(adapters.rows)
-        keep = plan.nbytes <= self._most_bytes
+        keep = plan.nbytes <= self._max_bytes
         handles = [one.hooked(self._norms[name], rows) for name, one in plan.norms.items()]
         for name, changed in plan.layers.items():
             handles += _Change(changed, rows, keep=keep).hooked(self._layers[name])

@@ -235,5 +235,5 @@ def _positions(own: list[int], adapters: RowAdapters, sent: Sent) -> slice | Ten
 def _weights(entries: list[Changes]) -> tuple[tuple[tuple[float, ...]], ...]:
     """Weight of each entry and rank, padded with 0 to the largest rank of all entries."""
     of_ranks = [[weight for one, weight in own for _ in range(one.rank)] for own in entries]
-    most = max(map(len, of_ranks))
-    return tuple(((*own, *[0.0] * (most - len(own))),) for own in of_ranks)
+    max_rank = max(map(len, of_ranks))
+    return tuple(((*own, *[0.0] * (max_rank - len(own))),) for own in of_ranks)

@@ -109,10 +109,10 @@ def layout_of(call: BlockCall) -> Layout | None:
     return Layout(fixed, per_row, tuple(one.stride(0) for one in call.tensors))
 
 
-def fits(layout: Layout, tensors: Sequence[Tensor], most: int) -> bool:
-    """Whether tensors of a call with the same key have this layout and at most ``most`` rows."""
+def fits(layout: Layout, tensors: Sequence[Tensor], max_rows: int) -> bool:
+    """Whether tensors of a call with the same key have this layout and few enough rows."""
     rows = len(tensors[0])
-    return rows <= most and all(
+    return rows <= max_rows and all(
         len(one) == length and (length == 1 or one.stride(0) == stride)
         for one, length, stride in zip(tensors, layout.lengths(rows), layout.strides, strict=True)
     )

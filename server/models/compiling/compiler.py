@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from server.models.compiling.process import CompilingProcess
-from server.models.compiling.room import has_room, most_processes
+from server.models.compiling.room import has_room, max_processes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -100,7 +100,7 @@ class BlockCompiler:
         self._jobs: deque[_Asked] = deque()
         self._at_work: set[tuple[str, str]] = set()
         self._threads = 0
-        self._most = most_processes() if processes is None else processes
+        self._max_processes = max_processes() if processes is None else processes
         self._processes = 0
         # At exit, do not start a process to replace one that has been ended.
         atexit.register(self._jobs.clear)
@@ -120,7 +120,7 @@ class BlockCompiler:
         """
         with self._lock:
             self._jobs.append(_Asked(job, identity, tell, wanted))
-            if self._threads < self._most:
+            if self._threads < self._max_processes:
                 self._threads += 1
                 Thread(target=self._run, name="weft-compile", daemon=True).start()
 

@@ -11,7 +11,7 @@ import torch
 
 from server.models.memory import HOST, measure
 
-__all__ = ["cores", "has_room", "most_processes"]
+__all__ = ["cores", "has_room", "max_processes"]
 
 MAX_PROCESSES: Final = 8
 """Maximum number of processes: a U-Net has some 22 shapes of blocks, and no other family more."""
@@ -29,7 +29,7 @@ QUOTA: Final = Path("/sys/fs/cgroup/cpu.max")
 """CPU limit of a container: microseconds of CPU time (or ``max``) per period in microseconds."""
 
 
-def most_processes() -> int:
+def max_processes() -> int:
     """Maximum number of processes that may compile at once on this machine; at least one."""
     return max(1, min(MAX_PROCESSES, cores() // CORES_EACH))
 

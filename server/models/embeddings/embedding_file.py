@@ -38,13 +38,13 @@ class EmbeddingTarget:
         model: name of the model.
         widths: token embedding width, by the encoder's name in a model folder; empty where prompts
             cannot use embeddings.
-        most: maximum number of tokens of a prompt for all of the encoders, excluding markers; an
-            embedding has at most this many vectors.
+        max_tokens: maximum number of tokens of a prompt for all of the encoders, excluding markers;
+            an embedding has at most this many vectors.
     """
 
     model: str
     widths: Mapping[str, int]
-    most: int
+    max_tokens: int
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -158,8 +158,9 @@ def _count(shapes: Mapping[str, tuple[int, ...]], target: EmbeddingTarget) -> in
     if len(counts) > 1:
         raise EmbeddingMismatch("has not as many vectors for each text encoder")
     [count] = counts
-    if not 1 <= count <= target.most:
+    if not 1 <= count <= target.max_tokens:
         raise EmbeddingMismatch(
-            f"has {count} vectors; prompts of model {target.model!r} have room for {target.most}"
+            f"has {count} vectors; prompts of model {target.model!r} have room for "
+            f"{target.max_tokens}"
         )
     return count

@@ -116,9 +116,9 @@ class _Unreadable(Exception):
 class _Header:
     """Reads the start of a file, up to the maximum length of a header."""
 
-    def __init__(self, stream: BinaryIO, most: int) -> None:
+    def __init__(self, stream: BinaryIO, max_length: int) -> None:
         self._stream = stream
-        self._most = most
+        self._max_length = max_length
         self.position = 0
 
     def take(self, count: int) -> bytes:
@@ -136,10 +136,10 @@ class _Header:
         layout = f"<{form}"
         return struct.unpack(layout, self.take(struct.calcsize(layout)))[0]
 
-    def text(self, most: int) -> str:
+    def text(self, max_length: int) -> str:
         length = self.number("Q")
-        if length > most:
-            raise _Unreadable(f"has a name of {length} bytes; at most {most} are allowed")
+        if length > max_length:
+            raise _Unreadable(f"has a name of {length} bytes; at most {max_length} are allowed")
         try:
             return self.take(length).decode()
         except UnicodeDecodeError:
@@ -147,7 +147,7 @@ class _Header:
 
     def _advance(self, count: int) -> None:
         self.position += count
-        if self.position > self._most:
+        if self.position > self._max_length:
             raise _Unreadable(
                 f"is cut short, or has a header of more than {MAX_HEADER_BYTES} bytes, the maximum "
                 "that is read"

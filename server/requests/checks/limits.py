@@ -91,12 +91,12 @@ def check_tokens(resolved: ResolvedRequest, model: HostedModel) -> None:
     Raises:
         InvalidRequest: a prompt has too many tokens.
     """
-    most = model.facts.max_tokens
+    max_tokens = model.facts.max_tokens
     for field, text in texts_of(resolved, model):
         if resolved.prompt_syntax is not None and field in WRITTEN:
-            _check_tokens(field, EmphasizedPrompt(text), model, MAX_CHUNKS * most)
+            _check_tokens(field, EmphasizedPrompt(text), model, MAX_CHUNKS * max_tokens)
         else:
-            _check_tokens(field, text, model, most)
+            _check_tokens(field, text, model, max_tokens)
 
 
 def _check_size(within: str, width: int, height: int, facts: ModelFacts, limits: Limits) -> None:
@@ -121,15 +121,15 @@ def _check_size(within: str, width: int, height: int, facts: ModelFacts, limits:
         )
 
 
-def _check_tokens(field: str, text: str, model: HostedModel, most: int) -> None:
+def _check_tokens(field: str, text: str, model: HostedModel, max_tokens: int) -> None:
     tokens = model.count_tokens(text)
-    if tokens > most:
+    if tokens > max_tokens:
         raise InvalidRequest(
             field,
-            f"{field} has {tokens} tokens; model {model.facts.name!r} takes at most {most}.",
+            f"{field} has {tokens} tokens; model {model.facts.name!r} takes at most {max_tokens}.",
         )
 
 
-def _at_most(field: str, value: int, most: int) -> None:
-    if value > most:
-        raise InvalidRequest(field, f"{field} is {value}; at most {most} is allowed.")
+def _at_most(field: str, value: int, max_tokens: int) -> None:
+    if value > max_tokens:
+        raise InvalidRequest(field, f"{field} is {value}; at most {max_tokens} is allowed.")

@@ -62,11 +62,11 @@ def below(paths: Collection[str], name: str) -> frozenset[str]:
     return frozenset(path.removeprefix(start) for path in paths if path.startswith(start))
 
 
-def _at_most(path: tuple[str, ...], count: int, most: int, what: str) -> None:
-    if count > most:
+def _at_most(path: tuple[str, ...], count: int, limit: int, what: str) -> None:
+    if count > limit:
         raise InvalidRequest(
             ".".join(path) or None,
-            f"{_named(path)} has {count} {what}; at most {most} are allowed.",
+            f"{_named(path)} has {count} {what}; at most {limit} are allowed.",
         )
 
 

@@ -43,7 +43,7 @@ def large(rows: int) -> float:
 
 
 @cache
-def least_s(curve: Curve, share: float) -> float:
+def min_tick_s(curve: Curve, share: float) -> float:
     """Seconds of the shortest tick with that share of the best throughput."""
     best = min(curve(rows) / rows for rows in range(1, MAX_ROWS + 1))
     return next(curve(n) for n in range(1, MAX_ROWS + 1) if curve(n) <= n * best / share)
@@ -126,15 +126,15 @@ class Device:
     def cost(self, lane: int) -> LaneCosts:
         """The costs of a lane, as the engine computes them."""
         curve = self.curves[lane]
-        fair_s = min(MAX_TICK_S, max(FAIR_TICK_S, least_s(curve, FAIR_THROUGHPUT)))
-        longest_s = fair_s if self.turns.contended else MAX_TICK_S
+        fair_s = min(MAX_TICK_S, max(FAIR_TICK_S, min_tick_s(curve, FAIR_THROUGHPUT)))
+        max_tick_s = fair_s if self.turns.contended else MAX_TICK_S
         mixes = True if self.areas else None
-        return LaneCosts(MAX_ROWS, curve, longest_s, self.areas.get(lane, 0), mixes)
+        return LaneCosts(MAX_ROWS, curve, max_tick_s, self.areas.get(lane, 0), mixes)
 
     def rows_of(self, load: Load) -> int:
         """The number of rows, as the engine chooses it."""
         costs = self.cost(load.lane)
-        return rows_of_tick(load, MAX_ROWS, costs.seconds, costs.longest_s, tick=1)
+        return rows_of_tick(load, MAX_ROWS, costs.seconds, costs.max_tick_s, tick=1)
 
     def _tick(self, requests: list[Request]) -> None:
         images = [(one, k) for one in requests for k, left in enumerate(one.left) if left]

@@ -123,7 +123,7 @@ def test_bytes_are_bounded_for_good():
 
 def test_quotas_of_a_key_say_what_is_used_up_and_what_is_never_allowed():
     queue = backlog()
-    few = Client("few", most_images=3, most_seconds=5.0)
+    few = Client("few", max_images=3, max_device_s=5.0)
     with pytest.raises(InvalidRequest, match="n is 4; at most 3 images of this key") as never:
         admit(queue, few, images=4)
     assert never.value.field == "n"
@@ -140,7 +140,7 @@ def test_quotas_of_a_key_say_what_is_used_up_and_what_is_never_allowed():
 
 def test_an_image_that_is_drawn_twice_is_one_of_those_that_its_key_may_have():
     queue = backlog()
-    few = Client("few", most_images=3)
+    few = Client("few", max_images=3)
     with pytest.raises(InvalidRequest, match="n is 4; at most 3 images of this key"):
         queue.reserve(few, 8, runs=2)
     twice = queue.reserve(few, 4, runs=2)
@@ -169,7 +169,7 @@ def test_the_wait_follows_from_the_client_s_share():
 
 def test_a_small_weight_waits_for_no_longer_than_all_work_takes():
     queue = backlog()
-    small, large = Client("small", weight=0.01, most_seconds=2.0), Client("large", weight=100.0)
+    small, large = Client("small", weight=0.01, max_device_s=2.0), Client("large", weight=100.0)
     admit(queue, large, rows=1000)
     admit(queue, small, rows=200)
     with pytest.raises(Overloaded) as refusal:

@@ -251,16 +251,16 @@ def test_another_shape_starts_from_its_area_and_learns_fast():
     assert costs.of("model", (4, 64, 64)).seconds(8) == pytest.approx(h100(8))
 
 
-@pytest.mark.parametrize("most", [1, 3, 8, 128, 200])
-def test_what_a_row_costs_is_the_least_over_the_ticks_there_may_be(most: int):
+@pytest.mark.parametrize("max_rows", [1, 3, 8, 128, 200])
+def test_what_a_row_costs_is_the_least_over_the_ticks_there_may_be(max_rows: int):
     costs = CostModel()
     costs.start("model", (4, 64, 64), TickCost(H100))
     for shape in ((4, 64, 64), (4, 128, 96)):
         cost = costs.of("model", shape)
-        sizes = [rows for rows in (*NODES, most) if rows <= most]
+        sizes = [rows for rows in (*NODES, max_rows) if rows <= max_rows]
         least = pytest.approx(min(cost.seconds(rows) / rows for rows in sizes))
-        assert cost.seconds_a_row(most) == least
-        assert costs.seconds_a_row("model", shape, most) == least
+        assert cost.seconds_a_row(max_rows) == least
+        assert costs.seconds_a_row("model", shape, max_rows) == least
 
 
 def test_requests_of_ever_new_shapes_leave_no_more_than_the_last_ones_behind():
@@ -276,9 +276,9 @@ def test_requests_of_ever_new_shapes_leave_no_more_than_the_last_ones_behind():
     assert costs.of("model", (4, 64, 64)) is first
 
 
-def rows(waiting: int, curve=h100, *, widest=1, most=MAX_ROWS, longest_s=MAX_TICK_S) -> int:
+def rows(waiting: int, curve=h100, *, widest=1, max_rows=MAX_ROWS, max_tick_s=MAX_TICK_S) -> int:
     load = Load(lane=0, rows=waiting, widest=widest, live=False)
-    return rows_of_tick(load, most, curve, longest_s, tick=1)
+    return rows_of_tick(load, max_rows, curve, max_tick_s, tick=1)
 
 
 def test_a_short_queue_runs_together_where_that_costs_little():
@@ -301,24 +301,24 @@ def test_where_more_waits_than_a_tick_may_have_none_is_short_of_rows(waiting: in
     def by_row(n: int) -> float:
         return (3 + 3 * n) / n
 
-    chosen = rows(waiting, lambda n: (3 + 3 * n) / 1000, widest=2, most=16)
+    chosen = rows(waiting, lambda n: (3 + 3 * n) / 1000, widest=2, max_rows=16)
     assert by_row(16) / by_row(chosen) > 0.99
 
 
 def test_a_tick_for_live_traffic_keeps_its_bound():
-    assert h100(rows(400, longest_s=0.05)) <= 0.05
-    assert rows(400, longest_s=0.05) >= 8
-    assert rows(400, longest_s=0.001) == 1
+    assert h100(rows(400, max_tick_s=0.05)) <= 0.05
+    assert rows(400, max_tick_s=0.05) >= 8
+    assert rows(400, max_tick_s=0.001) == 1
 
 
 def test_memory_and_budget_bound_the_rows():
-    assert rows(400, most=6) == 6
-    assert rows(7, most=6, widest=2) in (4, 6)
+    assert rows(400, max_rows=6) == 6
+    assert rows(7, max_rows=6, widest=2) in (4, 6)
 
 
 def test_the_rows_of_a_tick_end_where_an_image_does():
     assert rows(66, widest=2) % 2 == 0
-    assert rows(65, lambda n: 1 + 0.001 * n, widest=3, most=64) <= 64
+    assert rows(65, lambda n: 1 + 0.001 * n, widest=3, max_rows=64) <= 64
 
 
 def test_the_engine_learns_from_its_ticks_and_tells_the_seconds_of_waiting_work(

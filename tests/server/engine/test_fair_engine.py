@@ -44,7 +44,7 @@ def oldest_first(
     if not candidates:
         return []
     here = [i for i, one in enumerate(candidates) if one.lane == candidates[0].lane]
-    return fill(candidates, here, lanes[candidates[0].lane].most)
+    return fill(candidates, here, lanes[candidates[0].lane].max_rows)
 
 
 FIRST_COME = {

@@ -54,14 +54,14 @@ def select(
     rows: int,
     seconds: Callable[[int], float] = flat,
     had: dict[Flow, float] | None = None,
-    longest_s: float = 1.0,
+    max_tick_s: float = 1.0,
 ) -> list[int]:
     """The images of a tick of this many rows, at most 16."""
     turns = Turns()
     turns.wait({candidate.flow for candidate in waiting} | {ELSEWHERE}, 0.0)
     for flow, spent in (had or {}).items():
         turns.charge(flow, spent)
-    lanes = {lane: LaneCosts(rows, seconds, longest_s) for lane in range(3)}
+    lanes = {lane: LaneCosts(rows, seconds, max_tick_s) for lane in range(3)}
     return fair_tick(waiting, turns, lanes, lambda _: rows)
 
 
@@ -96,7 +96,7 @@ def test_interactive_goes_before_batch():
 
 def test_batch_images_do_not_lengthen_a_tick_of_interactive_ones_by_more_than_half():
     waiting = [*[of(5, priority=Priority.BATCH)] * 8, of(9, rows=4)]
-    chosen = select(waiting, 12, seconds=each, longest_s=8)
+    chosen = select(waiting, 12, seconds=each, max_tick_s=8)
     assert chosen[0] == 8
     assert len(chosen) == 1 + 4 * (STRETCH - 1)
 
@@ -131,7 +131,7 @@ def test_whoever_is_ahead_comes_along_where_that_costs_little():
     waiting = [*[of(1, flow=ahead)] * 8, *[of(9, flow=due)] * 4]
     had = {ahead: 9.0}
     assert len(select(waiting, 12, seconds=flat, had=had)) == 12
-    chosen = select(waiting, 12, seconds=each, had=had, longest_s=8)
+    chosen = select(waiting, 12, seconds=each, had=had, max_tick_s=8)
     assert chosen[:4] == [8, 9, 10, 11]
     assert len(chosen) == 4 * STRETCH
 

@@ -135,7 +135,7 @@ def test_an_images_time_is_that_of_ticks_of_so_few_rows(timed: Callable[..., Eng
     tasks = [replace(by_hand.task(rule=CFG(), steps=6), model="flat") for _ in range(20)]
     # 240 rows, of which 8 take a second.
     with pytest.raises(InvalidRequest, match="about 30 s of device time"):
-        engine.submit(tasks, Ear(len(tasks)), Client("short of time", most_seconds=10))
+        engine.submit(tasks, Ear(len(tasks)), Client("short of time", max_device_s=10))
 
 
 def test_with_a_row_budget_all_forwards_have_as_many() -> None:

@@ -313,7 +313,7 @@ def test_while_memory_is_short_nothing_is_recorded(short, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("runs", "forward_s", "most_s", "pays"),
+    ("runs", "forward_s", "max_s", "pays"),
     [
         (OFTEN - 1, 0.01, 1.0, False),
         (OFTEN, 0.01, 1.0, True),
@@ -322,9 +322,9 @@ def test_while_memory_is_short_nothing_is_recorded(short, monkeypatch) -> None:
     ],
 )
 def test_a_forward_is_recorded_between_ticks_once_it_has_run_often_and_if_pieces_are_short(
-    runs: int, forward_s: float, most_s: float, pays: bool
+    runs: int, forward_s: float, max_s: float, pays: bool
 ) -> None:
-    assert pays_beside_ticks(runs, forward_s, most_s) == pays
+    assert pays_beside_ticks(runs, forward_s, max_s) == pays
 
 
 def often_run(model: Waiting, tape: Tape) -> Graphs:
@@ -363,10 +363,10 @@ def test_weights_and_recordings_take_no_more_than_is_allowed_together() -> None:
 
     model = Weighty()
     recorders = iter([Tape(model) for _ in range(3)])
-    preparation = Preparation(lambda _: next(recorders), most_bytes=1000 + 1999)
+    preparation = Preparation(lambda _: next(recorders), max_bytes=1000 + 1999)
     forwards = preparation.add(model, SHAPE, TickCost({1: 0.002}), 16)
     for rows in (1, 2):
-        forwards.evaluate(*forward(model, rows), most=16)
+        forwards.evaluate(*forward(model, rows), max_rows=16)
     while piece := preparation.next():
         piece()
     assert preparation.of("toy", SHAPE).recorded == (1,)
@@ -479,7 +479,7 @@ def test_a_deterministic_engine_replays_its_ticks_of_fixed_rows_and_draws_the_sa
     tape = Tape(model)
     monkeypatch.setattr(
         "server.engine.idle_work.Preparation",
-        lambda _, most_bytes, *, fixed: Preparation(lambda _: tape, most_bytes, fixed=fixed),
+        lambda _, max_bytes, *, fixed: Preparation(lambda _: tape, max_bytes, fixed=fixed),
     )
     engine = started(model, None, prepares=True, deterministic=True, guessed_costs=DEAR)
     run(engine, tasks)

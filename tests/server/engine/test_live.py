@@ -126,6 +126,6 @@ def test_where_every_tick_takes_long_live_ticks_still_have_enough_rows(model):
     """Ticks of one row would be the shortest, but then all frames would be late."""
     selection = Selection(EngineMeasurements(row_budget=12), live_tick_s=0.0001)
     cost = TickCost({1: 0.5, 12: 1.0})
-    lane = Lane(model, (4, 16, 16), cost, most_rows=12)
+    lane = Lane(model, (4, 16, 16), cost, max_rows=12)
     rows = selection.rows_of_tick(Load(lane=0, rows=16, widest=1, live=True), lane)
     assert rows / cost.seconds(rows) >= 0.8 * 12 / cost.seconds(12)

@@ -45,13 +45,13 @@ class Mixing(Neighbourly):
 
     Attributes:
         forwards: for each forward, its rows by width and height of their latents.
-        most: the most rows that fit in its memory at once.
+        max_rows: the most rows that fit in its memory at once.
     """
 
     def __init__(self, *, mixes: bool = True) -> None:
         super().__init__()
         self.forwards: list[dict[tuple[int, int], int]] = []
-        self.most = 1000
+        self.max_rows = 1000
         self._mixes = mixes
 
     @property
@@ -72,7 +72,7 @@ class Mixing(Neighbourly):
 
     def _count(self, x: Sequence[Tensor]) -> None:
         self.forwards.append({(part.shape[-1], part.shape[-2]): len(part) for part in x})
-        if sum(map(len, x)) > self.most:
+        if sum(map(len, x)) > self.max_rows:
             raise torch.OutOfMemoryError("no room")
 
 
@@ -202,10 +202,10 @@ def test_running_out_of_memory_divides_a_mixed_tick_and_caps_its_largest_size_al
     expected = pixels(run(engine, tasks))
     engine = started(model, 24)
     model.forwards.clear()
-    model.most = 6
+    model.max_rows = 6
     survived = pixels(run(engine, tasks))
     smalls = pixels(run(engine, [of("small", Unguided(), seed=seed) for seed in range(6)]))
-    model.most = 1000
+    model.max_rows = 1000
     engine.stop(0)
     assert max(apart(a, b) for a, b in zip(expected, survived, strict=True)) <= 1
     failed = [forward for forward in model.forwards if sum(forward.values()) > 6]

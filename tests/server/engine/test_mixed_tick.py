@@ -45,14 +45,14 @@ def until_full(rows: int) -> float:
     return max(1.0, rows / 8)
 
 
-def lanes_of(curve: Curve, longest_s: float = 100.0, mixing: float = 1.0) -> dict[int, LaneCosts]:
+def lanes_of(curve: Curve, max_tick_s: float = 100.0, mixing: float = 1.0) -> dict[int, LaneCosts]:
     """Costs of the lanes, by the curve, in proportion to the area."""
 
     def of(area: int) -> Curve:
         return lambda rows: curve(rows) * area / AREAS[SMALL]
 
     return {
-        lane: LaneCosts(MAX_ROWS, of(area), longest_s, area, lane == OTHER_MODEL, mixing)
+        lane: LaneCosts(MAX_ROWS, of(area), max_tick_s, area, lane == OTHER_MODEL, mixing)
         for lane, area in AREAS.items()
     }
 
@@ -88,8 +88,8 @@ def test_as_many_join_as_save_most() -> None:
 
 def test_no_more_join_than_a_forward_may_have_or_may_take() -> None:
     assert join(10, 10, launches, lead=SMALL) == MAX_ROWS - 10
-    assert join(2, 8, until_full, lead=LARGE, longest_s=1.0) == 0
-    assert join(2, 8, until_full, lead=LARGE, longest_s=1.5) == 6
+    assert join(2, 8, until_full, lead=LARGE, max_tick_s=1.0) == 0
+    assert join(2, 8, until_full, lead=LARGE, max_tick_s=1.5) == 6
 
 
 @given(
@@ -119,7 +119,7 @@ def tick(waiting: list[Candidate], curve: Curve, had: dict[Flow, float] | None =
     turns.wait({candidate.flow for candidate in waiting}, 0.0)
     for flow, spent in (had or {}).items():
         turns.charge(flow, spent)
-    return fair_tick(waiting, turns, lanes_of(curve, longest_s=8.0), lambda load: load.rows)
+    return fair_tick(waiting, turns, lanes_of(curve, max_tick_s=8.0), lambda load: load.rows)
 
 
 def test_a_tick_mixes_sizes_of_one_model_and_no_models() -> None:

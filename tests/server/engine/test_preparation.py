@@ -147,7 +147,7 @@ def test_rows_that_fill_up_make_no_edits_and_have_the_adapters_of_the_last_row()
     told = model.stack(model.encode_prompts(["a star"] * 5, SIDE, SIDE))
     inputs = RowInputs(told, edits, adapters=RowAdapters(((ink,),) * 5))
     x, t = torch.randn(5, *SHAPE), torch.full((5,), 500.0)
-    raw = forwards.evaluate(x, t, inputs, most=16)
+    raw = forwards.evaluate(x, t, inputs, max_rows=16)
     assert len(model.seen[-1]) == 6
     assert model.given.edits == [*edits, ()]
     assert model.given.adapters == RowAdapters(((ink,),) * 6)
@@ -165,7 +165,7 @@ def test_a_forward_of_several_sizes_makes_none_of_its_largest_size_known():
     forwards = Forwards(model, SHAPE, TickCost({1: 0.01}), 16)
     told = model.stack(model.encode_prompts(["a star"] * 5, SIDE, SIDE))
     x = [torch.randn(2, 4, 2, 2), torch.randn(3, *SHAPE)]
-    raw = forwards.evaluate_sizes(x, torch.zeros(5), RowInputs(told), most=16)
+    raw = forwards.evaluate_sizes(x, torch.zeros(5), RowInputs(told), max_rows=16)
     assert [len(part) for part in raw] == [2, 3]
     assert forwards.sizes.known == ()
     assert forwards.known == 1
@@ -249,7 +249,7 @@ def test_rows_of_a_fixed_forward_are_changed_by_products_of_all_rows(monkeypatch
     texts = model.stack(model.encode_prompts([None] * 8, 32, 32))
     inputs = RowInputs(texts, adapters=RowAdapters((own, *((),) * 7), fixed=True))
     forwards = Forwards(model, SHAPE, TickCost({1: 0.01}), 8, fixed=True)
-    forwards.evaluate(torch.zeros(8, *SHAPE), torch.zeros(8), inputs, most=8)
+    forwards.evaluate(torch.zeros(8, *SHAPE), torch.zeros(8), inputs, max_rows=8)
     assert [one.adapters for one in given] == [inputs.adapters]
 
 

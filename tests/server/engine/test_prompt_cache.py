@@ -50,7 +50,7 @@ def test_a_prompt_that_cannot_be_encoded_fails_alone(fixed):
 
 def test_prompts_are_kept_up_to_a_bound_of_bytes():
     encoder: Any = Encoder()
-    cache = PromptCache(encoder, fixed=False, most_bytes=3 * BYTES)
+    cache = PromptCache(encoder, fixed=False, max_bytes=3 * BYTES)
     for prompts in (["a", "b", "c"], ["a"], ["d"], ["a", "c", "d"]):
         cache.of(prompts, *SIZE)
     assert encoder.calls == [["a", "b", "c"], ["d"]]
@@ -70,7 +70,7 @@ def test_a_prompt_is_encoded_for_each_size_once():
 
 def test_more_prompts_than_are_kept_are_all_there_at_once():
     encoder: Any = Encoder()
-    encoded = PromptCache(encoder, fixed=False, most_bytes=BYTES).of(["a", "bb", "ccc"], *SIZE)
+    encoded = PromptCache(encoder, fixed=False, max_bytes=BYTES).of(["a", "bb", "ccc"], *SIZE)
     assert [value(encoded[text]) for text in ("a", "bb", "ccc")] == [1, 2, 3]
 
 

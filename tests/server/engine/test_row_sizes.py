@@ -12,12 +12,12 @@ def gpu(rows: int) -> float:
     return max(0.034, 0.0035 * rows)
 
 
-def size_of(sizes: RowSizes, rows: int, most: int = 128) -> int:
-    return sizes.of(rows, most, gpu)
+def size_of(sizes: RowSizes, rows: int, max_rows: int = 128) -> int:
+    return sizes.of(rows, max_rows, gpu)
 
 
-def known(*ran: int, most: int = 128) -> RowSizes:
-    sizes = RowSizes(most)
+def known(*ran: int, max_rows: int = 128) -> RowSizes:
+    sizes = RowSizes(max_rows)
     for size in ran:
         sizes.note(size, size, gpu)
     return sizes
@@ -70,14 +70,14 @@ def test_where_rows_cost_nothing_none_becomes_a_size_of_its_own():
     assert not sizes.wanted
 
 
-@pytest.mark.parametrize(("rows", "most", "expected"), [(9, 9, 9), (30, 31, 30), (3, 3, 3)])
-def test_nothing_is_filled_up_beyond_what_fits_into_memory(rows, most, expected):
-    assert size_of(known(*ROW_SIZES), rows, most) == expected
-    assert size_of(known(most=most), most, most) == most
+@pytest.mark.parametrize(("rows", "max_rows", "expected"), [(9, 9, 9), (30, 31, 30), (3, 3, 3)])
+def test_nothing_is_filled_up_beyond_what_fits_into_memory(rows, max_rows, expected):
+    assert size_of(known(*ROW_SIZES), rows, max_rows) == expected
+    assert size_of(known(max_rows=max_rows), max_rows, max_rows) == max_rows
 
 
 def test_an_image_that_needs_more_rows_than_fit_is_tried_as_it_is():
-    assert size_of(known(16), 12, most=6) == 12
+    assert size_of(known(16), 12, max_rows=6) == 12
 
 
 def test_sizes_for_which_there_is_no_memory_are_not_wanted():

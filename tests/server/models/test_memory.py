@@ -47,7 +47,7 @@ def test_there_is_what_is_below_the_limit_and_what_the_kernel_keeps_of_files(
     monkeypatch.setattr(memory, "OWN_GROUP", str(tmp_path / "own"))
     assert measure(torch.device("cpu")) == (LIMIT - USED + kept, LIMIT)
     files[0].write_text("max\n")
-    assert measure(torch.device("cpu")).most == psutil.virtual_memory().total
+    assert measure(torch.device("cpu")).total == psutil.virtual_memory().total
 
 
 def test_a_tenth_of_a_gpu_is_left_to_activations(monkeypatch: pytest.MonkeyPatch) -> None:

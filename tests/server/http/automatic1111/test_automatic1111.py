@@ -315,13 +315,13 @@ def test_a_picture_that_a_region_is_put_back_into_counts_as_a_body(
     mask.paste(255, (16, 16, SIDE, SIDE))
     body = SMALL | {"steps": 1, "init_images": [b64(Image.new("RGB", (SIDE, SIDE)))]}
     body |= {"mask": b64(mask), "inpaint_full_res": True}
-    most, bodies._most = bodies._most, SIDE * SIDE
+    most, bodies._max_bytes = bodies._max_bytes, SIDE * SIDE
     try:
         assert client.post("/sdapi/v1/img2img", json=body).status_code == 429
-        bodies._most = SIDE * SIDE * 4
+        bodies._max_bytes = SIDE * SIDE * 4
         assert client.post("/sdapi/v1/img2img", json=body).status_code == 200
     finally:
-        bodies._most = most
+        bodies._max_bytes = most
     assert bodies.held == 0
 
 

@@ -123,7 +123,7 @@ def test_settings_whose_adapters_find_no_room_are_refused_and_the_stream_goes_on
         stream.settings(**SMALL, adapters=[pastel], source="text")
         stream.output()
         room_for_one = shelf.find(pastel).nbytes(torch.float32)
-        monkeypatch.setattr(shelf._memory, "most_bytes", room_for_one)
+        monkeypatch.setattr(shelf._memory, "max_bytes", room_for_one)
         error = later.settings(**SMALL, adapters=[other.stem], source="text")["error"]
         assert error["code"] == "overloaded"
         assert error["message"].startswith("The adapters of running requests fill the memory")

@@ -279,7 +279,7 @@ def test_what_is_kept_goes_with_the_adapter(unet: nn.Module) -> None:
 
 
 def test_nothing_is_kept_beyond_the_bound(unet: nn.Module, company: list[Row]) -> None:
-    network = AdaptedNetwork("unet", unet, CPU, most_bytes=1000)
+    network = AdaptedNetwork("unet", unet, CPU, max_bytes=1000)
     assert torch.equal(adapted(unet, company, by=network), adapted(unet, company))
     assert torch.equal(adapted(unet, company, by=network), adapted(unet, company))
     assert network.kept_bytes == 0

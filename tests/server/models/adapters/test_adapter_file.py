@@ -151,7 +151,7 @@ class MostHeld(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.most_bytes = 0
+        self.max_bytes = 0
         self._alive: WeakValueDictionary[int, Tensor] = WeakValueDictionary()
 
     @override
@@ -161,7 +161,7 @@ class MostHeld(TorchDispatchMode):
         made = func(*args, **(kwargs or {}))
         self._alive.update((id(one), one) for one in tree_leaves(made) if isinstance(one, Tensor))
         storages = {one.data_ptr(): one.untyped_storage().nbytes() for one in self._alive.values()}
-        self.most_bytes = max(self.most_bytes, sum(storages.values()))
+        self.max_bytes = max(self.max_bytes, sum(storages.values()))
         return made
 
 
@@ -179,7 +179,7 @@ def test_loading_a_lycoris_file_takes_little_more_memory_than_it_has_afterwards(
     with MostHeld() as memory:
         adapter = file.load(CPU, torch.bfloat16)
     assert adapter.nbytes == 16 * 2 * 64 * 64 * 2
-    assert memory.most_bytes < 1.5 * adapter.nbytes
+    assert memory.max_bytes < 1.5 * adapter.nbytes
 
 
 def test_the_alpha_of_a_lokr_of_whole_operands_may_be_any(target: Target, tmp_path: Path) -> None:

@@ -25,9 +25,9 @@ BYTES = 4 * 2 * (6 + 5)
 
 
 def shelved(
-    *folders: Path, most_bytes: int = 3 * BYTES
+    *folders: Path, max_bytes: int = 3 * BYTES
 ) -> tuple[AdapterShelf, WeightMemory[Adapter]]:
-    memory = WeightMemory[Adapter](most_bytes, "adapters")
+    memory = WeightMemory[Adapter](max_bytes, "adapters")
     target = Target.of("small", {"unet": NETWORK})
     return AdapterShelf(folders, target, memory, torch.device("cpu"), torch.float32), memory
 
@@ -135,12 +135,12 @@ def test_adapters_under_way_count_and_are_never_loaded_twice(tmp_path: Path) -> 
     assert memory.bytes <= 3 * BYTES
 
 
-def no_memory_beside(most_bytes: int, memory: WeightMemory[Adapter], patch: pytest.MonkeyPatch):
+def no_memory_beside(max_bytes: int, memory: WeightMemory[Adapter], patch: pytest.MonkeyPatch):
     """A device without memory for an adapter beside others of more bytes."""
     placed = adapter_file._placed
 
     def on_device(*arguments: Any) -> torch.Tensor:
-        if memory.bytes > most_bytes:
+        if memory.bytes > max_bytes:
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return placed(*arguments)
 
@@ -175,7 +175,7 @@ def test_a_dora_needs_the_weight_of_a_layer_beside_itself(
     tensors, metadata = files.peft({"unet": changes(NETWORK, 2)})
     tensors["unet.mid.lora_magnitude_vector"] = torch.ones(5)
     files.saved((tensors, metadata), tmp_path / "dora.safetensors")
-    shelf, memory = shelved(tmp_path, most_bytes=10 * BYTES)
+    shelf, memory = shelved(tmp_path, max_bytes=10 * BYTES)
     [dora] = shelf.available()
     assert dora.nbytes(torch.float32) == BYTES + 4 * (4 * 5)
     no_memory_beside(-1, memory, monkeypatch)

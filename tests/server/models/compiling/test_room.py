@@ -33,7 +33,7 @@ def test_half_of_the_cores_compile_and_no_more_than_a_container_may_use(
         (tmp_path / "cpu.max").write_text(quota + "\n")
     monkeypatch.setattr(room, "QUOTA", tmp_path / "cpu.max")
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
-    assert room.most_processes() == processes
+    assert room.max_processes() == processes
 
 
 def test_each_process_needs_memory_of_the_host_and_of_the_device(

@@ -30,10 +30,8 @@ BYTES = 4 * (2 * 2 + 2)
 """Size of a ControlNet of width 2."""
 
 
-def shelved(
-    folder: Path, most_bytes: int = 3 * BYTES
-) -> tuple[ControlShelf, WeightMemory[Control]]:
-    memory = WeightMemory[Control](most_bytes, "ControlNets")
+def shelved(folder: Path, max_bytes: int = 3 * BYTES) -> tuple[ControlShelf, WeightMemory[Control]]:
+    memory = WeightMemory[Control](max_bytes, "ControlNets")
     cpu = torch.device("cpu")
     return ControlShelf([folder], "small", Plain(), memory, cpu, torch.float32), memory
 
@@ -142,7 +140,7 @@ def test_one_that_could_never_be_loaded_is_refused_and_one_that_cannot_be_now_la
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     put_plain(tmp_path, "depth")
-    shelf, _ = shelved(tmp_path, most_bytes=BYTES - 1)
+    shelf, _ = shelved(tmp_path, max_bytes=BYTES - 1)
     with pytest.raises(
         ControlMismatch, match=f"takes {BYTES} bytes of memory; at most {BYTES - 1}"
     ):

@@ -69,8 +69,8 @@ def saved(network: Any, folder: Path, name: str) -> Any:
     return network
 
 
-def shelf_of(model: HostedModel, *folders: Path, most_bytes: int = ROOM) -> ControlShelf:
-    memory = WeightMemory[Control](most_bytes, "ControlNets")
+def shelf_of(model: HostedModel, *folders: Path, max_bytes: int = ROOM) -> ControlShelf:
+    memory = WeightMemory[Control](max_bytes, "ControlNets")
     facts, kind = model.facts, model.control_kind
     return ControlShelf(folders, facts.name, kind, memory, model.device, model.dtype)
 

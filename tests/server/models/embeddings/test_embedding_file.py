@@ -23,8 +23,8 @@ BYTES = 4 * 2 * 4
 """Size of two vectors of four numbers."""
 
 
-def shelved(folder: Path, target: EmbeddingTarget, most_bytes: int = 2**20) -> EmbeddingShelf:
-    memory = WeightMemory[Embedding](most_bytes, "embeddings")
+def shelved(folder: Path, target: EmbeddingTarget, max_bytes: int = 2**20) -> EmbeddingShelf:
+    memory = WeightMemory[Embedding](max_bytes, "embeddings")
     return EmbeddingShelf((folder,), target, memory, torch.device("cpu"), torch.float32)
 
 
@@ -139,7 +139,7 @@ def test_what_is_loaded_stays_as_it_was_when_its_file_is_overwritten(tmp_path: P
 def test_memory_is_bounded_by_bytes(tmp_path: Path) -> None:
     for name in ("ink", "oil"):
         save_file({"emb_params": torch.ones(2, 4)}, tmp_path / f"{name}.safetensors")
-    shelf = shelved(tmp_path, ONE, most_bytes=BYTES)
+    shelf = shelved(tmp_path, ONE, max_bytes=BYTES)
     with pytest.raises(EmbeddingMismatch, match=f"take {2 * BYTES} bytes of memory together"):
         shelf.check_together(shelf.named_in("ink, oil"))
     held = shelf.load("ink")

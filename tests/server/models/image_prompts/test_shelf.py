@@ -60,9 +60,9 @@ def folder(source: Path, tmp_path: Path) -> Path:
 
 
 def shelved(
-    folder: Path, unet: Any, most_bytes: int = 2**26
+    folder: Path, unet: Any, max_bytes: int = 2**26
 ) -> tuple[ImagePromptShelf, WeightMemory[Any]]:
-    memory = WeightMemory[Any](most_bytes, "IP-Adapters")
+    memory = WeightMemory[Any](max_bytes, "IP-Adapters")
     widths = UNetImagePrompts(unet).widths
     own = "small", widths, memory, torch.device("cpu"), torch.float32
     return ImagePromptShelf([folder], *own), memory
@@ -242,10 +242,10 @@ def test_what_never_fits_together_is_refused_for_good_and_what_does_not_now_for_
     shelf, _ = shelved(folder, unet)
     both = [shelf.find(name) for name in ("plain", "plus")]
     needed = [one.nbytes(torch.float32) for one in both]
-    small, _ = shelved(folder, unet, most_bytes=needed[0] - 1)
+    small, _ = shelved(folder, unet, max_bytes=needed[0] - 1)
     with pytest.raises(ImagePromptMismatch, match=f"'plain' takes {needed[0]} bytes of memory"):
         small.find("plain")
-    tight, _ = shelved(folder, unet, most_bytes=max(needed))
+    tight, _ = shelved(folder, unet, max_bytes=max(needed))
     with pytest.raises(ImagePromptMismatch, match="of this request take"):
         tight.check_together(both)
     tight.check_together([both[0], both[0]])

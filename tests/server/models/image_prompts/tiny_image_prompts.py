@@ -111,8 +111,8 @@ def resampler(text: int, tokens: int, weight: Any) -> dict[str, Tensor]:
     return state
 
 
-def shelf_of(model: HostedModel, *folders: Path, most_bytes: int = ROOM) -> ImagePromptShelf:
-    memory = WeightMemory[Any](most_bytes, "IP-Adapters")
+def shelf_of(model: HostedModel, *folders: Path, max_bytes: int = ROOM) -> ImagePromptShelf:
+    memory = WeightMemory[Any](max_bytes, "IP-Adapters")
     attention = model.image_attention
     widths = None if attention is None else attention.widths
     own = model.facts.name, widths, memory, model.device, model.dtype
