@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
+from io import SEEK_END
 from math import prod
 from os.path import isfile
 from typing import TYPE_CHECKING, Final, NamedTuple
@@ -74,6 +75,9 @@ original code."""
 RESNETS_A_LEVEL: Final = 3
 """Number of blocks per level in the original numbering of published U-Nets, whose first block is a
 convolution."""
+
+LENGTH_BYTES: Final = 8
+"""Bytes with the length of the header, at the beginning of a file."""
 
 MAX_HEADER_BYTES: Final = 100_000_000
 """Bytes, the limit of safetensors itself."""
@@ -272,7 +276,7 @@ def _tensors_of_file(folder: Path, name: str) -> list[tuple[str, _Tensor]]:
     """The tensors of a file by its header; the file is not mapped, which could fail if it is large.
 
     Raises:
-        ModelMismatch: it has no valid header of a safetensors or GGUF file.
+        ModelMismatch: it has no valid header of a safetensors or GGUF file, or is cut short.
     """
     if name.endswith(GGUF):
         return [
@@ -281,19 +285,24 @@ def _tensors_of_file(folder: Path, name: str) -> list[tuple[str, _Tensor]]:
         ]
     try:
         with (folder / name).open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
+            length = int.from_bytes(stream.read(LENGTH_BYTES), "little")
             header = json.loads(stream.read(min(length, MAX_HEADER_BYTES)))
+            size = stream.seek(0, SEEK_END)
+        described = {key: entry for key, entry in header.items() if key != "__metadata__"}
         tensors = [
-            (key, _Tensor(entry["shape"], entry["dtype"]))
-            for key, entry in header.items()
-            if key != "__metadata__"
+            (key, _Tensor(entry["shape"], entry["dtype"])) for key, entry in described.items()
         ]
+        last = max((int(entry["data_offsets"][1]) for entry in described.values()), default=0)
         # Raises for shapes that are not lists of numbers.
         sum(tensor.nbytes(FLOAT32) for _, tensor in tensors)
     except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError):
         raise ModelMismatch(
             f"{name} of model folder {str(folder)!r} is not a safetensors file."
         ) from None
+    if size < (whole := LENGTH_BYTES + length + last):
+        raise ModelMismatch(
+            f"{name} of model folder {str(folder)!r} is cut short: it has {size} of {whole} bytes."
+        )
     return tensors
 
 

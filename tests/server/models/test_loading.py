@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from typing import Any
 
@@ -460,4 +461,13 @@ def test_what_a_model_takes_is_said_by_its_headers(folder):
     assert half < 0.6 * whole
     next(folder.glob("unet/*.safetensors")).write_bytes(b"\xff" * 20)
     with pytest.raises(ModelMismatch, match=r"unet/.* is not a safetensors file"):
+        bytes_in_memory(folder, torch.float32)
+
+
+def test_a_file_that_was_copied_in_part_is_named_before_any_is_loaded(folder):
+    file = next(folder.glob("unet/*.safetensors"))
+    whole = file.stat().st_size
+    os.truncate(file, whole - 1)
+    cut = rf"unet/{file.name} of model folder .* is cut short: it has {whole - 1} of {whole} bytes"
+    with pytest.raises(ModelMismatch, match=cut):
         bytes_in_memory(folder, torch.float32)
