@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import suppress
 from functools import cache
+from threading import RLock
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,6 +22,14 @@ __all__ = ["CapturedForward", "CudaRecorder"]
 SHARE = 0.125
 """Maximum fraction of a GPU's memory for the graphs of one model."""
 
+ALONE = RLock()
+"""Held while a thread captures, prepares a capture, or waits for the whole device.
+
+A wait for the whole device is an error in the thread that captures, too, and captures that are
+replayed on one stream share the stream on which they are made. An engine has one thread for this,
+but a process may have several engines.
+"""
+
 
 class CudaRecorder:
     """Records forward passes of one model as CUDA graphs, which never run at the same time.
@@ -33,12 +42,14 @@ class CudaRecorder:
         self._device = device
         self._pool: Any = None
         self._pool_bytes = 0
+        self._closed_bytes = 0
         self._made: list[CapturedForward] = []
 
     @property
     def nbytes(self) -> int:
         """Bytes of memory that the graphs hold."""
-        return self._pool_bytes + sum(one.given_bytes for one in list(self._made))
+        pools = self._pool_bytes + self._closed_bytes
+        return pools + sum(one.given_bytes for one in list(self._made))
 
     def fits(self, forward: Callable[[], Tensor], room: float) -> bool:
         """Run a forward pass to measure its memory; return whether there is room for a graph of it.
@@ -48,17 +59,18 @@ class CudaRecorder:
         The pass runs on the stream of the graphs, so that libraries create there, before capture,
         what they create once per stream and what must not be part of a graph.
         """
-        before = torch.cuda.memory_allocated(self._device)
-        torch.cuda.reset_peak_memory_stats(self._device)
-        here = torch.cuda.current_stream(self._device)
-        stream = _stream(here)
-        stream.wait_stream(here)
-        with torch.cuda.stream(stream):
-            forward()
-        here.wait_stream(stream)
-        torch.cuda.synchronize(self._device)
-        needed = torch.cuda.max_memory_allocated(self._device) - before
-        torch.cuda.empty_cache()
+        with ALONE:
+            before = torch.cuda.memory_allocated(self._device)
+            torch.cuda.reset_peak_memory_stats(self._device)
+            here = torch.cuda.current_stream(self._device)
+            stream = _stream(here)
+            stream.wait_stream(here)
+            with torch.cuda.stream(stream):
+                forward()
+            here.wait_stream(stream)
+            torch.cuda.synchronize(self._device)
+            needed = torch.cuda.max_memory_allocated(self._device) - before
+            torch.cuda.empty_cache()
         free, total = measure(self._device)
         return needed <= SHARE * total and needed - self._pool_bytes <= min(free, room)
 
@@ -70,23 +82,37 @@ class CudaRecorder:
                 :meth:`fits`.
             given: tensors of the shapes to record.
         """
-        if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
-        # The inputs of a released graph are freed; its part of the pool serves the next graph.
-        self._made = [one for one in self._made if one.given_bytes]
-        copies = [one.clone() for one in given]
-        _drop_workspaces()
-        torch.cuda.empty_cache()
-        before = torch.cuda.memory_reserved(self._device)
-        made = CapturedForward(evaluate, copies, self._pool, self._device)
-        self._pool_bytes += max(0, torch.cuda.memory_reserved(self._device) - before)
-        self._made.append(made)
-        return made
+        with ALONE:
+            if self._pool is None:
+                self._pool = torch.cuda.graph_pool_handle()
+            # The inputs of a released graph are freed; its part of the pool serves the next graph.
+            self._made = [one for one in self._made if one.given_bytes]
+            copies = [one.clone() for one in given]
+            stream = _stream(torch.cuda.current_stream(self._device))
+            _free_workspaces(stream)
+            torch.cuda.empty_cache()
+            before = torch.cuda.memory_reserved(self._device)
+            try:
+                made = CapturedForward(evaluate, copies, self._pool, stream)
+            except BaseException:
+                self._close_pool()
+                raise
+            self._pool_bytes += max(0, torch.cuda.memory_reserved(self._device) - before)
+            self._made.append(made)
+            return made
 
     def begin_anew(self) -> None:
         """Use a new pool from now on; one whose graphs are all gone cannot be used again."""
-        self._pool, self._pool_bytes, self._made = None, 0, []
-        _drop_workspaces()
+        self._pool, self._pool_bytes, self._closed_bytes, self._made = None, 0, 0, []
+
+    def _close_pool(self) -> None:
+        """Leave the pool to the graphs that it has, and use a new one from now on.
+
+        After a failed capture, torch's allocator of pinned memory takes the pool for one that is
+        still being recorded to, and would refuse every further capture.
+        """
+        self._pool, self._closed_bytes = None, self._closed_bytes + self._pool_bytes
+        self._pool_bytes = 0
 
 
 class CapturedForward:
@@ -96,7 +122,7 @@ class CapturedForward:
         evaluate: function of the tensors.
         given: tensors of the shapes to record, which it keeps and writes to.
         pool: memory pool shared with graphs that never run at the same time.
-        device: device of the tensors.
+        stream: stream on which to capture; a failed capture leaves it in order.
     """
 
     def __init__(
@@ -104,20 +130,19 @@ class CapturedForward:
         evaluate: Callable[..., Tensor],
         given: Sequence[Tensor],
         pool: Any,
-        device: torch.device,
+        stream: torch.cuda.Stream,
     ) -> None:
         self._given = [*given]
         self._graph = torch.cuda.CUDAGraph()
         constants = Constants()
         try:
             # Operations that cannot be captured are forbidden in this thread only: another thread
-            # may load an adapter meanwhile.
+            # may load an adapter meanwhile. The outer context brings back the current stream where
+            # ending the capture fails, which the inner one does not.
             with (
+                torch.cuda.stream(stream),
                 torch.cuda.graph(
-                    self._graph,
-                    pool=pool,
-                    stream=_stream(torch.cuda.current_stream(device)),
-                    capture_error_mode="thread_local",
+                    self._graph, pool=pool, stream=stream, capture_error_mode="thread_local"
                 ),
                 constants,
             ):
@@ -125,10 +150,11 @@ class CapturedForward:
             self._constants = constants.tensors
         except BaseException:
             # If the capture was not ended, the allocator would wait for its end forever, and free
-            # no memory that two streams have used.
+            # neither memory that two streams have used, nor the pool.
             with suppress(RuntimeError):
-                end: Any = torch._C._cuda_endAllocateToPool  # pyright: ignore[reportPrivateUsage]
-                end(device.index or 0, pool)
+                of_torch: Any = torch._C  # pyright: ignore[reportPrivateUsage]
+                of_torch._cuda_endAllocateToPool(stream.device_index, pool)
+                of_torch._cuda_releasePool(stream.device_index, pool)
             raise
 
     @property
@@ -146,22 +172,31 @@ class CapturedForward:
 
     def release(self) -> None:
         """Free its memory; it can no longer be called."""
-        torch.cuda.synchronize()
-        self._graph.reset()
+        with ALONE:
+            torch.cuda.synchronize()
+            self._graph.reset()
         self._given = []
         del self._raw, self._constants
 
 
-def _drop_workspaces() -> None:
-    """Drop cuBLAS's workspaces, so that the next calls allocate new ones.
+def _free_workspaces(stream: torch.cuda.Stream) -> None:
+    """Free what cuBLAS keeps for a stream on which forward passes are recorded, and for no other.
 
-    cuBLAS keeps one workspace per stream, and a graph contains the address of the one that existed
-    when it was recorded. If that was allocated before the recording, torch 2.13 frees it as soon as
-    any graph of the stream is released, and the next replay of another graph writes to freed
-    memory. A workspace allocated during the recording lies in the graphs' pool, which lives as long
-    as they do.
+    cuBLAS has one workspace for each thread and stream, and a graph contains the address of the one
+    that existed when it was recorded. torch 2.13 frees those of a stream as soon as any graph that
+    was captured on it is reset, so that a replay of another graph would write to freed memory. A
+    workspace allocated during the recording lies in the graphs' pool, which lives as long as they
+    do. Older versions keep all workspaces for good, and graphs may use them.
+
+    Resetting a graph frees them; torch's own function would free those of all threads, one of which
+    may be about to launch a product that uses one.
     """
-    torch._C._cuda_clearCublasWorkspaces()  # pyright: ignore[reportPrivateUsage]
+    graph, nothing = torch.cuda.CUDAGraph(), torch.zeros(1, device=stream.device)
+    with torch.cuda.stream(stream):
+        graph.capture_begin(capture_error_mode="thread_local")
+        nothing.zero_()
+        graph.capture_end()
+    graph.reset()
 
 
 @cache
