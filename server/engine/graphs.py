@@ -426,7 +426,8 @@ class Graphs:
             log.info("%s: no memory for more CUDA graphs", self._model.facts.name)
             self._rest()
             return
-        yield
+        # In the same piece: passes of other sizes could evict what this one has cached, and a
+        # capture cannot copy it from the host again.
         made = self._recorder.record(evaluate, tensors)
         try:
             yield

@@ -356,6 +356,27 @@ def test_a_forward_that_runs_often_is_recorded_in_pieces_between_others() -> Non
     assert len(tape.made) == 2
 
 
+def test_a_forward_is_recorded_before_others_can_evict_what_it_has_cached() -> None:
+    """A capture could not copy it from the host again."""
+    order = list[str]()
+
+    class Noting(Tape):
+        def fits(self, forward: Callable[[], Tensor], room: float) -> bool:
+            order.append("run")
+            return super().fits(forward, room)
+
+        def record(self, evaluate: Callable[..., Tensor], given: Sequence[Tensor]) -> Recording:
+            order.append("recorded")
+            return super().record(evaluate, given)
+
+    model = Waiting()
+    graphs = often_run(model, Noting(model))
+    while graphs.due(1.0):
+        graphs.record_piece(1.0)
+        order.append("ticks")
+    assert order[order.index("run") + 1] == "recorded"
+
+
 def test_weights_and_recordings_take_no_more_than_is_allowed_together() -> None:
     class Weighty(Waiting):
         def modules(self) -> dict[str, nn.Module]:
