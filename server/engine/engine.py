@@ -7,6 +7,7 @@ entry of the pass's batch, that is one evaluation of the denoiser for one image.
 from __future__ import annotations
 
 import logging
+from contextlib import nullcontext
 from itertools import chain
 from math import inf
 from threading import Condition, Thread
@@ -348,7 +349,7 @@ class Engine:
 
     def _run(self) -> None:
         try:
-            with torch.inference_mode():
+            with _current(self._device), torch.inference_mode():
                 self._warm_up()
                 while self._wait_for_work():
                     self._tick()
@@ -608,3 +609,8 @@ class Engine:
         self._chores.refuse(self._refusal("The server is stopping."))
         for sequence in list(self._active):
             self._fail(sequence, self._refusal("The image was not finished: the server stopped."))
+
+
+def _current(device: torch.device) -> AbstractContextManager[None]:
+    """Make a GPU the current device of this thread: events are recorded on its streams."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
