@@ -42,8 +42,8 @@ def on_gpu():
     return load_model(MODEL_FOLDER, name="embedded", device="cuda", dtype="float32")
 
 
-def test_a_gpu_gives_the_pictures_that_the_cpu_gives(start, on_gpu, engine, task, run):
-    on_cpu = run(engine, mix(task)).pixels()
+def test_a_gpu_gives_the_pictures_that_the_cpu_gives(start, on_gpu, trained_engine, task, run):
+    on_cpu = run(trained_engine, mix(task)).pixels()
     for ours, theirs in zip(run(start(model=on_gpu), mix(task)).pixels(), on_cpu, strict=True):
         # TF32 and other kernels: the picture agrees, but not its bits.
         assert np.abs(ours.astype(int) - theirs.astype(int)).mean() < 2
@@ -67,9 +67,9 @@ def adapted(task, model):
 
 
 def test_adapters_on_a_gpu_give_the_pictures_that_they_give_on_the_cpu(
-    start, model, on_gpu, engine, task, run
+    start, trained, on_gpu, trained_engine, task, run
 ):
-    on_cpu = run(engine, adapted(task, model)).pixels()
+    on_cpu = run(trained_engine, adapted(task, trained)).pixels()
     ours = run(start(model=on_gpu), adapted(task, on_gpu)).pixels()
     for one, theirs in zip(ours, on_cpu, strict=True):
         assert np.abs(one.astype(int) - theirs.astype(int)).mean() < 2
