@@ -140,9 +140,10 @@ def _of_host() -> DeviceMemory:
     for folder, names in _control_groups():
         limit, used, statistics = (_read(folder / name) for name in names)
         # The limit "max" means none.
-        if limit.strip().isdigit() and used.strip().isdigit() and int(limit) < total:
-            total = int(limit)
-            free = min(free, total - int(used) + _of_files(statistics))
+        if limit.strip().isdigit() and used.strip().isdigit():
+            total = min(total, int(limit))
+            # A larger limit of an outer group may be used up by the other groups in it.
+            free = min(free, int(limit) - int(used) + _of_files(statistics))
     return DeviceMemory(max(0, free), total)
 
 

@@ -50,6 +50,20 @@ def test_there_is_what_is_below_the_limit_and_what_the_kernel_keeps_of_files(
     assert measure(torch.device("cpu")).total == psutil.virtual_memory().total
 
 
+def test_what_the_neighbours_in_a_larger_group_use_is_not_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a pod of Kubernetes with several containers, or a slice of systemd."""
+    for folder, limit, used in (("slice", 3 * LIMIT, 2.75 * LIMIT), ("slice/weft", LIMIT, USED)):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "memory.max").write_text(f"{limit}\n")
+        (tmp_path / folder / "memory.current").write_text(f"{int(used)}\n")
+    (tmp_path / "own").write_text("0::/slice/weft\n")
+    monkeypatch.setattr(memory, "GROUPS", str(tmp_path))
+    monkeypatch.setattr(memory, "OWN_GROUP", str(tmp_path / "own"))
+    assert measure(torch.device(HOST)) == (LIMIT // 4, LIMIT)
+
+
 def test_a_tenth_of_a_gpu_is_left_to_activations(monkeypatch: pytest.MonkeyPatch) -> None:
     # Memory of freed tensors that torch keeps counts as free.
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (500, 1000))
