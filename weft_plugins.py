@@ -94,14 +94,14 @@ def with_plugins(
             add(one, distribution)
         except FAILURES as error:
             logger.warning(
-                "%s %r of %s is left out: %s", group, entry.name, distribution, _told(error)
+                "%s %r of %s is left out: %s", group, entry.name, distribution, _describe(error)
             )
     for file in plugin_files():
         for one in classes_of(file, kind):
             try:
                 add(one, file.name)
             except FAILURES as error:
-                reason = f"its class {one.__name__} cannot be registered: {_told(error)}"
+                reason = f"its class {one.__name__} cannot be registered: {_describe(error)}"
                 raise _unusable(file, reason) from error
     return tuple(found)
 
@@ -182,7 +182,7 @@ def _module_of(file: Path) -> ModuleType:
         if isinstance(error, PluginError):
             # The file imports a registry, which ran it once more; the error says where that failed.
             raise
-        raise _unusable(file, _told(error, file)) from error
+        raise _unusable(file, _describe(error, file)) from error
     return module
 
 
@@ -190,7 +190,7 @@ def _unusable(file: Path, reason: str) -> PluginError:
     return PluginError(f"The plug-in {file} cannot be used: {reason.rstrip('.')}.")
 
 
-def _told(error: BaseException, file: Path | None = None) -> str:
+def _describe(error: BaseException, file: Path | None = None) -> str:
     """Describe an error in one line: line of the file that raised it, type and message."""
     lines = [
         frame.lineno for frame in extract_tb(error.__traceback__) if frame.filename == str(file)

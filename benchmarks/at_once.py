@@ -293,11 +293,11 @@ def _limits(
     model, side = architecture.hosted, architecture.side
     rows = count * (2 if options.scale else 1)
     with torch.inference_mode():
-        [told] = model.encode_prompts(["a red circle"], side, side)
+        [conditioning] = model.encode_prompts(["a red circle"], side, side)
         x = torch.randn(rows, *model.latent_shape(side, side), device=model.device)
         t = torch.full((rows,), 0.5 if model.facts.prediction == "flow" else 500.0)
         t = t.to(model.device)
-        inputs = RowInputs(model.stack([told] * rows))
+        inputs = RowInputs(model.stack([conditioning] * rows))
 
         def forward() -> None:
             # Reading one number synchronizes with the device.

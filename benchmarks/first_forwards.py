@@ -86,13 +86,13 @@ def _calls(
 ) -> dict[str, tuple[Callable[[int], Tensor], tuple[int, ...]]]:
     model, side = architecture.hosted, architecture.side
     shape = model.latent_shape(side, side)
-    [told] = model.encode_prompts([None], side, side)
+    [conditioning] = model.encode_prompts([None], side, side)
     middle = 0.5 if model.facts.prediction == "flow" else 500.0
 
     def denoise(rows: int) -> Tensor:
         x = torch.randn(rows, *shape, device=model.device)
         t = torch.full((rows,), middle, device=model.device)
-        return forwards.evaluate(x, t, RowInputs(model.stack([told] * rows)), MAX_ROWS)
+        return forwards.evaluate(x, t, RowInputs(model.stack([conditioning] * rows)), MAX_ROWS)
 
     def decode(rows: int) -> Tensor:
         return autoencoder.decode(torch.zeros(rows, *shape, device=model.device))

@@ -245,8 +245,8 @@ def watched(engine: Engine, parts: FrameParts) -> Generator[None]:
         (weave, "guide", "guidance and step"),
         (weave, "step", "guidance and step"),
         (weave, "write_back", "guidance and step"),
-        (stage, "_told", "wait for the device"),
-        (own, "_tell_and_count", "reports"),
+        (stage, "_read_to_host", "wait for the device"),
+        (own, "_report_and_count", "reports"),
         (own, "_hear", "reports"),
         (own._decoder, "_decoding", "pixels to the host"),
         (own, "_finish", HAND_OVER),
@@ -282,22 +282,22 @@ def watched_session(parts: FrameParts) -> Generator[None]:
         parts: where the calls are recorded.
     """
     decode, submit, hop, encode = BESIDE
-    tell = FrameListener._tell  # pyright: ignore[reportPrivateUsage]
+    call_soon = FrameListener._call_soon  # pyright: ignore[reportPrivateUsage]
 
-    def told(listener: FrameListener, call: Callable[[], None]) -> None:
+    def call_soon_timed(listener: FrameListener, call: Callable[[], None]) -> None:
         began = perf_counter()
 
         def arrived() -> None:
             parts.waited(hop, began)
             call()
 
-        tell(listener, arrived)
+        call_soon(listener, arrived)
 
     session: Any = stream.StreamSession
     with (
         patch.object(stream, "decoded_frame", parts.awaited(decode, stream.decoded_frame)),
         patch.object(session, "_begin", parts.timed(submit, session._begin)),
-        patch.object(FrameListener, "_tell", told),
+        patch.object(FrameListener, "_call_soon", call_soon_timed),
         patch.object(stream, "encode", parts.timed(encode, stream.encode)),
     ):
         yield

@@ -65,8 +65,8 @@ class Served:
         """Status, headers (names in lower case) and content; status 0 if there is no response."""
         try:
             with self._answer(method, path, body, headers, timeout_s) as answer:
-                told = {name.lower(): value for name, value in answer.getheaders()}
-                return answer.status, told, answer.read()
+                sent = {name.lower(): value for name, value in answer.getheaders()}
+                return answer.status, sent, answer.read()
         except (OSError, HTTPException):
             return 0, {}, b""
 

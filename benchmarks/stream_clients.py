@@ -94,8 +94,8 @@ class StreamingWeft:
         """
         model, size, device = self.model, (self.side, self.side), self.model.device
         shape = model.latent_shape(*size)
-        [told] = model.encode_prompts([None], *size)
-        inputs = RowInputs(model.stack([told] * rows))
+        [conditioning] = model.encode_prompts([None], *size)
+        inputs = RowInputs(model.stack([conditioning] * rows))
         x = torch.randn(rows, *shape, device=device)
         t = torch.full((rows,), 500.0, device=device)
         picture = torch.zeros(1, 3, *size, device=device)

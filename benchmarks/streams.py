@@ -193,14 +193,14 @@ class Turns:
                 if ran is None:
                     continue
                 runs.setdefault(name, []).append(ran)
-                told = row(name, {one: own[-1:] for one, own in runs.items()})
-                if told is not None:
-                    print(told, flush=True)
+                line = row(name, {one: own[-1:] for one, own in runs.items()})
+                if line is not None:
+                    print(line, flush=True)
         if any(len(own) > 1 for own in runs.values()):
             _print_head(f"{title}, medians", head)
-            for told in (row(name, runs) for name in runs):
-                if told is not None:
-                    print(told, flush=True)
+            for line in (row(name, runs) for name in runs):
+                if line is not None:
+                    print(line, flush=True)
 
 
 def _print_head(title: str, head: str) -> None:

@@ -110,10 +110,10 @@ def _distance_restored(pipeline: StableDiffusionPipeline, latents: Tensor) -> Te
     square = float(make_scheduler().alphas_cumprod[_RESTORED_FROM])
     alpha, sigma = square**0.5, (1 - square) ** 0.5
     generator = torch.Generator().manual_seed(0)
-    told, _ = pipeline.encode_prompt([""] * len(latents), "cpu", 1, False)
+    text, _ = pipeline.encode_prompt([""] * len(latents), "cpu", 1, False)
     noise = torch.randn(latents.shape, generator=generator)
     x = alpha * latents + sigma * noise
-    velocity = pipeline.unet(x, _RESTORED_FROM, told, return_dict=False)[0]
+    velocity = pipeline.unet(x, _RESTORED_FROM, text, return_dict=False)[0]
     return (alpha * x - sigma * velocity - latents).square().mean((1, 2, 3))
 
 

@@ -187,14 +187,14 @@ def _step(
         text = torch.where(batch.dropped[:, None, None], empty, text).float()
         alpha, sigma = levels.at(batch.times)
         x = alpha * latents[batch.chosen].float() + sigma * batch.noise
-        told = _told(student, batch.scales)
+        kwargs = _scale_kwargs(student, batch.scales)
         taught = guided(teacher.unet, empty.float(), text, batch.scales)
         with torch.no_grad(), autocast(device):
             there, reached = solved(taught, x, batch.times, span, settings.solver_steps, levels)
-            v = target(there, reached.clamp(min=0), text, return_dict=False, **told)[0]
+            v = target(there, reached.clamp(min=0), text, return_dict=False, **kwargs)[0]
             goal = consistency(v.float(), there, reached, levels)
         with autocast(device):
-            v = student(x, batch.times, text, return_dict=False, **told)[0]
+            v = student(x, batch.times, text, return_dict=False, **kwargs)[0]
         found = consistency(v.float(), x, batch.times, levels)
         loss = distance(found, goal, settings.loss, settings.width)
         optimizer.zero_grad(set_to_none=True)
@@ -206,7 +206,7 @@ def _step(
     return batch, step
 
 
-def _told(student: UNet2DConditionModel, scales: Tensor) -> dict[str, Tensor]:
+def _scale_kwargs(student: UNet2DConditionModel, scales: Tensor) -> dict[str, Tensor]:
     size: int | None = dict(student.config)["time_cond_proj_dim"]
     return {} if size is None else {"timestep_cond": embedding_of_scales(scales - 1, size)}
 

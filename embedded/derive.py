@@ -164,8 +164,8 @@ def make_classifier(model: HostedModel, options: argparse.Namespace) -> None:
     )
     for timestep in JUDGED_AT:
         shares = accuracy(classifier, unseen, timestep)
-        told = ", ".join(f"{name} {share:.1%}" for name, share in shares.items())
-        print(f"timestep {timestep}: {told}", flush=True)
+        summary = ", ".join(f"{name} {share:.1%}" for name, share in shares.items())
+        print(f"timestep {timestep}: {summary}", flush=True)
     file = classifier_file(options.model)
     classifier.save(file)
     print(f"wrote {file}", flush=True)
@@ -209,15 +209,15 @@ class _Reporter:
         self._name = name
         self._started = time.monotonic()
         self._first: SamplesDone | None = None
-        self._told = 0.0
+        self._reported_at = 0.0
 
     def __call__(self, progress: SamplesDone) -> None:
         now = time.monotonic()
         if self._first is None:
             self._first, self._started = progress, now
-        if now - self._told < _REPORT_EVERY_S and progress.done < progress.total:
+        if now - self._reported_at < _REPORT_EVERY_S and progress.done < progress.total:
             return
-        self._told = now
+        self._reported_at = now
         fresh = progress.done - self._first.done
         left = (now - self._started) / fresh * (progress.total - progress.done) if fresh else 0.0
         print(

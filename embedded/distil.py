@@ -39,7 +39,7 @@ from embedded.unet_training import corpus_of, training_captions
 
 STEPS: Final = (1, 2, 4)
 """Numbers of sampling steps at which results are measured."""
-TOLD_SCALES: Final = (2.0, 7.0)
+STUDENT_SCALES: Final = (2.0, 7.0)
 """Guidance scales that the student learns."""
 DEFAULT_SCALE: Final = 2.0
 """Default scale in the student's folder; at higher ones large objects merge."""
@@ -98,14 +98,14 @@ def main() -> int:
         _report(options)
         return 0
     torch.manual_seed(options.seed)
-    told = options.what == "student"
+    is_student = options.what == "student"
     teacher = load_components(options.teacher)
     settings = Distillation(
         steps=options.steps,
         minutes=options.minutes,
         batch=options.batch,
         rate=options.rate,
-        scales=TOLD_SCALES if told else (ADAPTER_SCALE, ADAPTER_SCALE),
+        scales=STUDENT_SCALES if is_student else (ADAPTER_SCALE, ADAPTER_SCALE),
         intervals=options.intervals,
         solver_steps=options.solver_steps,
         loss=options.loss,
@@ -122,13 +122,13 @@ def main() -> int:
     checkpoint = options.out / f"{options.what}.safetensors"
     if not options.resume:
         checkpoint.unlink(missing_ok=True)
-    student = student_of(teacher.unet) if told else copy.deepcopy(teacher.unet)
-    if not told:
+    student = student_of(teacher.unet) if is_student else copy.deepcopy(teacher.unet)
+    if not is_student:
         add_low_rank(student, RANK)
     known = frozenset(text for texts in training_captions(options.pictures) for text in texts)
 
     def publish(average: UNet2DConditionModel, step: int) -> None:
-        if told:
+        if is_student:
             parts = Components(teacher.autoencoder, average, teacher.text_encoder)
             save_student(parts, options.student, DEFAULT_SCALE)
         else:

@@ -90,8 +90,8 @@ def _private(server: Served) -> Outcome:
     server.ask("GET", f"/v1/models/{CANARY}")
     server.ask("GET", f"/{CANARY}")
     server.ask("GET", "/metrics", headers={"authorization": f"Bearer {CANARY}"})
-    told = server.log.read_bytes() + server.ask("GET", "/metrics")[2]
-    hits = sum(told.count(secret.encode()) for secret in (CANARY, picture, KEY))
+    output = server.log.read_bytes() + server.ask("GET", "/metrics")[2]
+    hits = sum(output.count(secret.encode()) for secret in (CANARY, picture, KEY))
     return Outcome(f"{hits} found", hits == 0)
 
 

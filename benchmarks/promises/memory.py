@@ -88,9 +88,9 @@ def _private(_: Served, options: tuple[str, ...] = ()) -> Outcome:
             server.generate(prompt="x", negative_prompt=CANARY, n=2, **fields),
             server.generate(prompt=CANARY, stream=True, **fields),
         ]
-        told = server.log.read_text() + server.ask("GET", "/metrics")[2].decode()
+        output = server.log.read_text() + server.ask("GET", "/metrics")[2].decode()
     failed = sum(b"memory" in content for _, _, content in answers)
-    hits = told.count(CANARY)
+    hits = output.count(CANARY)
     figure = f"{hits} found after {failed} of {len(answers)} that failed"
     return Outcome(figure, hits == 0 and failed == len(answers))
 

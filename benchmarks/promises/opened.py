@@ -47,11 +47,11 @@ def _events(watch: int) -> set[str]:
     names: set[str] = set()
     while True:
         try:
-            told = os.read(watch, 1 << 16)
+            events = os.read(watch, 1 << 16)
         except BlockingIOError:
             return names
         at = 0
-        while at < len(told):
-            end = at + EVENT + int.from_bytes(told[at + 12 : at + EVENT], "little")
-            names.add(os.fsdecode(told[at + EVENT : end].rstrip(b"\0")))
+        while at < len(events):
+            end = at + EVENT + int.from_bytes(events[at + 12 : at + EVENT], "little")
+            names.add(os.fsdecode(events[at + EVENT : end].rstrip(b"\0")))
             at = end

@@ -53,9 +53,9 @@ def _drain(_: Served, arguments: tuple[str, ...] = SERVE) -> Outcome:
                 break
             sleep(0.05)
         os.kill(server.process, signal.SIGTERM)
-        told = monotonic()
+        signalled = monotonic()
         late = _refused_by_a_lame_duck(server)
-        ended = monotonic() - told if _ends(server, PATIENCE_S) else None
+        ended = monotonic() - signalled if _ends(server, PATIENCE_S) else None
         refused = sum(_is_refusal(one.result()) for one in plain)
         closed = sum(_ends_with_an_error(one.result()) for one in streams)
     figure = (

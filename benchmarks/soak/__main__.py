@@ -214,13 +214,13 @@ def _broken(server: Served, failures: Sequence[str]) -> list[Figure]:
 
 def _done(server: Served) -> str:
     """The server's work by outcome, from its metrics."""
-    told = re.findall(
+    counts = re.findall(
         r'^weft_(images|stream_frames)_total{outcome="(\w+)"} ([\d.]+)',
         server.ask("GET", "/metrics")[2].decode(),
         re.MULTILINE,
     )
     return ", ".join(
-        f"{name.replace('_', ' ')} {how} {float(count):g}" for name, how, count in told
+        f"{name.replace('_', ' ')} {how} {float(count):g}" for name, how, count in counts
     )
 
 

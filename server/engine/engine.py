@@ -423,7 +423,7 @@ class Engine:
             self._weave(chosen)
             self._selection.charge(parts, perf_counter() - began)
         else:
-            self._tell_and_count()
+            self._report_and_count()
         recalled = self._recall()
         self._collect(self._decoder.work(idle=not (chosen or recalled)))
         live = self._selection.expects_live
@@ -455,7 +455,7 @@ class Engine:
             self.measurements.encode_s += seconds
             self._selection.charge_aside(pictures.parts(staying), seconds, self._active)
             for sequence in staying:
-                self._reception.note_told(sequence)
+                self._reception.note_text_bytes(sequence)
 
     def _not_admitted(self, newcomers: list[Sequence]) -> list[tuple[Sequence, Exception]]:
         """Newcomers that cannot be made ready, after freeing recordings if memory was short."""
@@ -484,11 +484,11 @@ class Engine:
                 self._hear(outcome)
         if self._device.type == "cpu":
             # A CPU does no work of its own meanwhile, and its stages may take seconds.
-            self._tell_and_count()
+            self._report_and_count()
 
-    def _tell_and_count(self) -> None:
+    def _report_and_count(self) -> None:
         """Report progress and update the backlog, which need not keep the device waiting."""
-        self._reports.tell_steps()
+        self._reports.report_steps()
         uncounted, self._uncounted = self._uncounted, set()
         with self._wake:
             for sequence in uncounted:
@@ -541,7 +541,7 @@ class Engine:
 
     def _meanwhile(self) -> None:
         """Do what the device need not wait for, while it works on a stage."""
-        self._tell_and_count()
+        self._report_and_count()
         self._collect(self._decoder.finished())
 
     def _collect(self, outcomes: Iterable[tuple[Sequence, ImageResult | Exception]]) -> None:
@@ -563,7 +563,7 @@ class Engine:
             self._fail(sequence, outcome)
             return
         # A listener that is notified of the last step may still cancel.
-        self._reports.tell_plain_steps()
+        self._reports.report_plain_steps()
         if not sequence.submission.finish():
             self._fail(sequence, Cancelled())
             return
@@ -585,7 +585,7 @@ class Engine:
         self._reports.failed(sequence, error)
 
     def _leave(self, sequence: Sequence) -> None:
-        self._reports.tell_plain_steps()
+        self._reports.report_plain_steps()
         self._uncounted.discard(sequence)
         if sequence.slot >= 0:
             sequence.lane.pool.give_back(sequence.slot)

@@ -42,14 +42,14 @@ class Footprint(NamedTuple):
 def footprint(
     tasks: Sequence[ImageTask],
     kind_of: Callable[[ImageTask], Kind],
-    told_bytes: Callable[[str, int], int],
+    text_bytes: Callable[[str, int], int],
 ) -> Footprint:
     """Estimate what the images of a request need.
 
     Args:
         tasks: the images; only the sizes of their pictures matter.
         kind_of: function that returns the model and shape of a task.
-        told_bytes: function that returns the bytes of one encoded text, given the model and the
+        text_bytes: function that returns the bytes of one encoded text, given the model and the
             number of reference images, whose own bytes are excluded.
     """
     rows = dict[Kind, float]()
@@ -77,9 +77,9 @@ def footprint(
                 pictures[id(picture)] = picture
         for use in task.image_prompts:
             beside[id(use)] = use.nbytes
-    told = sum(told_bytes(model, count) for model, count, _ in texts)
+    encoded_bytes = sum(text_bytes(model, count) for model, count, _ in texts)
     states += sum(beside.values())
-    return Footprint(rows, states + told + sum(one.nbytes for one in pictures.values()))
+    return Footprint(rows, states + encoded_bytes + sum(one.nbytes for one in pictures.values()))
 
 
 def heaviest(task: ImageTask) -> float:

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from samplers import Plan
     from server.engine.task import ImageTask
     from server.engine.terms.term import Term
-    from server.models.blend import Told
+    from server.models.blend import TextPrompt
 
 Shaped = TypeVar("Shaped", bound=np.generic)
 
@@ -95,7 +95,7 @@ class GuidancePlan:
             branches that do not have the prompt get the tokens of no picture instead.
         texts: all texts that the network may be given.
         edited: prompts that change along the run.
-        told_scale: guidance scale less 1 as given to the network; None if it takes none.
+        embedded_scale: guidance scale less 1 as given to the network; None if it takes none.
         rule_key: equal for images whose predictions one call can combine.
         policy_slots: number of latent-sized slots that the policy keeps.
         policy_key: equal for images whose branches one call can fill in.
@@ -113,9 +113,9 @@ class GuidancePlan:
     constants: NDArray[np.float64]
     predictions: tuple[RowSpec, ...]
     pictured: tuple[bool, ...]
-    texts: tuple[Told, ...]
+    texts: tuple[TextPrompt, ...]
     edited: tuple[EditedPrompt, ...]
-    told_scale: float | None
+    embedded_scale: float | None
     rule_key: tuple[Any, ...]
     policy_slots: int
     policy_key: tuple[Any, ...]
@@ -150,7 +150,7 @@ def plan_guidance(task: ImageTask) -> GuidancePlan:
     stages = zip(evaluated.tolist(), estimated.tolist(), wanted, strict=True)
     asks = [_ask(beside if known else (), known, guessed, own) for known, guessed, own in stages]
     settled = [_ask((), False, False, own) for own in wanted]
-    texts: list[Told] = [one.text for one in predictions]
+    texts: list[TextPrompt] = [one.text for one in predictions]
     texts += [text for term in task.terms for text in term.texts]
     may_recall, cache_slots = np.zeros(plan.evaluations, np.bool_), 0
     if task.cache is not None:
@@ -178,7 +178,7 @@ def plan_guidance(task: ImageTask) -> GuidancePlan:
         pictured=(*pictured, *[True] * (len(predictions) - len(pictured))),
         texts=tuple(dict.fromkeys(chain.from_iterable(map(texts_of_run, texts)))),
         edited=tuple(dict.fromkeys(one for one in texts if isinstance(one, EditedPrompt))),
-        told_scale=getattr(rule, "scale", 1.0) - 1 if policy.embeds else None,
+        embedded_scale=getattr(rule, "scale", 1.0) - 1 if policy.embeds else None,
         rule_key=(type(rule), len(branches), *_kind(rule)),
         policy_slots=slots,
         policy_key=(type(policy), len(branches), slots, constants.shape[1], *_kind(policy)),

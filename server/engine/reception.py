@@ -76,7 +76,7 @@ class Reception:
         self._pace = pace
         self._check_open = check_open
         self._backlog = Backlog(bounds, self._seconds_a_row)
-        self._told_bytes = Counter[tuple[str, int]]()
+        self._text_bytes = Counter[tuple[str, int]]()
 
     def reserve(
         self, images: int, *, live: bool = False, client: Client = ANYONE, runs: int = 1
@@ -169,7 +169,7 @@ class Reception:
                 self._backlog.end_image(sequence.submission.holding)
             self._count_pending(-1, live=sequence.live)
 
-    def note_told(self, sequence: Sequence) -> None:
+    def note_text_bytes(self, sequence: Sequence) -> None:
         """Record the size of encoded texts of its model, from which later images are estimated.
 
         Text encoders that see pictures produce more for a text. The latents of these pictures,
@@ -178,14 +178,14 @@ class Reception:
         if not sequence.conditioning:
             return
         task = sequence.task
-        told = max(one.nbytes for one in sequence.conditioning.values())
+        nbytes = max(one.nbytes for one in sequence.conditioning.values())
         pictures = sum(latents_of(sequence, one).nbytes for one in task.references)
         key = task.model, len(task.references)
-        self._told_bytes[key] = max(self._told_bytes[key], told - pictures)
+        self._text_bytes[key] = max(self._text_bytes[key], nbytes - pictures)
 
-    def _told(self, model: str, pictures: int) -> int:
+    def _bytes_of_text(self, model: str, pictures: int) -> int:
         """Bytes of a text of a model with this many pictures, or with fewer if that is known."""
-        return max(self._told_bytes[model, fewer] for fewer in range(pictures + 1))
+        return max(self._text_bytes[model, fewer] for fewer in range(pictures + 1))
 
     def _reserve_live(self, client: Client, images: int) -> Holding:
         if self._measurements.live_pending + images > self._bounds.images:
@@ -204,7 +204,7 @@ class Reception:
         if live:
             return
         self._check_models(tasks)
-        needed = footprint(tasks, self._kind, self._told)
+        needed = footprint(tasks, self._kind, self._bytes_of_text)
         with self._wake:
             self._counting_refusals(
                 holding.images, lambda: self._backlog.claim(holding, *needed, self._pace())
@@ -225,7 +225,7 @@ class Reception:
         self._check_models(tasks)
         # Frames of live streams are not counted in the backlog.
         counted = [] if live else tasks
-        needed = footprint(counted, self._kind, self._told)
+        needed = footprint(counted, self._kind, self._bytes_of_text)
         with self._wake:
             self._check_open()
             self._check_models(tasks)

@@ -42,7 +42,9 @@ class Rehearsal:
         self._shape = model.latent_shape(width, height)
         [self._unconditional] = model.encode_prompts([None], width, height)
         schedule = model.schedule(width, height, STEPS)
-        self._told = float(model.told(np.array((schedule.t_start + schedule.t_end) / 2)))
+        self._network_time = float(
+            model.network_time(np.array((schedule.t_start + schedule.t_end) / 2))
+        )
 
     def seconds(self, rows: int, evaluate: Evaluate) -> float:
         """Measure the seconds of a forward pass.
@@ -58,7 +60,7 @@ class Rehearsal:
         try:
             # Drawn on the CPU, since other threads use a GPU's generator too.
             x = torch.randn(rows, *self._shape).to(device)
-            t = torch.full((rows,), self._told, device=device)
+            t = torch.full((rows,), self._network_time, device=device)
             inputs = RowInputs(self._model.stack([self._unconditional] * rows, fixed=self._fixed))
             began = perf_counter()
             # Reading one number waits for the device.

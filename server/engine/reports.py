@@ -32,7 +32,7 @@ class Reports:
     """Notifies listeners; an error of a listener cancels its own images and no others.
 
     A notified listener wakes up and runs Python, for which the engine's thread has to wait. So
-    steps are reported while the device works on the next ones (:meth:`tell_steps`).
+    steps are reported while the device works on the next ones (:meth:`report_steps`).
 
     Args:
         device: device of all models.
@@ -42,7 +42,7 @@ class Reports:
         self._device = device
         self._colours: dict[str, Tensor] = {}
         self._previewed: list[tuple[list[StepsDone], HostCopy]] = []
-        self._untold: list[StepsDone] = []
+        self._unreported: list[StepsDone] = []
 
     def add(self, model: str, colours: Tensor) -> None:
         """Draw previews of a model with these colours, see ``fit_preview``."""
@@ -51,33 +51,33 @@ class Reports:
     def forget(self, model: str) -> None:
         """Release a model that has no image under way."""
         # Images with unreported steps hold their lane, and the lane holds the model.
-        self.tell_steps()
+        self.report_steps()
         del self._colours[model]
 
     def started(self, sequence: Sequence) -> None:
         """Report that an image is about to be evaluated for the first time."""
-        _tell(sequence, sequence.listener.started, sequence.index)
+        _notify(sequence, sequence.listener.started, sequence.index)
 
     def finished(self, sequence: Sequence, result: ImageResult) -> None:
         """Report that an image is done."""
-        _tell(sequence, sequence.listener.finished, sequence.index, result)
+        _notify(sequence, sequence.listener.finished, sequence.index, result)
 
     def failed(self, sequence: Sequence, error: Exception) -> None:
         """Report that an image ended without a picture."""
-        _tell(sequence, sequence.listener.failed, sequence.index, error)
+        _notify(sequence, sequence.listener.failed, sequence.index, error)
 
     def last_stages(self, frames: Listed[Sequence]) -> None:
         """Note that the last evaluation of some live frames begins.
 
-        Listeners are notified with the next :meth:`tell_steps`, while a GPU runs it: the next frame
-        of the stream has to be there when these leave their places in the denoiser.
+        Listeners are notified with the next :meth:`report_steps`, while a GPU runs it: the next
+        frame of the stream has to be there when these leave their places in the denoiser.
         """
-        self._untold += [(frame, frame.task.plan.steps) for frame in frames]
+        self._unreported += [(frame, frame.task.plan.steps) for frame in frames]
 
     def steps(self, closed: list[tuple[Sequence, int]], denoised: Tensor) -> None:
         """Note that a stage has closed sampler steps, and start the previews that are wanted.
 
-        Listeners are notified with the next :meth:`tell_steps`.
+        Listeners are notified with the next :meth:`report_steps`.
 
         Args:
             closed: images of one lane, at their next stage, each with its row of the predictions.
@@ -94,26 +94,26 @@ class Reports:
                 wanted.append(progress)
                 rows.append(row)
             else:
-                self._untold.append(progress)
+                self._unreported.append(progress)
         if wanted:
             self._preview(wanted, denoised, rows)
 
-    def tell_steps(self) -> None:
+    def report_steps(self) -> None:
         """Report all closed steps; waits for previews, which are made before a stage."""
-        self.tell_plain_steps()
+        self.report_plain_steps()
         previewed, self._previewed = self._previewed, []
         for wanted, copy in previewed:
             fetched = attempt(copy.fetch, self._device)
             failed = isinstance(fetched, Exception)
             pictures = [None] * len(wanted) if failed else fetched[0].numpy()
             for progress, picture in zip(wanted, pictures, strict=True):
-                _tell_progress(progress, picture)
+                _report_progress(progress, picture)
 
-    def tell_plain_steps(self) -> None:
+    def report_plain_steps(self) -> None:
         """Report steps without a preview; the last step of every image is one of them."""
-        untold, self._untold = self._untold, []
-        for progress in untold:
-            _tell_progress(progress, None)
+        unreported, self._unreported = self._unreported, []
+        for progress in unreported:
+            _report_progress(progress, None)
 
     def _preview(self, wanted: list[StepsDone], denoised: Tensor, rows: list[int]) -> None:
         """Start the previews of a tick."""
@@ -124,19 +124,19 @@ class Reports:
         )
         if isinstance(made, Exception):
             log.warning("previews failed", exc_info=made)
-            self._untold += wanted
+            self._unreported += wanted
             return
         self._previewed.append((wanted, made))
 
 
-def _tell_progress(progress: StepsDone, picture: NDArray[np.uint8] | None) -> None:
+def _report_progress(progress: StepsDone, picture: NDArray[np.uint8] | None) -> None:
     sequence, step = progress
     if sequence.slot >= 0:
-        told = sequence.index, step, sequence.task.plan.steps, picture
-        _tell(sequence, sequence.listener.progress, *told)
+        arguments = sequence.index, step, sequence.task.plan.steps, picture
+        _notify(sequence, sequence.listener.progress, *arguments)
 
 
-def _tell(sequence: Sequence, call: Callable[..., None], *said: Any) -> None:
+def _notify(sequence: Sequence, call: Callable[..., None], *said: Any) -> None:
     try:
         call(*said)
     except Exception:

@@ -198,7 +198,7 @@ def _run(
     texts = (branch.text(prompt, None) for branch in rule.branches for prompt in prompts)
     inputs = model.inputs([*prompts, *texts])
     scales = np.stack(preconditioning(facts.prediction, plan.alpha[:-1], plan.sigma[:-1]), 1)
-    times = model.told(plan.t[:-1])
+    times = model.network_time(plan.t[:-1])
     predictions: list[Tensor] = []
     memory: Tensor | None = None
 

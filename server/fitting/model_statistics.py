@@ -189,12 +189,12 @@ def _denoisers(
 
     def scalars(t: np.ndarray) -> np.ndarray:
         scales = preconditioning(prediction, *schedule.level(t))
-        return np.stack([model.told(t), *scales])
+        return np.stack([model.network_time(t), *scales])
 
     def denoiser_of(rows: range) -> Callable[[Tensor, Tensor], Tensor]:
-        told = [*(prompts[k] for k in rows), *[None] * (len(rows) * (branches - 1))]
+        texts = [*(prompts[k] for k in rows), *[None] * (len(rows) * (branches - 1))]
         with torch.no_grad():
-            inputs = model.inputs(told)
+            inputs = model.inputs(texts)
 
         def denoise(x: Tensor, t: Tensor) -> Tensor:
             network_t, *factors = along_time(schedule, scalars, t)

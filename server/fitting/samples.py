@@ -174,8 +174,8 @@ def _guided(
         time = np.array(t)
         scale_in, skip, out = preconditioning(facts.prediction, *schedule.level(time))
         rows = (float(scale_in) * x).repeat(len(both) // len(x), 1, 1, 1)
-        told = x.new_full((len(both),), float(model.told(time)))
-        raw = model.evaluate(rows, told, inputs).view(-1, *x.shape)
+        network_t = x.new_full((len(both),), float(model.network_time(time)))
+        raw = model.evaluate(rows, network_t, inputs).view(-1, *x.shape)
         return float(skip) * x + float(out) * torch.lerp(raw[-1], raw[0], scale)
 
     return denoise

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["Blend", "BlendKind", "Told", "conditioning_of", "texts_of"]
+__all__ = ["Blend", "BlendKind", "TextPrompt", "conditioning_of", "texts_of"]
 
 BlendKind: TypeAlias = Literal["linear", "spherical"]
 
@@ -35,38 +35,38 @@ class Blend:
             more than two parts it depends on their order.
     """
 
-    parts: tuple[tuple[Told, float], ...]
+    parts: tuple[tuple[TextPrompt, float], ...]
     kind: BlendKind = "linear"
 
 
-Told: TypeAlias = "str | Blend | None"
+TextPrompt: TypeAlias = "str | Blend | None"
 """What a network is conditioned on: a prompt, a blend, or None for the model's unconditional."""
 
 
-def texts_of(told: Told) -> tuple[str | None, ...]:
+def texts_of(prompt: TextPrompt) -> tuple[str | None, ...]:
     """The prompts that must be encoded for it, in order, each once."""
-    if not isinstance(told, Blend):
-        return (told,)
-    texts = (text for part, _ in told.parts for text in texts_of(part))
+    if not isinstance(prompt, Blend):
+        return (prompt,)
+    texts = (text for part, _ in prompt.parts for text in texts_of(part))
     return tuple(dict.fromkeys(texts))
 
 
-def conditioning_of(told: Told, encoded: Mapping[str | None, Conditioning]) -> Conditioning:
+def conditioning_of(prompt: TextPrompt, encoded: Mapping[str | None, Conditioning]) -> Conditioning:
     """The conditioning of a prompt, or of a blend of prompts.
 
     Args:
-        told: prompt, blend or None.
+        prompt: prompt, blend or None.
         encoded: conditioning of each of its prompts.
 
     Raises:
         InvalidRequest: the model encodes the prompts to different shapes, which cannot be mixed.
     """
-    if not isinstance(told, Blend):
-        return encoded[told]
-    weighty = [(part, weight) for part, weight in told.parts if weight > 0]
+    if not isinstance(prompt, Blend):
+        return encoded[prompt]
+    weighty = [(part, weight) for part, weight in prompt.parts if weight > 0]
     parts = [conditioning_of(part, encoded) for part, _ in weighty]
     weights = [weight for _, weight in weighty]
-    mix = _mean if told.kind == "linear" else _along_arcs
+    mix = _mean if prompt.kind == "linear" else _along_arcs
     return Conditioning(
         {
             name: _mixed(mix, [part.tensors[name] for part in parts], weights)

@@ -176,10 +176,10 @@ def distilled_as(
     """
     if said := stated(folder, scheduler, embeds_scale=embeds_scale):
         return said
-    told = _distilled_by_scheduler(folder, scheduler, embeds_scale=embeds_scale)
-    if told is None and is_zero_snr(scheduler):
+    defaults = _distilled_by_scheduler(folder, scheduler, embeds_scale=embeds_scale)
+    if defaults is None and is_zero_snr(scheduler):
         return defaults_by("zero_snr", "rescale_betas_zero_snr of its scheduler is true")
-    return told
+    return defaults
 
 
 def is_zero_snr(scheduler: Mapping[str, Any]) -> bool:

@@ -131,9 +131,9 @@ class Flux2Denoiser:
 
     def __call__(self, x: Tensor, t: Tensor, inputs: RowInputs) -> Tensor:
         """See ``HostedModel.evaluate``."""
-        told, network = inputs.conditioning.tensors, self.network
-        text, (height, width) = told[TEXT], x.shape[-2:]
-        references = tokens_beside(told)
+        tensors, network = inputs.conditioning.tensors, self.network
+        text, (height, width) = tensors[TEXT], x.shape[-2:]
+        references = tokens_beside(tensors)
         places = [positions(height, width, 1, x.device)]
         for number, one in enumerate(references, start=1):
             size = one.shape[1], one.shape[2]

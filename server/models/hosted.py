@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from samplers.levels import F64
     from server.models.adapters.adapter import RowAdapters
     from server.models.autoencoder import Autoencoder
-    from server.models.blend import Told
+    from server.models.blend import TextPrompt
     from server.models.classifier import LatentClassifier
     from server.models.compiling.compiled_blocks import CompiledBlocks
     from server.models.conditioning import Conditioning, StackedConditioning
@@ -180,7 +180,7 @@ class HostedModel(ABC):
             steps: number of sampler steps.
         """
 
-    def told(self, t: F64) -> F64:
+    def network_time(self, t: F64) -> F64:
         """The values that the network receives for times ``t``, of the shape of ``t``."""
         return self.default_schedule.conditioning(t)
 
@@ -264,7 +264,7 @@ class HostedModel(ABC):
         """
         return stack_alike(rows)
 
-    def levelled(self, texts: Mapping[Told, Conditioning]) -> dict[Told, Conditioning]:
+    def levelled(self, texts: Mapping[TextPrompt, Conditioning]) -> dict[TextPrompt, Conditioning]:
         """Bring the conditioning of one image to the lengths with which its rows are stacked.
 
         Args:

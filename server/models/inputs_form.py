@@ -104,8 +104,8 @@ class InputsForm:
         Raises:
             Gone: the form is no longer alive.
         """
-        told, against = (StackedConditioning(_of(part, tensors)) for part in (TEXT, AGAINST))
-        rows = len(told)
+        texts, against = (StackedConditioning(_of(part, tensors)) for part in (TEXT, AGAINST))
+        rows = len(texts)
         controls = [
             _there(one.together(_of(f"{CONTROL} {i}", tensors)))
             for i, one in enumerate(self.controls)
@@ -114,7 +114,7 @@ class InputsForm:
             one.together(_of(f"{PICTURE} {i}", tensors)) for i, one in enumerate(self.pictures)
         ]
         return RowInputs(
-            told,
+            texts,
             scale_embedding=tensors.get("scale_embedding"),
             channels=tensors.get("channels"),
             against=against if against.tensors else None,

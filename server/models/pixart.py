@@ -96,7 +96,7 @@ class PixArtDenoiser:
 
     def __call__(self, x: Tensor, t: Tensor, inputs: RowInputs) -> Tensor:
         """See ``HostedModel.evaluate``."""
-        told, dtype = inputs.conditioning.tensors, self.network.dtype
+        tensors, dtype = inputs.conditioning.tensors, self.network.dtype
         added: dict[str, Tensor | None] = {"resolution": None, "aspect_ratio": None}
         if self.network.use_additional_conditions:
             height, width = (size * self._latent_scale for size in x.shape[2:])
@@ -108,8 +108,8 @@ class PixArtDenoiser:
             }
         raw = self.network(
             x.to(dtype),
-            encoder_hidden_states=told[TEXT],
-            encoder_attention_mask=told.get(MASK),
+            encoder_hidden_states=tensors[TEXT],
+            encoder_attention_mask=tensors.get(MASK),
             timestep=t,
             added_cond_kwargs=added,
             return_dict=False,

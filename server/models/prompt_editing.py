@@ -20,7 +20,7 @@ from server.models.emphasis import EmphasizedPrompt
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from server.models.blend import Told
+    from server.models.blend import TextPrompt
 
 __all__ = [
     "MAX_TEXTS",
@@ -162,14 +162,14 @@ class EditedPrompt(EmphasizedPrompt):
         return self.order[min(stage, len(self.order) - 1)]
 
 
-def texts_of_run(told: Told) -> tuple[Told, ...]:
+def texts_of_run(prompt: TextPrompt) -> tuple[TextPrompt, ...]:
     """Everything that the network is conditioned on at some stage of a run."""
-    return told.texts if isinstance(told, EditedPrompt) else (told,)
+    return prompt.texts if isinstance(prompt, EditedPrompt) else (prompt,)
 
 
-def at_stage(told: Told, stage: int) -> Told:
+def at_stage(prompt: TextPrompt, stage: int) -> TextPrompt:
     """What the network is conditioned on at a stage of a run, counted from 0."""
-    return told.texts[told.number(stage)] if isinstance(told, EditedPrompt) else told
+    return prompt.texts[prompt.number(stage)] if isinstance(prompt, EditedPrompt) else prompt
 
 
 def written_in(syntax: str | None, text: str, timeline: Timeline) -> str:

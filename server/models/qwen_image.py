@@ -109,17 +109,17 @@ class QwenDenoiser:
 
     def __call__(self, x: Tensor, t: Tensor, inputs: RowInputs) -> Tensor:
         """See ``HostedModel.evaluate``."""
-        told, network = inputs.conditioning.tensors, self.network
+        tensors, network = inputs.conditioning.tensors, self.network
         height, width = x.shape[-2] // PATCH, x.shape[-1] // PATCH
-        references = tokens_beside(told)
+        references = tokens_beside(tensors)
         rows = {
             "hidden_states": with_references(packed(x), references).to(network.dtype),
             # Rounded to the network's dtype before the division, as in diffusers' pipeline.
             "timestep": t.to(network.dtype) / THOUSAND,
-            "encoder_hidden_states": told[TEXT],
+            "encoder_hidden_states": tensors[TEXT],
         }
-        if MASK in told:
-            rows["encoder_hidden_states_mask"] = told[MASK]
+        if MASK in tensors:
+            rows["encoder_hidden_states_mask"] = tensors[MASK]
         shape, added = (1, height, width), dict[str, Any]()
         shapes = [shape, *((1, one.shape[1], one.shape[2]) for one in references)]
         if inputs.controls is not None:

@@ -33,17 +33,17 @@ def referring(text: Conditioning, pictures: Sequence[Tensor]) -> Conditioning:
     )
 
 
-def tokens_beside(told: Mapping[str, Tensor]) -> list[Tensor]:
+def tokens_beside(tensors: Mapping[str, Tensor]) -> list[Tensor]:
     """The tokens of each reference image of the rows of a forward pass.
 
     Args:
-        told: the rows' conditioning; ``Conditioning.company`` is equal for all of them.
+        tensors: the rows' conditioning; ``Conditioning.company`` is equal for all of them.
 
     Returns:
         ``[rows, height, width, features]`` for each image; sizes may differ between images.
     """
-    names = takewhile(told.__contains__, map(_name, count()))
-    return [told[name] for name in names]
+    names = takewhile(tensors.__contains__, map(_name, count()))
+    return [tensors[name] for name in names]
 
 
 def with_references(cells: Tensor, references: Sequence[Tensor]) -> Tensor:

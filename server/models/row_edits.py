@@ -223,11 +223,11 @@ class RowEdits:
             if not isinstance(output, tuple):
                 return hidden.where(_over_rows(skipped > 0, hidden), output)
             # A joint block returns the prompt's tokens first, and None after the last block.
-            told, moved = output
-            if told is not None:
+            text_states, moved = output
+            if text_states is not None:
                 before = args[1] if len(args) > 1 else kwargs["encoder_hidden_states"]
-                told = before.where(_over_rows(skipped > 0, told), told)
-            return told, hidden.where(_over_rows(skipped > 0, moved), moved)
+                text_states = before.where(_over_rows(skipped > 0, text_states), text_states)
+            return text_states, hidden.where(_over_rows(skipped > 0, moved), moved)
 
         block.register_forward_hook(skip, with_kwargs=True)
         if hasattr(block, "attn1"):

@@ -150,7 +150,11 @@ class SanaDenoiser:
 
     def __call__(self, x: Tensor, t: Tensor, inputs: RowInputs) -> Tensor:
         """See ``HostedModel.evaluate``."""
-        told, config, dtype = inputs.conditioning.tensors, self.network.config, self.network.dtype
+        tensors, config, dtype = (
+            inputs.conditioning.tensors,
+            self.network.config,
+            self.network.dtype,
+        )
         guidance: Tensor | None = None
         if config.guidance_embeds:
             scales = inputs.scale_embedding
@@ -158,8 +162,8 @@ class SanaDenoiser:
             guidance = guidance.to(dtype) * config.guidance_embeds_scale
         raw = self.network(
             x.to(dtype),
-            encoder_hidden_states=told[TEXT],
-            encoder_attention_mask=told.get(MASK),
+            encoder_hidden_states=tensors[TEXT],
+            encoder_attention_mask=tensors.get(MASK),
             timestep=t,
             guidance=guidance,
             return_dict=False,
@@ -200,13 +204,13 @@ def load_sana(
     # Schedulers of other classes, configured for a flow, pass timesteps rounded down.
     rounds = not kind.startswith("FlowMatch")
 
-    def told(t: F64) -> F64:
+    def network_time(t: F64) -> F64:
         timesteps = schedule.conditioning(t)
         return scale * (np.floor(timesteps) if rounds else timesteps)
 
     defaults = stated(folder, scheduler, embeds_scale=False, flow=True)
     defaults = defaults or defaults_by("sana", "it is a SanaPipeline")
-    return _load(folder, name, revisions, device, dtype, schedule, told, defaults)
+    return _load(folder, name, revisions, device, dtype, schedule, network_time, defaults)
 
 
 def load_sana_sprint(
@@ -231,7 +235,7 @@ def _load(
     device: torch.device,
     dtype: torch.dtype,
     schedule: NoiseSchedule,
-    told: Callable[[F64], F64],
+    network_time: Callable[[F64], F64],
     defaults: ModelDefaults,
 ) -> TransformerModel:
     from diffusers import AutoencoderDC, SanaTransformer2DModel
@@ -269,7 +273,7 @@ def _load(
         autoencoder=Autoencoder(vae, device),
         text=text,
         stack=_stack,
-        told=told,
+        network_time=network_time,
         negative=_negative,
     )
 

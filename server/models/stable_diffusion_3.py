@@ -125,16 +125,16 @@ class SD3Denoiser:
 
     def __call__(self, x: Tensor, t: Tensor, inputs: RowInputs) -> Tensor:
         """See ``HostedModel.evaluate``."""
-        told, latents = inputs.conditioning.tensors, x.to(self.network.dtype)
+        tensors, latents = inputs.conditioning.tensors, x.to(self.network.dtype)
         added: dict[str, Any] = {}
         if inputs.controls is not None:
-            rows = latents, t, told[TEXT], told[POOLED]
+            rows = latents, t, tensors[TEXT], tensors[POOLED]
             added = self._control.residuals(*rows, inputs.controls)
         return self.network(
             hidden_states=latents,
             timestep=t,
-            encoder_hidden_states=told[TEXT],
-            pooled_projections=told[POOLED],
+            encoder_hidden_states=tensors[TEXT],
+            pooled_projections=tensors[POOLED],
             **added,
             return_dict=False,
         )[0].float()

@@ -98,11 +98,11 @@ class TwoEncoders:
         made: list[Conditioning] = []
         for prompt, states, vector in zip(prompts, hidden, pooled, strict=True):
             factor = 0 if prompt is None and self._zero_unconditional else 1
-            told = factor * states, factor * vector
+            encoded = factor * states, factor * vector
             if isinstance(prompt, EmphasizedPrompt):
-                told = self._weighted(prompt, layer, options)
-            tensors = {TEXT: told[0], "text_embeds": told[1], "time_ids": sizes}
-            made.append(Conditioning(tensors, len(told[0])))
+                encoded = self._weighted(prompt, layer, options)
+            tensors = {TEXT: encoded[0], "text_embeds": encoded[1], "time_ids": sizes}
+            made.append(Conditioning(tensors, len(encoded[0])))
         return made
 
     def _weighted(
@@ -176,8 +176,8 @@ def _defaults_of(folder: Path, unet: Any) -> ModelDefaults | None:
     """
     scheduler = read_json(folder, SCHEDULER)
     embeds_scale = unet.config.time_cond_proj_dim is not None
-    if told := distilled_as(folder, scheduler, embeds_scale=embeds_scale):
-        return told
+    if defaults := distilled_as(folder, scheduler, embeds_scale=embeds_scale):
+        return defaults
     as_turbo = all(scheduler.get(entry) == value for entry, value in TURBO_SCHEDULER.items())
     if not as_turbo or unet.config.sample_size != TURBO_SIZE:
         return None

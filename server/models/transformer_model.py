@@ -103,8 +103,8 @@ class TransformerModel(HostedModel):
         autoencoder: decodes and encodes images.
         text: encodes prompts.
         stack: stacks the conditioning of rows; by default all have one shape.
-        told: values that the transformer receives for times of the schedule; by default those of
-            the schedule itself.
+        network_time: values that the transformer receives for times of the schedule; by default
+            those of the schedule itself.
         negative: marks a negative prompt; None where it is encoded like any other.
         control: ControlNets that the denoiser accepts; None where it accepts none.
         picture_tokens: converts latents ``[C, h, w]`` of a reference image to tokens
@@ -123,7 +123,7 @@ class TransformerModel(HostedModel):
         autoencoder: LatentCoder,
         text: TextSide,
         stack: StacksConditioning | None = None,
-        told: Callable[[F64], F64] | None = None,
+        network_time: Callable[[F64], F64] | None = None,
         negative: Callable[[str | None], str | None] | None = None,
         control: ControlKind | None = None,
         picture_tokens: Callable[[Tensor], Tensor] | None = None,
@@ -135,7 +135,7 @@ class TransformerModel(HostedModel):
         self._autoencoder = autoencoder
         self._text = text
         self._stack = stack
-        self._told = told
+        self._network_time = network_time
         self._negative = negative
         self._control = control
         self._picture_tokens = picture_tokens
@@ -146,8 +146,8 @@ class TransformerModel(HostedModel):
         return self._schedule(width, height, steps)
 
     @override
-    def told(self, t: F64) -> F64:
-        return super().told(t) if self._told is None else self._told(t)
+    def network_time(self, t: F64) -> F64:
+        return super().network_time(t) if self._network_time is None else self._network_time(t)
 
     @override
     def count_tokens(self, text: str) -> int:

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from guidance.edits import Edit
     from server.models.adapters.adapter import RowAdapters
-    from server.models.blend import Told
+    from server.models.blend import TextPrompt
     from server.models.conditioning import StackedConditioning
     from server.models.defaults import ModelDefaults
     from server.models.folder import Revisions
@@ -156,10 +156,10 @@ class UNetModel(HostedModel):
         return stack_alike([_laid_out(row) for row in rows])
 
     @override
-    def levelled(self, texts: Mapping[Told, Conditioning]) -> dict[Told, Conditioning]:
+    def levelled(self, texts: Mapping[TextPrompt, Conditioning]) -> dict[TextPrompt, Conditioning]:
         # Attention to a text that is repeated as a whole equals attention to the text.
         common = lcm(*(one.length for one in texts.values()))
-        return {told: _repeated(one, common // one.length) for told, one in texts.items()}
+        return {prompt: _repeated(one, common // one.length) for prompt, one in texts.items()}
 
     @override
     def channels(
@@ -177,15 +177,15 @@ class UNetModel(HostedModel):
 
     @override
     def evaluate(self, x: Tensor, t: Tensor, inputs: RowInputs) -> Tensor:
-        told: dict[str, Any] = {}
+        kwargs: dict[str, Any] = {}
         if inputs.controls is not None:
             own = x.to(self.dtype), t, inputs.conditioning, inputs.controls
-            told |= self._control.residuals(*own)
+            kwargs |= self._control.residuals(*own)
         if self.facts.embeds_scale:
             scales = inputs.scale_embedding
             scales = t.new_zeros(len(t)) if scales is None else scales
             size = self._unet.config.time_cond_proj_dim
-            told["timestep_cond"] = embedding_of_scales(scales, size).to(self.dtype)
+            kwargs["timestep_cond"] = embedding_of_scales(scales, size).to(self.dtype)
         channels = inputs.channels
         if channels is None and self._beside is not None:
             channels = self._beside.without_picture(*x.shape[2:]).expand(len(x), -1, -1, -1)
@@ -197,7 +197,7 @@ class UNetModel(HostedModel):
         if self._pictures is not None:
             pictured = self._pictures.applied(inputs.image_prompts)
         with changed, pictured, self.blocks_running(inputs):
-            return _forward(self._unet, x.to(self.dtype), t, inputs, **told)
+            return _forward(self._unet, x.to(self.dtype), t, inputs, **kwargs)
 
     @override
     def evaluate_weak(self, x: Tensor, t: Tensor, inputs: RowInputs) -> Tensor:
@@ -371,9 +371,9 @@ def embedding_of_scales(scales: Tensor, size: int) -> Tensor:
     return torch.cat([angles.sin(), angles.cos()], 1)
 
 
-def _forward(unet: Any, x: Tensor, t: Tensor, inputs: RowInputs, **told: Any) -> Tensor:
+def _forward(unet: Any, x: Tensor, t: Tensor, inputs: RowInputs, **kwargs: Any) -> Tensor:
     added = dict(inputs.conditioning.tensors)
     text = added.pop(TEXT)
     if added:
-        return unet(x, t, text, added_cond_kwargs=added, return_dict=False, **told)[0].float()
-    return unet(x, t, text, return_dict=False, **told)[0].float()
+        return unet(x, t, text, added_cond_kwargs=added, return_dict=False, **kwargs)[0].float()
+    return unet(x, t, text, return_dict=False, **kwargs)[0].float()

@@ -66,8 +66,8 @@ class ZImageDenoiser:
 
     def of_sizes(self, x: Sequence[Tensor], t: Tensor, inputs: RowInputs) -> list[Tensor]:
         """See ``HostedModel.evaluate_sizes``."""
-        told = inputs.conditioning.tensors
-        texts = told[TEXT], told[LENGTHS], told.get(MASK)
+        tensors = inputs.conditioning.tensors
+        texts = tensors[TEXT], tensors[LENGTHS], tensors.get(MASK)
         cells = [part.to(self.network.dtype) for part in x]
         return [-made.float() for made in self.network(cells, t, *texts)]
 
@@ -124,7 +124,7 @@ def load_z_image(
         autoencoder=Autoencoder(vae, device),
         text=text,
         stack=stack,
-        told=alpha_of,
+        network_time=alpha_of,
     )
 
 

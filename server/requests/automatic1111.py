@@ -380,7 +380,7 @@ def translated(
         [f"Ignored, because there is no equivalent here: {', '.join(ignored)}."] if ignored else []
     )
     composes = len(parts) > 1
-    reading = Reading(habitual=True, composes=composes, told_scale=body.distilled_cfg_scale)
+    reading = Reading(habitual=True, composes=composes, distilled_scale=body.distilled_cfg_scale)
     return Translated(
         request.read_as(reading),
         sampler_name,

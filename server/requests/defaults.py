@@ -146,8 +146,8 @@ def guidance_despite(given: Guidance, own: Guidance, reading: Reading) -> Guidan
         own: guidance that the model was distilled for.
         reading: reading of the request, with the scale for models that take one as an input.
     """
-    if own.policy.embeds and reading.told_scale is not None:
-        return own.model_copy(update={"scale": reading.told_scale})
+    if own.policy.embeds and reading.distilled_scale is not None:
+        return own.model_copy(update={"scale": reading.distilled_scale})
     if not own.combines:
         return own
     if own.policy.embeds:

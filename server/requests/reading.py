@@ -91,14 +91,14 @@ class Reading:
         composes: whether `guidance` composes several prompts, so that the model's own does not
             replace it.
         edits: whether `image` is to be edited by the prompt, in whatever way the model supports.
-        told_scale: scale that such a client sends for distilled models with a scale as an input.
+        distilled_scale: scale that such a client sends for distilled models that take one as input.
     """
 
     notes: tuple[str, ...] = ()
     rule_left_out: bool = False
     habitual: bool = False
     composes: bool = False
-    told_scale: float | None = None
+    distilled_scale: float | None = None
     edits: bool = False
 
 

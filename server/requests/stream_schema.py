@@ -194,7 +194,7 @@ class StreamSettings(Readable):
     )
 
     @property
-    def told(self) -> str | Blend:
+    def prompt_or_blend(self) -> str | Blend:
         """The prompt or blend that the network is conditioned on."""
         if len(self.prompt) == 1:
             return self.prompt[0].text

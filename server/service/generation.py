@@ -228,24 +228,24 @@ class Generation:
 
     def started(self, index: int) -> None:
         """An image left the queue (called in the engine's thread)."""
-        self._tell(self._begun)
+        self._call_soon(self._begun)
 
     def progress(self, index: int, step: int, steps: int, preview: np.ndarray | None) -> None:
         """An image completed a step (called in the engine's thread)."""
-        self._tell(self._moved, Progress(index, step, steps, preview))
+        self._call_soon(self._moved, Progress(index, step, steps, preview))
 
     def finished(self, index: int, result: ImageResult) -> None:
         """An image is finished (called in the engine's thread)."""
-        self._tell(self._finish, index, result)
+        self._call_soon(self._finish, index, result)
 
     def failed(self, index: int, error: Exception) -> None:
         """An image failed (called in the engine's thread)."""
         if not isinstance(error, WeftError):
             log.error("image %d of %s failed", index, self.id, exc_info=error)
             error = RowFailed(f"Image {index} failed; the server's log has the details.")
-        self._tell(self._fail, error)
+        self._call_soon(self._fail, error)
 
-    def _tell(self, call: Callable[..., None], *arguments: Any) -> None:
+    def _call_soon(self, call: Callable[..., None], *arguments: Any) -> None:
         # A closed loop has no reader left; its error must not reach the engine's thread.
         with contextlib.suppress(RuntimeError):
             self._loop.call_soon_threadsafe(call, *arguments)

@@ -319,8 +319,8 @@ class StreamSession:
             check_limits(alone, self._limits)
             check_tokens(alone, model)
         # Anything incompatible with a blend is refused now, and not at each frame.
-        blended = settings.transition_frames > 0 or isinstance(settings.told, Blend)
-        blend = Blend(((settings.told, 1.0),)) if blended else None
+        blended = settings.transition_frames > 0 or isinstance(settings.prompt_or_blend, Blend)
+        blend = Blend(((settings.prompt_or_blend, 1.0),)) if blended else None
         tasks_of(prepared, model, blend=blend, adapters=(), embeddings=())
         unfit = unfit_embeddings([one.text for one in settings.prompt[1:]], model)
         return replace(prepared, warnings=(*dict.fromkeys((*prepared.warnings, *unfit)),))
@@ -386,9 +386,9 @@ class StreamSession:
         before, settings = self._current, current.settings
         frames = settings.transition_frames
         if before is None or before.model is not current.model:
-            self._transition = Transition(settings.told)
+            self._transition = Transition(settings.prompt_or_blend)
         else:
-            self._transition = self._transition.to(settings.told, frames, settings.blend)
+            self._transition = self._transition.to(settings.prompt_or_blend, frames, settings.blend)
             if self._transition.under_way:
                 current = current.leaving(before)
         seed = current.prepared.request.seed
@@ -528,14 +528,14 @@ class StreamSession:
                 image, references = None, (image, *references)
                 if pixels.seen is not None:
                     seen = SeenPicture.of(pixels.seen), *seen
-        told = self._transition.told
+        prompt = self._transition.prompt
         request = current.prepared.request.model_copy(update={"seed": frame.seed})
         try:
             tasks = tasks_of(
                 replace(current.prepared, request=request),
                 current.model,
                 image=image,
-                blend=told if isinstance(told, Blend) else None,
+                blend=prompt if isinstance(prompt, Blend) else None,
                 stream=self._stream,
                 adapters=current.adapters,
                 embeddings=current.embeddings,

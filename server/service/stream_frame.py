@@ -137,24 +137,24 @@ class FrameListener:
 
     def started(self, index: int) -> None:
         """The frame left the queue (called in the engine's thread)."""
-        self._tell(self._start)
+        self._call_soon(self._start)
 
     def progress(self, index: int, step: int, steps: int, preview: np.ndarray | None) -> None:
         """A step is done, or the last one is under way (called in the engine's thread)."""
         if step == steps:
-            self._tell(self._denoise)
+            self._call_soon(self._denoise)
 
     def finished(self, index: int, result: ImageResult) -> None:
         """The frame is finished (called in the engine's thread)."""
-        self._tell(lambda: self._finish(result))
+        self._call_soon(lambda: self._finish(result))
 
     def failed(self, index: int, error: Exception) -> None:
         """The frame failed (called in the engine's thread)."""
         if not isinstance(error, WeftError):
             error = RowFailed("The frame failed; the server's log has the details.")
-        self._tell(lambda known=error: self._fail(known))
+        self._call_soon(lambda known=error: self._fail(known))
 
-    def _tell(self, call: Callable[[], None]) -> None:
+    def _call_soon(self, call: Callable[[], None]) -> None:
         # A closed loop has no reader left; its error must not reach the engine's thread.
         with contextlib.suppress(RuntimeError):
             self._loop.call_soon_threadsafe(call)

@@ -43,7 +43,7 @@ class Transition:
         return self.frames - self.done if self.under_way else 0
 
     @property
-    def told(self) -> str | Blend:
+    def prompt(self) -> str | Blend:
         """Text of the next frame."""
         return self._at(self.done + 1)
 

@@ -24,7 +24,7 @@ from studies.common.records import Records
 from studies.guidance import cells
 from studies.guidance.cells import Cell
 from studies.guidance.drawing import Drawing
-from studies.guidance.measuring import told
+from studies.guidance.measuring import summary
 from studies.guidance.results import Results
 from studies.guidance.sitters import Sitters
 from studies.guidance.study import Sizes, Study
@@ -99,7 +99,7 @@ def main() -> None:
             if of not in records:
                 result = study.run(Cell(guidance))
                 records.add(of, result)
-                print(told(of, result), flush=True)
+                print(summary(of, result), flush=True)
     finally:
         drawing.stop()
 

@@ -58,7 +58,7 @@ def measure(
             print(f"not measured: {of['guidance']}: {error}", flush=True)
             continue
         records.add(of, result)
-        print(f"{perf_counter() - began:6.1f} s  {told(of, result)}", flush=True)
+        print(f"{perf_counter() - began:6.1f} s  {summary(of, result)}", flush=True)
 
 
 def _all_work(study: Study, parts: Collection[str], share: Share) -> Iterator[Work]:
@@ -113,7 +113,7 @@ def measure_rates(
     records.add(of, result)
 
 
-def told(of: Mapping[str, Any], result: Mapping[str, Any]) -> str:
+def summary(of: Mapping[str, Any], result: Mapping[str, Any]) -> str:
     """One line about a result: its key, and the means of its figures."""
     said = ("part", "sitting", "guidance", "sampler", "steps", "each", "block")
     name = " ".join(str(of[key]) for key in said if key in of)

@@ -111,7 +111,7 @@ def predictor(
         alpha, sigma = model.default_schedule.level(np.array(t))
         scales = preconditioning(model.facts.prediction, alpha, sigma)
         points = torch.cat([x, x]) if guided else x
-        told = torch.full((len(points),), float(model.told(np.array(t))))
+        told = torch.full((len(points),), float(model.network_time(np.array(t))))
         raw = model.evaluate(float(scales.scale_in) * points, told, inputs)
         denoised = float(scales.skip) * points + float(scales.out) * raw
         return denoised[: len(x)], denoised[-len(x) :]

@@ -71,7 +71,7 @@ class GuidedRuns:
         def denoise(x: Tensor, t: float) -> Tensor:
             scale_in, skip, out = next(stages)
             both = x if scale == 1 else torch.cat([x, x])
-            conditioning = float(self._model.told(np.array(t)))
+            conditioning = float(self._model.network_time(np.array(t)))
             times = x.new_full((len(both),), conditioning)
             denoised = skip * both + out * self._model.evaluate(scale_in * both, times, inputs)
             if scale == 1:

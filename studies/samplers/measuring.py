@@ -100,7 +100,7 @@ def measure(
         except ValueError as refusal:
             result = {"refused": str(refusal)}
         records.add(of, result)
-        print(f"{perf_counter() - began:6.1f} s  {_told(of, result)}", flush=True)
+        print(f"{perf_counter() - began:6.1f} s  {_summary(of, result)}", flush=True)
     for sentence in sorted(absent):
         print(f"not measured: {sentence}")
 
@@ -184,7 +184,7 @@ def _costs(model: HostedModel, statistics: StatisticsFiles) -> Iterator[Work]:
         yield of, lambda contender=contender: cost.of(contender, model, statistics)
 
 
-def _told(of: Mapping[str, Any], result: Mapping[str, Any]) -> str:
+def _summary(of: Mapping[str, Any], result: Mapping[str, Any]) -> str:
     said = ("part", "label", "contender", "spacing", "evaluations", "scale", "order", "rows")
     name = " ".join(str(of[key]) for key in said if key in of)
     figures = (

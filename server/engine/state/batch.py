@@ -125,7 +125,7 @@ class Batch:
             seeds=of([sequence.task.seed for sequence in sequences]),
             alpha=of([plan.alpha[at] for plan, at in zip(plans, stages, strict=True)]),
             sigma=of([plan.sigma[at] for plan, at in zip(plans, stages, strict=True)]),
-            told=of([sequence.told for sequence in sequences]),
+            conditioning_for=of([sequence.conditioning_for for sequence in sequences]),
             states=of(stacked.states),
             groups=_groups_of(sequences),
             fixed_rows=self.fixed_rows,

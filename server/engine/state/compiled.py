@@ -91,7 +91,7 @@ def compile_plan(plan: Plan, model: HostedModel, slots: int) -> CompiledPlan:
     velocity = as_velocity(model.facts.prediction, *levels)
     return CompiledPlan(
         plan=plan,
-        t=model.told(plan.t[:-1]).tolist(),
+        t=model.network_time(plan.t[:-1]).tolist(),
         alpha=plan.alpha.tolist(),
         sigma=plan.sigma.tolist(),
         scale_in=scales.scale_in.tolist(),

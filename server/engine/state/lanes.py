@@ -61,18 +61,18 @@ class Lanes:
     def __iter__(self) -> Iterator[Lane]:
         return iter(self._lanes.values())
 
-    def of(self, task: ImageTask, told: Collection[Conditioning], rows: int) -> Lane:
+    def of(self, task: ImageTask, conditioning: Collection[Conditioning], rows: int) -> Lane:
         """Return the lane of an image.
 
         Args:
             task: task of the image.
-            told: all conditioning that its rows may get, which has one ``company``.
+            conditioning: all conditioning that its rows may get, which has one ``company``.
             rows: number of rows that it needs at once in a forward pass, with its group.
         """
         model = self._models[task.model]
         shape = model.latent_shape(task.width, task.height)
-        group = model.group_key(task.width, task.height, max(one.length for one in told))
-        [company] = {one.company for one in told}
+        group = model.group_key(task.width, task.height, max(one.length for one in conditioning))
+        [company] = {one.company for one in conditioning}
         fixed = self._fixed_for(rows)
         key = task.model, shape, (group, company), fixed
         if key not in self._lanes:

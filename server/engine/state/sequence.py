@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from server.engine.state.lane import Lane
     from server.engine.state.submission import Submission
     from server.engine.task import ImageTask
-    from server.models.blend import Told
+    from server.models.blend import TextPrompt
     from server.models.conditioning import Conditioning
     from server.models.controls.control import ControlUse
     from server.models.image_prompts.image_prompt import ImagePromptUse, Shown
@@ -134,7 +134,7 @@ class Sequence:
     submitted_at: float = field(default_factory=monotonic)
     started_at: float = 0.0
     denoised_at: float = 0.0
-    conditioning: Mapping[Told, Conditioning] = field(default_factory=dict)
+    conditioning: Mapping[TextPrompt, Conditioning] = field(default_factory=dict)
     compiled: CompiledPlan | None = None
     known: Known | None = None
     channels: Tensor | None = None
@@ -213,7 +213,7 @@ class Sequence:
             if self._acts(use)
         )
 
-    def told(self, text: Told) -> Conditioning:
+    def conditioning_for(self, text: TextPrompt) -> Conditioning:
         """Return the conditioning of a text at the next stage.
 
         Args:

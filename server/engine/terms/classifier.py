@@ -137,13 +137,13 @@ class AwayFromChosen(Term):
                 reference = kind.refer(*_of(members, terms, logits))
             choices.index_copy_(0, where, reference.choice)
             strengths.index_copy_(0, where, reference.strength)
-        told: list[Conditioning] = []
+        alternatives: list[Conditioning] = []
         first: list[int] = []
-        for term, of in zip(terms, seen.told, strict=True):
-            first.append(len(told))
-            told += map(of, term.alternatives)
+        for term, of in zip(terms, seen.conditioning_for, strict=True):
+            first.append(len(alternatives))
+            alternatives += map(of, term.alternatives)
         # Chosen on the device, so that the tick need not wait for it.
-        stacked = seen.lane.model.stack(told, fixed=seen.fixed_rows is not None)
+        stacked = seen.lane.model.stack(alternatives, fixed=seen.fixed_rows is not None)
         chosen = stacked.select(seen.lane.indices(first) + choices)
         rows = seen.lane.indices([row for rows in own for row in rows.term])
         forward.conditioning = forward.conditioning.put(rows, chosen)

@@ -57,8 +57,10 @@ class AgainstNegative(Term):
         cls, terms: Sequence[Self], forward: ForwardRows, own: Sequence[OwnRows], seen: Seen
     ) -> None:
         rows = [places.image[0] for places in own]
-        told = [of(term.negative) for of, term in zip(seen.told, terms, strict=True)]
-        away = seen.lane.model.stack(told, fixed=seen.fixed_rows is not None)
+        negatives = [
+            of(term.negative) for of, term in zip(seen.conditioning_for, terms, strict=True)
+        ]
+        away = seen.lane.model.stack(negatives, fixed=seen.fixed_rows is not None)
         forward.lead_away(seen.lane.indices(rows), away)
         for row, term in zip(rows, terms, strict=True):
             forward.edit(row, term.edit)

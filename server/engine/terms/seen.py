@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from guidance import Edit
     from server.engine.state.lane import Lane
-    from server.models.blend import Told
+    from server.models.blend import TextPrompt
     from server.models.conditioning import Conditioning, StackedConditioning
 
 
@@ -73,7 +73,7 @@ class Seen:
         seeds: seed of each image.
         alpha: signal scale of each image at its stage.
         sigma: noise scale of each image at its stage, above 0.
-        told: function of each image that returns the conditioning of a text at its stage.
+        conditioning_for: function of each image that returns the conditioning of a text.
         states: what the term keeps of each image. A new value there is kept if the tick succeeds.
         groups: positions among these images of those that run in lockstep, in order; an image
             without a group is one of its own.
@@ -88,7 +88,7 @@ class Seen:
     seeds: Sequence[int]
     alpha: Sequence[float]
     sigma: Sequence[float]
-    told: Sequence[Callable[[Told], Conditioning]]
+    conditioning_for: Sequence[Callable[[TextPrompt], Conditioning]]
     states: list[Any]
     groups: Sequence[Sequence[int]]
     fixed_rows: int | None

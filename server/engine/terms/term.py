@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from guidance.diffusion_levels import DiffusionLevels
     from samplers import NoiseSchedule, Plan
     from server.engine.terms.seen import ForwardRows, OwnRows, Predictions, Seen
-    from server.models.blend import Blend, Told
+    from server.models.blend import Blend, TextPrompt
     from server.models.hosted import HostedModel
 
 
@@ -31,7 +31,7 @@ class RowSpec:
         edits: changes inside the network for this row.
     """
 
-    text: Told
+    text: TextPrompt
     edits: tuple[Edit, ...] = ()
 
 

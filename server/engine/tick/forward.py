@@ -43,13 +43,13 @@ def forward_rows(batches: Listed[Batch]) -> list[ForwardRows]:
         ]
         for batch in batches
     ]
-    told = [
-        batch.sequences[i].told(prediction.text)
+    conditioning = [
+        batch.sequences[i].conditioning_for(prediction.text)
         for batch, own in zip(batches, predictions, strict=True)
         for i, prediction in zip(batch.owners, own, strict=True)
     ]
     lane, fixed = batches[0].lane, batches[0].fixed_rows is not None
-    texts = lane.model.stack(told, fixed=fixed).divided([batch.rows for batch in batches])
+    texts = lane.model.stack(conditioning, fixed=fixed).divided([batch.rows for batch in batches])
     return [
         ForwardRows(
             x=batch.columns[:, 0].index_select(0, lane.indices(batch.owners)),
@@ -106,9 +106,9 @@ def _of_one_size(batch: Batch, inputs: RowInputs, x: Tensor, t: Tensor) -> Tenso
 def _inputs(batches: Listed[Batch], rows: Listed[ForwardRows], t: Tensor) -> RowInputs:
     owners = [batch.sequences[i] for batch in batches for i in batch.owners]
     scales: Tensor | None = None
-    if any(owner.guidance.told_scale is not None for owner in owners):
-        told = torch.tensor([owner.guidance.told_scale or 0.0 for owner in owners])
-        scales = told.to(t.device, non_blocking=True)
+    if any(owner.guidance.embedded_scale is not None for owner in owners):
+        embedded = torch.tensor([owner.guidance.embedded_scale or 0.0 for owner in owners])
+        scales = embedded.to(t.device, non_blocking=True)
     edits = _edits(rows)
     adapters = RowAdapters(tuple(owner.task.adapters for owner in owners))
     numbered = [

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from server.engine.state.sequence import Sequence
     from server.engine.task import ImageTask
     from server.models.adapters.adapter import Weighted
-    from server.models.blend import Told
+    from server.models.blend import TextPrompt
     from server.models.conditioning import Conditioning
     from server.models.hosted import HostedModel
     from server.models.text_options import TextOptions
@@ -123,12 +123,12 @@ class Admission:
         self, sequence: Sequence, encoded: Mapping[str | None, Conditioning | Exception]
     ) -> None:
         task = sequence.task
-        told = sequence.guidance.texts
-        known = {text: _known(encoded[text]) for one in told for text in texts_of(one)}
-        texts = {one: conditioning_of(one, known) for one in told}
+        prompts = sequence.guidance.texts
+        known = {text: _known(encoded[text]) for one in prompts for text in texts_of(one)}
+        texts = {one: conditioning_of(one, known) for one in prompts}
         sequence.conditioning = self._beside_pictures(sequence, texts)
-        told = list(sequence.conditioning.values())
-        lane = self._lane_of(task, told, sequence.rows_at_once)
+        conditioning = list(sequence.conditioning.values())
+        lane = self._lane_of(task, conditioning, sequence.rows_at_once)
         sequence.lane = lane
         start = _start(sequence, lane)
         guidance = sequence.guidance
@@ -141,15 +141,15 @@ class Admission:
             lane.pool.policy_memory[sequence.slot, 0] = start.latents
 
     def _beside_pictures(
-        self, sequence: Sequence, texts: Mapping[Told, Conditioning]
-    ) -> dict[Told, Conditioning]:
+        self, sequence: Sequence, texts: Mapping[TextPrompt, Conditioning]
+    ) -> dict[TextPrompt, Conditioning]:
         """All conditioning of an image, in equal lengths, combined with its reference images."""
         model, task = self._models[sequence.task.model], sequence.task
         levelled = model.levelled(texts)
         if not task.references:
             return levelled
         references = [latents_of(sequence, one) for one in task.references]
-        return {told: model.referring(text, references) for told, text in levelled.items()}
+        return {prompt: model.referring(text, references) for prompt, text in levelled.items()}
 
 
 def _known(conditioning: Conditioning | Exception) -> Conditioning:
@@ -159,7 +159,7 @@ def _known(conditioning: Conditioning | Exception) -> Conditioning:
 
 
 def _prompts(sequence: Sequence) -> Prompts:
-    return tuple(chain.from_iterable(texts_of(told) for told in sequence.guidance.texts))
+    return tuple(chain.from_iterable(texts_of(prompt) for prompt in sequence.guidance.texts))
 
 
 def _start(sequence: Sequence, lane: Lane) -> Start:

@@ -97,12 +97,12 @@ def run_stage(chosen: list[Sequence], meanwhile: Callable[[], None] = lambda: No
         evaluated = weave.evaluate(batches, watch)
     steps = [_step(*both) for both in zip(batches, evaluated, strict=True)]
     meanwhile()
-    told = _told(steps)
+    values = _read_to_host(steps)
     resamplings = [
         resample(step.batch, step.evaluated.denoised, own.sound)
-        for step, own in zip(steps, told, strict=True)
+        for step, own in zip(steps, values, strict=True)
     ]
-    outcomes = [_written(*each) for each in zip(steps, told, resamplings, strict=True)]
+    outcomes = [_written(*each) for each in zip(steps, values, resamplings, strict=True)]
     return Stage(outcomes, watch.seconds(), perf_counter() - began)
 
 
@@ -117,7 +117,7 @@ class _Step:
     foresight: Foresight
 
 
-class _Told(NamedTuple):
+class _HostValues(NamedTuple):
     """Values about the images of one lane that the host reads from the device."""
 
     sound: list[bool]
@@ -138,7 +138,7 @@ def _step(batch: Batch, evaluated: Evaluated) -> _Step:
     return _Step(batch, evaluated, guidance, state, recall.foresee(batch, evaluated, state))
 
 
-def _told(steps: list[_Step]) -> list[_Told]:
+def _read_to_host(steps: list[_Step]) -> list[_HostValues]:
     parts = [
         part
         for step in steps
@@ -150,7 +150,7 @@ def _told(steps: list[_Step]) -> list[_Told]:
     ]
     # The tick's only wait for the device.
     numbers = iter(torch.cat([part for part in parts if part is not None]).tolist())
-    told: list[_Told] = []
+    values: list[_HostValues] = []
     for step in steps:
         count = len(step.batch.sequences)
         sums = islice(numbers, count)
@@ -159,13 +159,13 @@ def _told(steps: list[_Step]) -> list[_Told]:
             [False] * count if part is None else [one > 0 for one in islice(numbers, count)]
             for part in (step.guidance.settled, step.foresight.recalls)
         )
-        told.append(_Told(sound, settled, recalls))
-    return told
+        values.append(_HostValues(sound, settled, recalls))
+    return values
 
 
-def _written(step: _Step, told: _Told, resampling: Resampling | None) -> Outcome:
+def _written(step: _Step, values: _HostValues, resampling: Resampling | None) -> Outcome:
     """Write the new states to the pool, after any resampling, and return the outcome."""
-    batch, state, denoised, sound = step.batch, step.state, step.guidance.denoised, told.sound
+    batch, state, denoised, sound = step.batch, step.state, step.guidance.denoised, values.sound
     if resampling is not None:
         state, denoised = resampling.taken_over(state), resampling.taken_over(denoised)
         sound = [sound[origin] for origin in resampling.origins]
@@ -173,4 +173,4 @@ def _written(step: _Step, told: _Told, resampling: Resampling | None) -> Outcome
     recall.keep(batch, step.foresight)
     if resampling is not None:
         resampling.note(batch.sequences)
-    return Outcome(batch, sound, told.settled, told.recalls, denoised)
+    return Outcome(batch, sound, values.settled, values.recalls, denoised)

@@ -112,7 +112,7 @@ class FrameEvents(EventSourceResponse):
             while True:
                 left = clock.left(session.stats_s)
                 if left == 0:
-                    clock.told()
+                    clock.mark_sent()
                     yield _event("stats", {"stats": session.statistics()})
                 silent_s = PING_S if left is None else min(PING_S, left)
                 await asyncio.wait(

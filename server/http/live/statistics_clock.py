@@ -25,7 +25,7 @@ class StatisticsClock:
         self._every_s = every_s
         return None if every_s is None else max(0.0, self._told_at + every_s - monotonic())
 
-    def told(self) -> None:
+    def mark_sent(self) -> None:
         """Count statistics as sent; others that are overdue by then are skipped."""
         if self._every_s is not None:
             since = monotonic() - self._told_at

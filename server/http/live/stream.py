@@ -181,7 +181,7 @@ class Conversation:
             self._changed.clear()
             left = clock.left(self._session.stats_s)
             if left == 0:
-                clock.told()
+                clock.mark_sent()
                 await self._send({"stats": self._session.statistics()})
                 continue
             with contextlib.suppress(TimeoutError):

@@ -123,10 +123,10 @@ class FluxControl:
 
         def evaluate(same: SameControl) -> Sequence[Tensor | None]:
             network = same.control.network
-            told = {name: one.index_select(0, same.rows) for name, one in rows.items()}
+            conditioning = {name: one.index_select(0, same.rows) for name, one in rows.items()}
             guided = network.config.guidance_embeds
             blocks, single_blocks = network(
-                **told,
+                **conditioning,
                 **positions,
                 controlnet_cond=same.hints,
                 guidance=scale.index_select(0, same.rows) if guided else None,

@@ -123,15 +123,15 @@ class UNetControl:
         """
 
         def evaluate(same: SameControl) -> Sequence[Tensor]:
-            told = dict(conditioning.select(same.rows).tensors)
-            text = told.pop(TEXT)
+            added = dict(conditioning.select(same.rows).tensors)
+            text = added.pop(TEXT)
             network = same.control.network
             skips, middle = network(
                 x.index_select(0, same.rows),
                 t.index_select(0, same.rows),
                 text,
                 same.hints,
-                added_cond_kwargs=told,
+                added_cond_kwargs=added,
                 return_dict=False,
             )
             return [*skips, middle]

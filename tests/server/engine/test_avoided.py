@@ -300,7 +300,7 @@ def test_rows_equal_a_batch_of_their_own_under_an_ordinary_hook(
         noised = float(plan.alpha[0]) * embedded.encode_image(one.reference[None])[0]
         noised += float(plan.sigma[0]) * start_noise(one.seed, x.shape)
         points, told = torch.stack([noised, x]), torch.stack([prompt, text])
-        t = torch.tensor(embedded.told(plan.t[:1]), dtype=torch.float32)
+        t = torch.tensor(embedded.network_time(plan.t[:1]), dtype=torch.float32)
         network, merging = kept_apart(unet, layers, negtome.strength, negtome.threshold)
         scales = preconditioning(embedded.facts.prediction, plan.alpha[0], plan.sigma[0])
         inputs = float(scales.scale_in) * points, t.expand(2)

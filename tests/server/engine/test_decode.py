@@ -199,7 +199,7 @@ def test_a_picture_is_handed_over_while_the_device_works_on_the_next_stage(
 ) -> None:
     """It would wait for the end of the tick, and its stream for it."""
     order: list[str] = []
-    told: Any = stage._told
+    told: Any = stage._read_to_host
 
     class Listener(Ear):
         def finished(self, index: int, result: ImageResult) -> None:
@@ -210,7 +210,7 @@ def test_a_picture_is_handed_over_while_the_device_works_on_the_next_stage(
         order.append("wait")
         return told(steps)
 
-    monkeypatch.setattr(stage, "_told", waited)
+    monkeypatch.setattr(stage, "_read_to_host", waited)
     monkeypatch.setattr(decode, "HostCopy", SecondLook)
     monkeypatch.setattr(decode, "on_decoder_stream", nullcontext)
     monkeypatch.setattr(decode, "Stopwatch", lambda _: Stopwatch(torch.device("cpu")))

@@ -68,7 +68,7 @@ def by_hand(model, task) -> Any:
         stage = by_t.pop(0)
         scales = preconditioning(facts.prediction, task.plan.alpha[:-1], task.plan.sigma[:-1])
         both = x.expand(2, -1, -1, -1)
-        told = torch.full((2,), float(model.told(np.array(t))))
+        told = torch.full((2,), float(model.network_time(np.array(t))))
         raw = model.evaluate(float(scales.scale_in[stage]) * both, told, prompts)
         cond, uncond = float(scales.skip[stage]) * both + float(scales.out[stage]) * raw
         guided = guide(

@@ -106,7 +106,7 @@ def test_each_prediction_reaches_a_rule_of_several_prompts_in_its_place(
         for i, alpha, sigma in zip(
             range(4), plan.alpha.tolist(), plan.sigma.tolist(), strict=False
         ):
-            t = torch.full((len(told) + 1,), float(model.told(plan.t[i])))
+            t = torch.full((len(told) + 1,), float(model.network_time(plan.t[i])))
             raw = model.evaluate(x.expand(len(t), -1, -1, -1), t, texts)
             cond, *others = (alpha * x - sigma * raw).split(1)
             denoised = guide(rule, cond, others, x, alpha, sigma, progress=i / 4).denoised

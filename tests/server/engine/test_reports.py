@@ -25,13 +25,13 @@ STEPS = 4
 def order(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The order of events in ticks: forwards, waits for the device, and reports of steps."""
     happened: list[str] = []
-    wait: Any = stage._told
+    wait: Any = stage._read_to_host
 
     def waited(steps: Any) -> Any:
         happened.append("wait")
         return wait(steps)
 
-    monkeypatch.setattr(stage, "_told", waited)
+    monkeypatch.setattr(stage, "_read_to_host", waited)
     return happened
 
 

@@ -162,7 +162,7 @@ def test_levels_and_whole_timesteps_are_those_of_the_scheduler(
     grid = NoiseSchedule.from_diffusers(config).grid(spacing, 7)
     torch.testing.assert_close(torch.tensor(grid.sigma).float(), pipeline.scheduler.sigmas)
     expected = TIMESTEP_SCALE * pipeline.scheduler.timesteps
-    assert model.told(grid.t[:-1]).tolist() == expected.tolist()
+    assert model.network_time(grid.t[:-1]).tolist() == expected.tolist()
 
 
 def test_pictures_go_through_the_autoencoder_and_back(pipeline: Any, model: HostedModel) -> None:
@@ -243,7 +243,7 @@ def test_a_scheduler_of_eulers_tells_timesteps_as_they_are(folder: Path, tmp_pat
     FlowMatchEulerDiscreteScheduler(shift=3.0).save_pretrained(copy / "scheduler")
     model = load(copy)
     t = model.default_schedule.grid("trailing", 3).t[:-1]
-    assert model.told(t).tolist() == (TIMESTEP_SCALE * 1000 * t).tolist()
+    assert model.network_time(t).tolist() == (TIMESTEP_SCALE * 1000 * t).tolist()
     config = copy / "scheduler" / "scheduler_config.json"
     euler = config.read_text()
     config.write_text(json.dumps({"_class_name": "DPMSolverMultistepScheduler"}))

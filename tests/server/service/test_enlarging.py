@@ -80,7 +80,7 @@ class ByHand:
 
         def denoised(x: Tensor, t: float) -> Tensor:
             i = next(stages)
-            told = torch.tensor([float(self.model.told(np.array(t)))])
+            told = torch.tensor([float(self.model.network_time(np.array(t)))])
             raw = self.model.evaluate(float(scales.scale_in[i]) * x, told, inputs)
             return float(scales.skip[i]) * x + float(scales.out[i]) * raw
 

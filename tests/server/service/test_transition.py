@@ -9,7 +9,7 @@ from server.service.transition import MAX_NESTING, Transition
 def told(transition: Transition, frames: int) -> list[str | Blend]:
     found: list[str | Blend] = []
     for _ in range(frames):
-        found.append(transition.told)
+        found.append(transition.prompt)
         transition = transition.onward()
     return found
 
@@ -52,7 +52,7 @@ def test_endless_changes_of_mind_do_not_nest_without_end() -> None:
     deepest = 0
     for k in range(1, 50):
         change = change.to(str(k), 10, "linear")
-        deepest = max(deepest, depth(change.told))
+        deepest = max(deepest, depth(change.prompt))
         change = change.onward()
     assert deepest == MAX_NESTING + 1
 
@@ -62,7 +62,7 @@ def test_two_changes_of_mind_for_each_frame_do_not_nest_without_end_either() -> 
     deepest = 0
     for k in range(1, 100, 2):
         change = change.to(str(k), 10, "linear").to(str(k + 1), 10, "linear")
-        deepest = max(deepest, depth(change.told))
+        deepest = max(deepest, depth(change.prompt))
         change = change.onward()
     assert deepest == MAX_NESTING + 1
 
@@ -70,4 +70,4 @@ def test_two_changes_of_mind_for_each_frame_do_not_nest_without_end_either() -> 
 def test_a_change_that_is_complete_counts_no_more() -> None:
     change = Transition("a", "z", 1, done=1, nested=MAX_NESTING).to("b", 4, "linear").onward()
     last = Blend((("a", 0.75), ("b", 0.25)))
-    assert change.to("c", 2, "linear").told == Blend(((last, 0.5), ("c", 0.5)))
+    assert change.to("c", 2, "linear").prompt == Blend(((last, 0.5), ("c", 0.5)))

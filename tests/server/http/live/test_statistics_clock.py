@@ -29,10 +29,10 @@ def test_statistics_are_due_at_multiples_of_their_interval(turn: Callable[[float
     assert clock.left(2.0) == 0.5
     turn(2.25)
     assert clock.left(2.0) == 0
-    clock.told()
+    clock.mark_sent()
     assert clock.left(2.0) == 1.75
     turn(8.5)
-    clock.told()
+    clock.mark_sent()
     assert clock.left(2.0) == 1.5, "what was missed is not made up for"
 
 

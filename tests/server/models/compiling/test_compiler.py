@@ -158,7 +158,7 @@ def test_without_a_compiler_it_is_said_which_one_is_missing(
     )
 
 
-class Told:
+class TextPrompt:
     """What a compiler has reported."""
 
     def __init__(self) -> None:
@@ -178,7 +178,7 @@ def test_what_was_refused_for_good_is_not_tried_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")
-    compiler, told = BlockCompiler(tmp_path), Told()
+    compiler, told = BlockCompiler(tmp_path), TextPrompt()
     file = tmp_path / f"{module.key_of('one', 'cpu')}.json"
     file.write_text(json.dumps({"reason": "it gains nothing", "lasting": True}))
     compiler.ask(own_job(), "one", told)
@@ -205,7 +205,7 @@ def test_a_note_that_cannot_be_used_counts_as_none(
     note: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     processes = Processes(monkeypatch, lambda _: REFUSED)
-    compiler, told = BlockCompiler(tmp_path), Told()
+    compiler, told = BlockCompiler(tmp_path), TextPrompt()
     file = tmp_path / f"{module.key_of('one', 'cpu')}.json"
     file.write_bytes(note)
     compiler.ask(own_job(), "one", told)
@@ -250,7 +250,7 @@ def test_a_block_that_cannot_be_sent_to_another_process_holds_up_no_other(
         return REFUSED
 
     processes = Processes(monkeypatch, unsent)
-    compiler, told = BlockCompiler(tmp_path), [Told(), Told()]
+    compiler, told = BlockCompiler(tmp_path), [TextPrompt(), TextPrompt()]
     for name, one in zip(("one", "two"), told, strict=True):
         compiler.ask(own_job(), name, one)
         one.wait()
@@ -269,7 +269,7 @@ def test_several_blocks_are_compiled_at_once_and_all_processes_end(
         return REFUSED
 
     processes = Processes(monkeypatch, answer)
-    compiler, told = BlockCompiler(tmp_path, processes=3), [Told() for _ in range(6)]
+    compiler, told = BlockCompiler(tmp_path, processes=3), [TextPrompt() for _ in range(6)]
     for number, one in enumerate(told):
         compiler.ask(own_job(), str(number), one)
     for one in told:
@@ -290,7 +290,7 @@ def test_blocks_that_are_alike_are_compiled_once_for_all_models(
         return REFUSED
 
     processes = Processes(monkeypatch, answer)
-    compiler, told = BlockCompiler(tmp_path, processes=3), [Told() for _ in range(4)]
+    compiler, told = BlockCompiler(tmp_path, processes=3), [TextPrompt() for _ in range(4)]
     for name, one in zip(("one", "one", "two", "one"), told, strict=True):
         compiler.ask(own_job(), name, one)
     may_answer.set()
@@ -316,7 +316,7 @@ def test_where_memory_is_short_blocks_are_compiled_one_after_another(
         return REFUSED if alone else {"reason": "not alone", "lasting": False}
 
     Processes(monkeypatch, answer)
-    compiler, told = BlockCompiler(tmp_path, processes=3), [Told() for _ in range(5)]
+    compiler, told = BlockCompiler(tmp_path, processes=3), [TextPrompt() for _ in range(5)]
     for number, one in enumerate(told):
         compiler.ask(own_job(), str(number), one)
     for one in told:
@@ -329,7 +329,7 @@ def test_a_block_whose_process_has_ended_is_asked_for_again_at_the_next_start(
 ) -> None:
     processes = Processes(monkeypatch, lambda _: None)
     for _ in range(2):
-        compiler, told = BlockCompiler(tmp_path), Told()
+        compiler, told = BlockCompiler(tmp_path), TextPrompt()
         compiler.ask(own_job(), "one", told)
         told.wait()
         assert told.said == "the process that compiled it ended or took too long"
@@ -345,7 +345,7 @@ def test_what_seemed_to_gain_nothing_is_measured_again_later_and_not_for_ever(
     for hours in (0, 0, 2, 4, 6):
         if file.exists():
             os.utime(file, (file.stat().st_atime, file.stat().st_mtime - 3600 * hours))
-        compiler, told = BlockCompiler(tmp_path), Told()
+        compiler, told = BlockCompiler(tmp_path), TextPrompt()
         processes = Processes(monkeypatch, lambda _: answer)
         compiler.ask(own_job(), "one", told)
         told.wait()
@@ -358,7 +358,7 @@ def test_what_nobody_wants_any_longer_is_passed_over(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     processes = Processes(monkeypatch, lambda _: {"reason": "an error", "lasting": False})
-    compiler, unheard, told = BlockCompiler(tmp_path), Told(), Told()
+    compiler, unheard, told = BlockCompiler(tmp_path), TextPrompt(), TextPrompt()
     compiler.ask(own_job(), "one", unheard, lambda: False)
     compiler.ask(own_job(), "two", told)
     told.wait()
@@ -384,7 +384,7 @@ def test_a_compiled_block_comes_from_another_process_and_from_the_folder_afterwa
     ]
     for again in range(2):
         for number, one in enumerate(jobs):
-            told = Told()
+            told = TextPrompt()
             compiler.ask(one, str(number), told)
             told.wait()
             if told.program is None:
