@@ -29,7 +29,7 @@ from torch import nn
 from benchmarks.architectures import ARCHITECTURES, build
 from server.engine.capture import CudaRecorder
 from server.engine.cost_model import TickCost
-from server.engine.graphs import FEW, Graphs
+from server.engine.graphs import IDLE_THRESHOLD, Graphs
 from server.models.adapters.adapter import Adapter, LowRank, RowAdapters, Weighted
 
 if TYPE_CHECKING:
@@ -133,7 +133,7 @@ def _print_recorded(model: HostedModel, plain: Forward, options: argparse.Namesp
         passes = [launched, launched.with_adapters(_spread(adapters, rows))]
         replayed = [replace(one, evaluate=replaying) for one in passes]
         for one in replayed:
-            for _ in range(FEW):
+            for _ in range(IDLE_THRESHOLD):
                 one.seconds()
         while graphs.wanted:
             graphs.record()

@@ -39,7 +39,7 @@ from benchmarks.allowance import Allowance, add_settle, add_within
 from benchmarks.architectures import ARCHITECTURES, build
 from benchmarks.peers import Weft, settle
 from benchmarks.traffic import Request
-from server.models.compiling.compiled_blocks import OFTEN
+from server.models.compiling.compiled_blocks import COMPILE_THRESHOLD
 from server.models.compiling.compiler import BlockCompiler
 from server.models.compiling.model_blocks import compile_blocks
 from server.models.inputs import RowInputs
@@ -209,7 +209,7 @@ def _weft_compiled(
         weft = Weft(architecture, None)
         # Run until all shapes have been called often enough to be compiled.
         most, called = max(options.counts), weft.forwards
-        while weft.forwards < called + OFTEN:
+        while weft.forwards < called + COMPILE_THRESHOLD:
             weft.run([_request(options, seed) for seed in range(most)])
         allowance.say("all shapes of blocks are asked for")
         while model.blocks.compilation.waiting:

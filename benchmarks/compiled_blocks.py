@@ -35,7 +35,7 @@ from server.engine.capture import CudaRecorder
 from server.engine.cost_model import TickCost
 from server.engine.graphs import Graphs
 from server.engine.rehearsal import Rehearsal
-from server.models.compiling.compiled_blocks import OFTEN
+from server.models.compiling.compiled_blocks import COMPILE_THRESHOLD
 from server.models.compiling.compiler import BlockCompiler
 from server.models.compiling.model_blocks import compile_blocks
 
@@ -152,7 +152,7 @@ def _compile(
 ) -> None:
     """Run forward passes until compilation is requested, and wait for the programs."""
     ends = perf_counter() + max_s
-    for _ in range(OFTEN):
+    for _ in range(COMPILE_THRESHOLD):
         forward()
     before = None
     while (made := blocks.compilation).waiting and perf_counter() < ends:

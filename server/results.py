@@ -30,7 +30,7 @@ __all__ = ["Kept", "Results"]
 log = logging.getLogger("weft")
 
 TEMPORARY: Final = "weft-results-"
-SETTLED_S: Final = 60.0
+STABLE_AGE_S: Final = 60.0
 """Age from which a temporary folder must have been locked by its server, if that still runs."""
 
 RANDOM_BYTES: Final = 24
@@ -225,7 +225,7 @@ class Results:
 
     def _temporary(self) -> str:
         # Removes temporary folders of servers that were killed.
-        remove_left(Path(tempfile.gettempdir()), TEMPORARY, older_than_s=SETTLED_S)
+        remove_left(Path(tempfile.gettempdir()), TEMPORARY, older_than_s=STABLE_AGE_S)
         folder = tempfile.mkdtemp(prefix=TEMPORARY)
         held = ExitStack()
         held.enter_context(locked(Path(folder), wait=False))

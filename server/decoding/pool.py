@@ -39,10 +39,10 @@ RETRY_AFTER_S: Final = 2.0
 
 START_S: Final = 60.0
 
-STARVED: Final = 12
+STARVATION_FACTOR: Final = 12
 """Factor on the decoding seconds after which a process that did not get them is given up."""
 
-LOOKED_EVERY_S: Final = 0.01
+POLL_INTERVAL_S: Final = 0.01
 
 OWN_SIZE: Final = PictureTarget()
 
@@ -362,7 +362,7 @@ class _Waited:
     def __init__(self, process: int, seconds: float) -> None:
         self._process = process
         self._last = _processor_s(process) + seconds
-        self._patience_s = STARVED * seconds
+        self._patience_s = STARVATION_FACTOR * seconds
         self._end = monotonic() + self._patience_s
 
     def until(self, ready: select.poll) -> None:
@@ -372,7 +372,7 @@ class _Waited:
             TimeoutError: it has used its processor time.
             Overloaded: it did not get its processor time.
         """
-        while not ready.poll(1000 * max(LOOKED_EVERY_S, min(self._own_s(), self._clock_s()))):
+        while not ready.poll(1000 * max(POLL_INTERVAL_S, min(self._own_s(), self._clock_s()))):
             if self._own_s() <= 0:
                 raise TimeoutError
             if self._clock_s() <= 0:

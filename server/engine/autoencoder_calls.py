@@ -17,7 +17,7 @@ import torch
 
 from server.engine.decoder_stream import on_decoder_stream
 from server.engine.graphs import Graphs
-from server.engine.tick.decode import DECODED_AT_ONCE, PIXELS_AT_ONCE
+from server.engine.tick.decode import DECODER_BATCH, MAX_DECODER_PIXELS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -114,7 +114,7 @@ class AutoencoderCalls:
         recorder_of: function that makes the recorders of its calls; None to record none.
         room: function that returns the bytes that recordings may take in addition to what they
             hold.
-        fixed: whether every call has ``DECODED_AT_ONCE`` pictures.
+        fixed: whether every call has ``DECODER_BATCH`` pictures.
     """
 
     def __init__(
@@ -159,14 +159,14 @@ class AutoencoderCalls:
             ("decoder", self.decode, self._model.default_shape),
             ("encoder", self.encode, shape),
         )
-        max_pictures = max(1, min(DECODED_AT_ONCE, PIXELS_AT_ONCE // pixels))
-        for pictures in (DECODED_AT_ONCE,) if self._fixed else range(1, max_pictures + 1):
+        max_pictures = max(1, min(DECODER_BATCH, MAX_DECODER_PIXELS // pixels))
+        for pictures in (DECODER_BATCH,) if self._fixed else range(1, max_pictures + 1):
             for name, call, size in calls:
                 yield partial(self._timed, self._paces[name], call, (pictures, *size), pixels)
 
     def _called(self, half: Half, given: Tensor, scale: int) -> Tensor:
         pixels = given.shape[-1] * given.shape[-2] * scale**2
-        beside_ticks = len(given) <= DECODED_AT_ONCE and len(given) * pixels <= PIXELS_AT_ONCE
+        beside_ticks = len(given) <= DECODER_BATCH and len(given) * pixels <= MAX_DECODER_PIXELS
         if self.graphs and beside_ticks:
             graphs = self.graphs[0 if half.subject == "encoder" else 1]
             cost = PictureCost(pixels, self._paces[half.subject])

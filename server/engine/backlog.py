@@ -7,7 +7,7 @@ from functools import cache
 from math import ceil, inf
 from typing import TYPE_CHECKING, NamedTuple
 
-from server.engine.client import ANYONE, Client
+from server.engine.client import ANONYMOUS, Client
 from server.errors import InvalidRequest, Overloaded
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ MAX_FRACTION = 0.5
 """Maximum fraction of the allowed seconds that one request counts for; it may need more."""
 
 
-NOTHING = 1e-6
+MIN_COST = 1e-6
 """Number of evaluations below which a count is a rounding error and treated as zero."""
 
 
@@ -235,7 +235,7 @@ class Backlog:
         for kind, count in (rows or {}).items():
             holding.rows[kind] = holding.rows.get(kind, 0.0) + count
             left = total.rows.get(kind, 0.0) + holding.part * count
-            if left < NOTHING:
+            if left < MIN_COST:
                 total.rows.pop(kind, None)
             else:
                 total.rows[kind] = left
@@ -302,7 +302,7 @@ class Backlog:
             excess = (total + more - limit) / (total or more)
             raise Overloaded(self._until_all(waiting, excess, pace))
         # Compared by identity: a key may have the same name, and then compares equal.
-        if client is ANYONE or not own:
+        if client is ANONYMOUS or not own:
             return
         allowed = LATITUDE * client.weight * (limit - total)
         if own + more > allowed:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     from collections.abc import Hashable
 
-__all__ = ["ANYONE", "ANY_FLOW", "Client", "Flow"]
+__all__ = ["ANONYMOUS", "ANY_FLOW", "Client", "Flow"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ class Client:
         return hash(self.name)
 
 
-ANYONE = Client("anyone")
+ANONYMOUS = Client("anyone")
 """All requests of a server without keys, and of programs that use an engine directly."""
 
 
@@ -50,4 +50,4 @@ class Flow(NamedTuple):
     kind: Hashable
 
 
-ANY_FLOW = Flow(ANYONE, None)
+ANY_FLOW = Flow(ANONYMOUS, None)

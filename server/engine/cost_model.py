@@ -33,7 +33,7 @@ AGREEMENT = 0.15
 """Start-up measures up to ``MAX_ROUNDS`` rounds, until ``AGREEING`` samples of each size are
 within 15 % of their expected value."""
 
-POLISHING = 4
+POLISH_ITERATIONS = 4
 """Iterations of the median polish that removes busy spells of the machine from the samples."""
 
 LEVEL_GAIN = 0.3
@@ -49,16 +49,16 @@ STALE_GAIN = 0.3
 OUTLIER = log(1.5)
 """Limit on the logarithm of a tick's seconds relative to the expected ones."""
 
-MIXING_KEPT = 0.998
+MIXING_DECAY = 0.998
 """Fraction of the logarithm of the cost of mixing that is left after each tick of one size, so that
 half is left after 346 ticks: mixing that seems too expensive is tried again."""
 
-SHAPES_KEPT = 64
+MAX_CACHED_SHAPES = 64
 
 FIRST_TICKS = 8
 """Number of first ticks of a lane with a guessed cost that count unclamped, and with more gain."""
 
-TEACHING_TICKS = 3
+TICKS_TO_UNLEARN_GUESS = 3
 """Number of first ticks of such a lane that leave an eighth of the guess's error."""
 
 
@@ -93,7 +93,7 @@ class TickCost:
     @property
     def is_guess(self) -> bool:
         """Whether the cost is still that of another lane, for lack of ticks of this one."""
-        return self._guesses_left > FIRST_TICKS - TEACHING_TICKS
+        return self._guesses_left > FIRST_TICKS - TICKS_TO_UNLEARN_GUESS
 
     def seconds(self, rows: int) -> float:
         """Expected seconds of a tick with this many rows, at least 1."""
@@ -143,7 +143,7 @@ class TickCost:
         everywhere = exp(level * surprise)
         self.shift(everywhere)
         # Mixed ticks cost what they did, so their factor falls as the cost of one size rises.
-        self._mixing_seen **= MIXING_KEPT
+        self._mixing_seen **= MIXING_DECAY
         self.mixing = min(self._mixing_seen, max(1.0, self.mixing * before_s / self.seconds(rows)))
         return 1.0 if guessed else everywhere
 
@@ -223,14 +223,14 @@ class CostModel:
     def keep(self, model: str, shape: tuple[int, int, int]) -> TickCost:
         """Return the cost at a shape that has ticks from now on, stored so that they refine it.
 
-        Apart from the first shape of each model, the :data:`SHAPES_KEPT` latest shapes are
+        Apart from the first shape of each model, the :data:`MAX_CACHED_SHAPES` latest shapes are
         remembered. Requests with ever new shapes must fill neither the memory nor the metrics.
         """
         costs = dict(self._costs)
         costs[model, shape] = costs.pop((model, shape), None) or self.of(model, shape)
         firsts = [cost for _, cost in self._measured.values()]
         others = [key for key, cost in costs.items() if cost not in firsts]
-        for key in others[:-SHAPES_KEPT]:
+        for key in others[:-MAX_CACHED_SHAPES]:
             del costs[key]
         self._costs = costs
         return costs[model, shape]
@@ -272,7 +272,7 @@ def _shape(rounds: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np
     """Log seconds of each size relative to the round, and which samples agree with them."""
     shape = np.median(rounds, 0)
     levels = np.median(rounds - shape, 1, keepdims=True)
-    for _ in range(POLISHING):
+    for _ in range(POLISH_ITERATIONS):
         shape = np.median(rounds - levels, 0)
         levels = np.median(rounds - shape, 1, keepdims=True)
     agree = abs(rounds - levels - shape) < AGREEMENT

@@ -18,9 +18,9 @@ import torch
 
 from server.engine.backlog import Amounts, Bounds
 from server.engine.chores import Chores
-from server.engine.client import ANYONE, Client
+from server.engine.client import ANONYMOUS, Client
 from server.engine.cost_model import MAX_ROWS, CostModel, TickCost
-from server.engine.fair_queue import TURN_S
+from server.engine.fair_queue import MAX_LEAD_S
 from server.engine.faults import free_memory, is_out_of_memory, lost_device
 from server.engine.forwards import MAX_PIECE_S
 from server.engine.idle_work import IdleWork
@@ -312,13 +312,13 @@ class Engine:
         return True
 
     def reserve(
-        self, images: int, *, live: bool = False, client: Client = ANYONE, runs: int = 1
+        self, images: int, *, live: bool = False, client: Client = ANONYMOUS, runs: int = 1
     ) -> Reservation:
         """See :meth:`Reception.reserve`."""
         return self._reception.reserve(images, live=live, client=client, runs=runs)
 
     def submit(
-        self, tasks: Listed[ImageTask], listener: Listener, client: Client = ANYONE
+        self, tasks: Listed[ImageTask], listener: Listener, client: Client = ANONYMOUS
     ) -> Submission:
         """See :meth:`Reception.submit`."""
         return self._reception.submit(tasks, listener, client)
@@ -438,7 +438,7 @@ class Engine:
             newcomers = self._arrived.take(
                 ADMITTED_A_TICK,
                 ordinary,
-                lambda one: pictures.take(one, due=turns.flow_due(one.flow, TURN_S)),
+                lambda one: pictures.take(one, due=turns.flow_due(one.flow, MAX_LEAD_S)),
             )
             self._left_waiting = len(self._arrived)
         self._active.extend(newcomers)

@@ -23,16 +23,16 @@ from server.engine.client import Client, Flow
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Hashable, Iterable, Mapping
 
-__all__ = ["BURST_S", "CONTENDED_S", "TURN_S", "FairQueue", "Turns"]
+__all__ = ["BURST_S", "FLOW_EXPIRY_S", "MAX_LEAD_S", "FairQueue", "Turns"]
 
 BURST_S = 2.0
 """Seconds of the device that whoever returns from a pause may have before the others have any;
 proportionally less for a weight below 1."""
 
-TURN_S = 0.1
+MAX_LEAD_S = 0.1
 """Seconds by which others may go ahead of whoever is next: turns cannot be finer than ticks."""
 
-CONTENDED_S = 10.0
+FLOW_EXPIRY_S = 10.0
 """Seconds without work after which a flow is not expected back."""
 
 Key = TypeVar("Key", bound="Hashable")
@@ -121,7 +121,7 @@ class Turns:
         for flow in flows:
             kinds.setdefault(flow.client, set()).add(flow.kind)
             self._seen[flow] = now
-        self._seen = {flow: at for flow, at in self._seen.items() if at > now - CONTENDED_S}
+        self._seen = {flow: at for flow, at in self._seen.items() if at > now - FLOW_EXPIRY_S}
         self._waiting = kinds
         self._clients.wait(kinds)
         known = {flow.client for flow in self._seen}

@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from server.engine.fair_queue import Turns
     from server.engine.scheduler import Candidate, LaneCosts
 
-__all__ = ["STRETCH", "fair_tick", "in_turn"]
+__all__ = ["MAX_STRETCH", "fair_tick", "in_turn"]
 
-STRETCH = 1.5
+MAX_STRETCH = 1.5
 """Maximum factor by which images of clients whose turn it is not may lengthen a tick."""
 
 
@@ -37,8 +37,8 @@ def fair_tick(
     of the lane whose client is due, that is owed service or ahead of the first by no more than a
     tick. Due images of other sizes join if the model can evaluate them in the same forward pass and
     that takes less time (``mixed_tick.py``). Images of other clients, and batch images beside
-    others, join if they do not lengthen the tick by more than :data:`STRETCH`. Interactive images
-    of all clients go before batch ones.
+    others, join if they do not lengthen the tick by more than :data:`MAX_STRETCH`. Interactive
+    images of all clients go before batch ones.
 
     Args:
         candidates: every image under way, oldest first.
@@ -157,5 +157,5 @@ def _firsts(
 def _stretched(rows: int, costs: LaneCosts) -> int:
     """Maximum number of rows of a tick that would otherwise have ``rows``."""
     alone = costs.seconds(rows)
-    longest = max(alone, min(STRETCH * alone, costs.max_tick_s))
+    longest = max(alone, min(MAX_STRETCH * alone, costs.max_tick_s))
     return max(rows, bisect_right(range(1, costs.max_rows + 1), longest, key=costs.seconds))

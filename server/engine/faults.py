@@ -18,7 +18,7 @@ Result = TypeVar("Result")
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "alloc_failed")
 """Phrases of drivers, libraries and the CPU's allocator, which lack torch's own exception."""
 
-STICKY = (
+STICKY_ERRORS = (
     "illegal memory access",
     "device-side assert",
     "uncorrectable ecc",
@@ -77,7 +77,7 @@ def lost_device(error: BaseException, device: torch.device) -> DeviceLost | None
     if not isinstance(error, RuntimeError) or is_out_of_memory(error):
         return None
     of_the_device = isinstance(error, torch.AcceleratorError) or _says(error, OF_THE_DEVICE)
-    if _says(error, STICKY) or (of_the_device and not _answers(device)):
+    if _says(error, STICKY_ERRORS) or (of_the_device and not _answers(device)):
         return DeviceLost(_first_line(error))
     return None
 

@@ -38,7 +38,7 @@ __all__ = ["Cost", "Form", "Graphs", "Recorder", "Replay", "pays_beside_ticks"]
 
 log = logging.getLogger(__name__)
 
-PAYS = 0.95
+MAX_REPLAY_RATIO = 0.95
 """Maximum time of a replayed pass, relative to an eager one, for a recording to be kept."""
 
 TIMED = 3
@@ -50,27 +50,27 @@ CLOSE = 0.01
 They are bit-identical where libraries choose the same kernels; an error in a recording is large.
 """
 
-OFTEN = 40
+BUSY_THRESHOLD = 40
 """Number of passes of a shape after which it is recorded although something waits.
 
 A recording takes about 10 passes, and a replay saves at least half of a pass of few rows. So twice
 the cost of the recording has been lost by then, and at most a quarter is added if nothing is saved.
 """
 
-FEW = 5
+IDLE_THRESHOLD = 5
 """Number of passes of a shape and form until it is recorded in a quiet moment, unless plain."""
 
 PIECE_FORWARDS = 3
 """Number of forward passes in the longest piece of a recording: one that is watched operation by
 operation, or two and a replay."""
 
-WANTED_KEPT = 16
+MAX_CANDIDATES = 16
 WANTED_BYTES = 2**28
 """Bounds on the passes kept until they are recorded; the hints of ControlNets are large."""
 
 MAX_GRAPHS = 64
 
-REST_S = 300.0
+PAUSE_AFTER_SHORTAGE_S = 300.0
 """Seconds after a shortage of memory during which nothing is recorded."""
 
 Given: TypeAlias = "Mapping[str, Tensor]"
@@ -289,7 +289,7 @@ class Graphs:
     def _keep_latest(self) -> None:
         """Drop passes that have not run again for the longest time, if too many are kept."""
         held = sum(one.nbytes for one in self._wanted.values())
-        while len(self._wanted) > WANTED_KEPT or (held > WANTED_BYTES and len(self._wanted) > 1):
+        while len(self._wanted) > MAX_CANDIDATES or (held > WANTED_BYTES and len(self._wanted) > 1):
             held -= self._wanted.pop(next(iter(self._wanted))).nbytes
 
     def record(self) -> None:
@@ -354,7 +354,7 @@ class Graphs:
     def _ripe(self) -> list[Shape]:
         """Passes that are worth recording in a quiet moment."""
         wanted = list(self._wanted.items())
-        return [shape for shape, one in wanted if not shape.form.kind or one.runs >= FEW]
+        return [shape for shape, one in wanted if not shape.form.kind or one.runs >= IDLE_THRESHOLD]
 
     def _often(self, max_s: float) -> Shape | None:
         """The pass that has run most often, of those that are worth recording between ticks.
@@ -366,7 +366,7 @@ class Graphs:
             shape: one.runs
             for shape, one in self._wanted.items()
             if pays_beside_ticks(one.runs, one.cost.seconds(shape.rows), max_s)
-            or (one.runs >= OFTEN and one.cost.seconds(shape.rows) == inf)
+            or (one.runs >= BUSY_THRESHOLD and one.cost.seconds(shape.rows) == inf)
         }
         return max(often, key=lambda shape: often[shape]) if often else None
 
@@ -402,7 +402,7 @@ class Graphs:
 
     def _rest(self) -> None:
         self._wanted = {}
-        self._rests_until = monotonic() + REST_S
+        self._rests_until = monotonic() + PAUSE_AFTER_SHORTAGE_S
 
     def _may_be_recorded(self, shape: Shape) -> bool:
         if monotonic() < self._rests_until or not self._repeatable.get(shape.kind, True):
@@ -438,7 +438,7 @@ class Graphs:
                 plain_s = min(plain_s, _seconds(lambda: evaluate(*tensors)))
                 seconds = min(seconds, _seconds(lambda: made(*tensors)))
                 yield
-            if seconds > PAYS * plain_s:
+            if seconds > MAX_REPLAY_RATIO * plain_s:
                 self._ends[shape.kind] = shape.rows
                 return
             self._keep(shape, made)
@@ -523,7 +523,7 @@ def pays_beside_ticks(runs: int, forward_s: float, max_s: float) -> bool:
         forward_s: seconds that it takes.
         max_s: maximum seconds of a piece of the recording.
     """
-    return runs >= OFTEN and PIECE_FORWARDS * forward_s <= max_s
+    return runs >= BUSY_THRESHOLD and PIECE_FORWARDS * forward_s <= max_s
 
 
 def _seconds(call: Callable[[], Tensor]) -> float:

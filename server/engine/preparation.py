@@ -24,7 +24,7 @@ AT_START = 16
 """Number of rows of the largest forward pass that runs before the server is ready. Larger ones take
 as long as all of these together, and are rare right after a start."""
 
-SHAPES_KEPT = 8
+MAX_CACHED_SHAPES = 8
 """Number of latent shapes, besides the default ones, whose forward passes are prepared."""
 
 Shape: TypeAlias = "tuple[int, int, int]"
@@ -100,7 +100,7 @@ class Preparation:
             graphs = self._graphs.get(key[0])
             made = Forwards(model, shape, cost, max_rows, graphs, fixed=self._fixed)
             others = [one for one in self._forwards if one not in self._defaults]
-            for old in others[: max(0, len(others) + 1 - SHAPES_KEPT)]:
+            for old in others[: max(0, len(others) + 1 - MAX_CACHED_SHAPES)]:
                 del self._forwards[old]
         self._forwards[key] = made
         return made

@@ -8,7 +8,7 @@ from math import ceil
 from typing import TYPE_CHECKING, TypeVar
 
 from server.engine.backlog import Amounts, Backlog, Bounds, Holding
-from server.engine.client import ANYONE, Client
+from server.engine.client import ANONYMOUS, Client
 from server.engine.footprint import Kind, footprint, heaviest
 from server.engine.reservation import Reservation
 from server.engine.scheduler import Priority
@@ -79,7 +79,7 @@ class Reception:
         self._text_bytes = Counter[tuple[str, int]]()
 
     def reserve(
-        self, images: int, *, live: bool = False, client: Client = ANYONE, runs: int = 1
+        self, images: int, *, live: bool = False, client: Client = ANONYMOUS, runs: int = 1
     ) -> Reservation:
         """Reserve room for the images of one request; safe from any thread.
 
@@ -117,7 +117,7 @@ class Reception:
         )
 
     def submit(
-        self, tasks: Listed[ImageTask], listener: Listener, client: Client = ANYONE
+        self, tasks: Listed[ImageTask], listener: Listener, client: Client = ANONYMOUS
     ) -> Submission:
         """Queue the images of one request without a reservation; safe from any thread.
 

@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["FIRST_FORWARD_S", "ROW_SIZES", "FixedRows", "RowSizes"]
+__all__ = ["FIRST_FORWARD_OVERHEAD_S", "ROW_SIZES", "FixedRows", "RowSizes"]
 
 ROW_SIZES = (1, 2, 3, 4, 6, 8, 10, 12, *range(16, 33, 4), *range(40, 65, 8), *range(80, 129, 16))
 """Numbers of rows that passes run at. Up to 12 rows a GPU waits for kernel launches, so another row
 costs nothing; beyond that, padding adds a quarter at most, and a tenth on average."""
 
-FIRST_FORWARD_S = 0.5
+FIRST_FORWARD_OVERHEAD_S = 0.5
 """Seconds that the first forward pass of a size takes longer than the next one."""
 
 
@@ -49,7 +49,7 @@ class RowSizes:
         Besides the usual ones these are numbers of rows for which padding has cost more time in
         total than a first pass of their own takes.
         """
-        own = {rows for rows, lost_s in self._lost_s.items() if lost_s >= FIRST_FORWARD_S}
+        own = {rows for rows, lost_s in self._lost_s.items() if lost_s >= FIRST_FORWARD_OVERHEAD_S}
         return sorted(own.union(self._usual).difference(self._known))
 
     def of(self, rows: int, max_rows: int, seconds: Callable[[int], float]) -> int:
@@ -72,7 +72,7 @@ class RowSizes:
         usual = bisect_left(self._usual, rows)
         if usual < len(self._usual) and self._usual[usual] <= max_rows:
             size = self._usual[usual]
-            first_s = max(0.0, FIRST_FORWARD_S - self._lost_s[rows])
+            first_s = max(0.0, FIRST_FORWARD_OVERHEAD_S - self._lost_s[rows])
             options.append((seconds(size) + first_s, size))
         return min(options)[1] if options else rows
 

@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from server.engine.state.sequence import Sequence
     from server.engine.state.submission import Submission
 
-__all__ = ["SAMPLED_EVERY_S", "RowWatch", "WovenImage", "WovenTick"]
+__all__ = ["SAMPLE_INTERVAL_S", "RowWatch", "WovenImage", "WovenTick"]
 
-SAMPLED_EVERY_S: Final = 0.2
+SAMPLE_INTERVAL_S: Final = 0.2
 """Seconds between two samples."""
 
 BranchKind: TypeAlias = Literal["prompt", "negative", "other prompt", "perturbed"]
@@ -111,7 +111,7 @@ class RowWatch:
         """
         if not self.watchers or (now := monotonic()) < self._due:
             return
-        self._due = now + SAMPLED_EVERY_S
+        self._due = now + SAMPLE_INTERVAL_S
         images = tuple(
             self._woven(sequence, plan.t[sequence.stage])
             for batch in batches

@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 DETERMINISTIC_THROUGHPUT = 0.8
 """Share of the best throughput that forward passes with fixed rows should reach."""
 
-FEW_ROWS = 4
+MAX_QUICK_WARM_UP_ROWS = 4
 """Rows of the largest pass that is timed for a model that is added while ticks run."""
 
 
@@ -72,7 +72,7 @@ def warm_up_beside_ticks(model: HostedModel) -> Warmth:
         MemoryError: not even one row fits.
     """
     # Only a guess, since the times include other work on the device.
-    colours, samples = _first_colours(model), time_forwards(model, FEW_ROWS)
+    colours, samples = _first_colours(model), time_forwards(model, MAX_QUICK_WARM_UP_ROWS)
     return Warmth(colours, TickCost(samples, guessed=True), max(samples))
 
 

@@ -50,7 +50,7 @@ ENGINE_STOP_S: Final = 1.5
 """Seconds for a running tick to end when the server stops; its images have been abandoned by
 then."""
 
-LAST_WORDS_S: Final = 5.0
+FAILURE_GRACE_S: Final = 5.0
 """Seconds from the engine's failure to the end of the process, in which clients and probes can
 learn of it."""
 
@@ -226,7 +226,7 @@ def _open(
     """Load the models and open the service to requests; call `failed` if they cannot be loaded."""
     try:
         with while_loading():
-            hosted = host(settings, lambda: failed(LAST_WORDS_S))
+            hosted = host(settings, lambda: failed(FAILURE_GRACE_S))
     except BaseException as error:
         known = isinstance(error, WeftError)
         log.critical("the models could not be loaded: %s", error, exc_info=not known)

@@ -47,13 +47,13 @@ __all__ = [
 SMALL_BYTES: Final = 64 * 2**10
 """Bodies up to this size are always read and not counted; each connection may hold one."""
 
-PARSED_AT_ONCE: Final = 2**20
+INLINE_PARSE_BYTES: Final = 2**20
 """Bytes up to which parsing a body takes less time than handing it to a thread; with 32 MB of
 base64 the parser holds the GIL for 5 ms."""
 
 RETRY_AFTER_S: Final = 2.0
 
-TIDY_AFTER_S: Final = 2.0
+TRIM_DELAY_S: Final = 2.0
 """Delay before memory is returned to the system, which takes a thread some milliseconds and is
 therefore not done after every upload."""
 
@@ -85,7 +85,7 @@ class Bodies:
         self.held -= count
         if count and not self.held and self._tidying is None:
             loop = asyncio.get_running_loop()
-            self._tidying = loop.call_later(TIDY_AFTER_S, self._tidy, loop)
+            self._tidying = loop.call_later(TRIM_DELAY_S, self._tidy, loop)
 
     def _tidy(self, loop: asyncio.AbstractEventLoop) -> None:
         self._tidying = None
@@ -182,7 +182,7 @@ class JsonRoute(APIRoute):
         if not body:
             return None
         try:
-            small = len(body) <= PARSED_AT_ONCE
+            small = len(body) <= INLINE_PARSE_BYTES
             parsed = from_json(body) if small else await to_thread(from_json, body)
         except ValueError as error:
             raise MalformedBody(None, f"The body is not valid JSON: {error}.") from None

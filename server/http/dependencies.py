@@ -7,7 +7,7 @@ from typing import Annotated
 from fastapi import Depends, Request
 
 from server.api_keys import ApiKey
-from server.engine.client import ANYONE, Client
+from server.engine.client import ANONYMOUS, Client
 from server.service.service import Service
 
 __all__ = ["IdentifierDep", "OwnerDep", "ServiceDep", "client_of", "owner_of"]
@@ -20,7 +20,7 @@ async def _service(request: Request) -> Service:
 def client_of(request: Request) -> Client:
     """Return the client whose share of the device a request uses: its key's, or one for all."""
     key: ApiKey | None = getattr(request.state, "api_key", None)
-    return ANYONE if key is None else key.client
+    return ANONYMOUS if key is None else key.client
 
 
 def owner_of(request: Request) -> str:

@@ -18,16 +18,16 @@ from server.errors import NotReady, WeftError
 from server.service.service import Service
 from server.settings import Settings
 
-__all__ = ["CLOSE_S", "FAREWELL_S", "DrainingServer", "Farewell"]
+__all__ = ["CLOSE_S", "RESPONSE_GRACE_S", "DrainingServer", "Farewell"]
 
 log = logging.getLogger("weft")
 
-FAREWELL_S: Final = 3.0
+RESPONSE_GRACE_S: Final = 3.0
 """Part of the grace period that is reserved to end unfinished responses, connections and the
 engine."""
 
 CLOSE_S: Final = 1
-"""Maximum seconds of `FAREWELL_S` for connections to receive their last response."""
+"""Maximum seconds of `RESPONSE_GRACE_S` for connections to receive their last response."""
 
 
 class DrainingServer(uvicorn.Server):
@@ -58,7 +58,7 @@ class DrainingServer(uvicorn.Server):
             return
         # After Ctrl-C no load balancer has to notice that the server is leaving.
         patience = self._settings.lame_duck_s if sig == signal.SIGTERM else 0.0
-        self._ends_at = now + max(0.0, self._settings.drain_s - FAREWELL_S)
+        self._ends_at = now + max(0.0, self._settings.drain_s - RESPONSE_GRACE_S)
         self._leaves_at = min(now + patience, self._ends_at)
 
     async def on_tick(self, counter: int) -> bool:

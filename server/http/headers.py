@@ -9,7 +9,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 __all__ = ["SafeHeaders", "make_safe"]
 
-NOTHING: Final = "default-src 'none'; frame-ancestors 'none'"
+STRICT_POLICY: Final = "default-src 'none'; frame-ancestors 'none'"
 """Content security policy of responses that are not pages: if shown as a page, they can load and
 run nothing."""
 
@@ -19,7 +19,7 @@ STARTS: Final = ("http.response.start", "websocket.http.response.start")
 def make_safe(headers: MutableHeaders) -> None:
     """Forbid content sniffing, and set the strictest policy unless the response has its own."""
     headers["x-content-type-options"] = "nosniff"
-    headers.setdefault("content-security-policy", NOTHING)
+    headers.setdefault("content-security-policy", STRICT_POLICY)
 
 
 class SafeHeaders:

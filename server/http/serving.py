@@ -21,7 +21,7 @@ __all__ = ["end_process", "listen", "run"]
 log = logging.getLogger("weft")
 
 NOT_HERE: Final = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
-LOCK_S: Final = 0.0002
+GIL_SWITCH_INTERVAL_S: Final = 0.0002
 """Seconds that a thread may keep the GIL when another wants it; Python's default is 5 ms. The
 engine releases it at each operation of torch, and busy connections would then hold it for so long
 each time."""
@@ -94,7 +94,7 @@ def run(settings: Settings, listeners: list[socket.socket]) -> int:
     # Raising an exception would break the import of torch and end the process with a core dump.
     signal.signal(signal.SIGTERM, lambda number, _: os._exit(128 + number))
 
-    sys.setswitchinterval(LOCK_S)
+    sys.setswitchinterval(GIL_SWITCH_INTERVAL_S)
     _allow_open_files(settings.max_connections + OTHER_FILES)
 
     with kept_for_good():

@@ -12,7 +12,7 @@ from typing import Any, Final
 from sqlalchemy.exc import SQLAlchemyError
 
 from server.blobs import Blobs
-from server.engine.client import ANYONE
+from server.engine.client import ANONYMOUS
 from server.errors import InvalidRequest, JobsUnavailable, NotReady, UnknownJob, WeftError
 from server.jobs import store
 from server.jobs.database import Database, of_folder, of_url
@@ -65,7 +65,7 @@ class Jobs:
         self._settings: JobSettings = settings.jobs
         keys = {key.digest.hex(): key.client for key in settings.api_keys}
         # Without keys, all jobs have one owner.
-        self._clients = keys or {"": ANYONE}
+        self._clients = keys or {"": ANONYMOUS}
         self._service = service
         self._describe = describe
         self._database: Database

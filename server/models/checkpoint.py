@@ -89,7 +89,7 @@ PROJECTION: Final = f"{OPEN_CLIP}text_projection"
 BY_EDM: Final = ("edm_mean", "edm_std", "edm_vpred.sigma_max", "edm_vpred.sigma_min")
 """Tensors of models with EDM preconditioning (Karras et al.): Playground v2.5, CosXL."""
 
-UNUSED: Final = ("position_ids", "logit_scale")
+IGNORED_TENSORS: Final = ("position_ids", "logit_scale")
 COPIED: Final = (".in_proj_weight", ".in_proj_bias", ".text_projection")
 """OpenCLIP tensors that the converters split or transpose, so their memory is not reused."""
 
@@ -248,7 +248,7 @@ def _kind(file: Path, weights: Mapping[str, Tensor]) -> str:
         )
     known = (*NETWORKS, V_PREDICTION, ZERO_TERMINAL_SNR)
     strange = sorted(name for name in weights if not name.startswith(known))
-    if strange := [name for name in strange if not name.endswith(UNUSED)]:
+    if strange := [name for name in strange if not name.endswith(IGNORED_TENSORS)]:
         raise ModelMismatch(
             f"model file {str(file)!r} has tensors that belong to none of its networks: "
             f"{', '.join(strange[:NAMES_SHOWN])}."
@@ -325,5 +325,5 @@ def _of(weights: Mapping[str, Tensor], *prefixes: str) -> dict[str, Tensor]:
     return {
         name: tensor
         for name, tensor in weights.items()
-        if name.startswith(prefixes) and not name.endswith(UNUSED)
+        if name.startswith(prefixes) and not name.endswith(IGNORED_TENSORS)
     }

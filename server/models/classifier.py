@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 FORMAT = "weft.classifier.1"
-REMAKE = "python -m embedded.derive classifier"
+DERIVE_COMMAND = "python -m embedded.derive classifier"
 """Command that derives the embedded model's classifier."""
 SOFTPLUS_BETA = 3.0
 """Softplus instead of ReLU keeps gradients smooth (EluCD, arXiv 2310.11311, section 3.2)."""
@@ -121,7 +121,7 @@ class LatentClassifier(nn.Module):
         if self.model != revision:
             raise ModelMismatch(
                 f"its classifier is for model revision {self.model}, but the weights are "
-                f"{revision}; `{REMAKE}` makes it again."
+                f"{revision}; `{DERIVE_COMMAND}` makes it again."
             )
 
 

@@ -48,7 +48,7 @@ MAX_MU: Final = 30
 """Maximum mu of exponential shifts; FLUX.1 dev reaches it at 6700 x 6700 pixels. Beyond it, float64
 cannot resolve the difference from pure noise."""
 
-SCHEDULES_KEPT: Final = 512
+MAX_CACHED_SCHEDULES: Final = 512
 MAX_INTERPOLATED_TOKENS: Final = 4300
 """Number of image tokens above which FLUX.2's mu no longer depends on the steps."""
 
@@ -91,7 +91,7 @@ class FlowSchedules:
         self._terminal: float | None = config.get("shift_terminal") or None
         self._shift = float(config.get("shift", 1.0))
         self._mu = (mu or mu_of_scheduler(config)) if config.get("use_dynamic_shifting") else None
-        self._made = lru_cache(SCHEDULES_KEPT)(_schedule)
+        self._made = lru_cache(MAX_CACHED_SCHEDULES)(_schedule)
         # One token has the smallest shift; if it is invalid, loading the model fails.
         self(cell, cell, 2)
 

@@ -49,7 +49,7 @@ MAX_REFERENCES = 4
 """Maximum number of reference images. The transformer has positions for more, but each costs as
 much as a generated image."""
 
-APART = 10
+POSITION_STRIDE = 10
 """Difference between the first coordinates of successive images; the generated image has 0."""
 
 LENGTH = 512
@@ -137,7 +137,7 @@ class Flux2Denoiser:
         places = [positions(height, width, 1, x.device)]
         for number, one in enumerate(references, start=1):
             size = one.shape[1], one.shape[2]
-            places.append(positions(*size, 1, x.device, first=APART * number))
+            places.append(positions(*size, 1, x.device, first=POSITION_STRIDE * number))
         velocity = network(
             hidden_states=with_references(_tokens(x), references).to(network.dtype),
             # Rounded to the network's dtype before the division, as in diffusers' pipeline.

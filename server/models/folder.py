@@ -17,7 +17,7 @@ CHUNK = 1 << 22
 INDEX = "model_index.json"
 HERE = "."
 """Part name for a folder that is itself a part, where a model's parts are subfolders."""
-UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
+IGNORED_PARTS = ("safety_checker", "feature_extractor", "image_encoder")
 """Parts that a folder may have and Weft ignores."""
 AUTOENCODER = "vae"
 GGUF = ".gguf"
@@ -74,7 +74,7 @@ def parts_of(folder: Path) -> list[str]:
     # The entry of a part that a model lacks is a pair of nulls, and settings are not lists.
     index = read_json(folder, INDEX).items()
     named = [part for part, entry in index if isinstance(entry, list) and any(entry)]
-    return [part for part in named if part not in UNUSED]
+    return [part for part in named if part not in IGNORED_PARTS]
 
 
 def component_class(folder: Path, part: str, allowed: frozenset[str]) -> str:

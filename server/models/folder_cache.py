@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 __all__ = ["FolderCache"]
 
-SETTLED_NS: Final = 2 * 10**9
+STABLE_AGE_NS: Final = 2 * 10**9
 """Age of a folder's last change above which a later change has a different time stamp on all file
 systems."""
 
@@ -37,6 +37,6 @@ class FolderCache(Generic[Found]):
         if folder in self._kept and self._kept[folder][0] == stamp:
             return self._kept[folder][1]
         found = self._read(folder)
-        if time_ns() - stamp[0] > SETTLED_NS:
+        if time_ns() - stamp[0] > STABLE_AGE_NS:
             self._kept[folder] = stamp, found
         return found

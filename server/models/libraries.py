@@ -8,7 +8,7 @@ from typing import Any, Final, cast
 
 __all__ = ["import_libraries"]
 
-UNUSED: Final = ("bitsandbytes", "gguf", "torchao")
+OPTIONAL_PACKAGES: Final = ("bitsandbytes", "gguf", "torchao")
 """``server.models.quantized`` imports the first and the last itself, only where it quantizes
 weights; ``server.models.gguf`` reads its files without the package."""
 
@@ -21,7 +21,7 @@ def import_libraries() -> None:
     already are left alone.
     """
     modules = cast("dict[str, Any]", sys.modules)
-    hidden = [name for name in UNUSED if name not in modules]
+    hidden = [name for name in OPTIONAL_PACKAGES if name not in modules]
     # An entry of None makes a package look as if it were not installed.
     modules.update(dict.fromkeys(hidden))
     try:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = ["pixart_as_diffusers"]
 
-UNUSED: Final = ("pos_embed", "y_embedder.y_embedding")
+IGNORED_TENSORS: Final = ("pos_embed", "y_embedder.y_embedding")
 """The position table, which is computed, and the empty text used in training."""
 
 JOINED: Final = re.compile(r"blocks\.(\d+)\.(attn\.qkv|cross_attn\.kv_linear)\.(weight|bias)")
@@ -68,7 +68,7 @@ def pixart_as_diffusers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         elif block := BLOCK.fullmatch(name):
             number, rest = block.groups()
             made[f"transformer_blocks.{number}.{_renamed(rest, WITHIN_BLOCKS)}"] = tensor
-        elif name not in UNUSED:
+        elif name not in IGNORED_TENSORS:
             made[_renamed(name, RENAMED)] = tensor
     return made
 

@@ -7,7 +7,7 @@ from typing import Any
 
 __all__ = ["keep_own_positions"]
 
-SIZES_KEPT = 32
+MAX_CACHED_SIZES = 32
 """Number of image sizes whose positions are cached, 2 MB each at 1024 x 1024 pixels."""
 
 
@@ -19,4 +19,4 @@ def keep_own_positions(network: Any) -> None:
     positions = network.pos_embed
     for name in ("_get_device_freqs", "_compute_video_freqs"):
         method = getattr(type(positions), name).__wrapped__.__get__(positions)
-        setattr(positions, name, lru_cache(SIZES_KEPT)(method))
+        setattr(positions, name, lru_cache(MAX_CACHED_SIZES)(method))

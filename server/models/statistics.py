@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-KEPT_BYTES = 128 * 2**20
+CACHE_BYTES = 128 * 2**20
 MIN_SCALE = 1e-3
 """Lower bound of scales where distances are taken in the logarithm, which 0 does not have."""
 
@@ -35,7 +35,7 @@ class ModelStatistics:
     def __init__(self) -> None:
         self._files: dict[StatisticsIdentity, Path] = {}
         self._stale: dict[str, str] = {}
-        self._arrays: ByteBoundedLRU[Path, Statistics] = ByteBoundedLRU(KEPT_BYTES, _bytes_of)
+        self._arrays: ByteBoundedLRU[Path, Statistics] = ByteBoundedLRU(CACHE_BYTES, _bytes_of)
 
     @classmethod
     def of(cls, folder: Path, revision: str, schedule: NoiseSchedule) -> ModelStatistics:

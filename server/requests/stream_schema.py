@@ -28,7 +28,7 @@ from server.requests.schema import (
 from server.requests.upload import Upload
 
 __all__ = [
-    "BESIDE",
+    "IMAGE_FIELDS",
     "OWN_FIELDS",
     "BlendedPrompt",
     "SimilarityFilter",
@@ -42,7 +42,7 @@ MAX_TRANSITION_FRAMES: Final = 600
 MAX_SKIPPED: Final = 1000
 MAX_SEED_STEP: Final = 2**32
 
-BESIDE: Final = ("image_prompts", "reference_images")
+IMAGE_FIELDS: Final = ("image_prompts", "reference_images")
 """Fields with pictures, which complement the prompt of every frame."""
 
 PICTURES: Final = frozenset({"image_prompts.image", "image_prompts.mask", "reference_images"})

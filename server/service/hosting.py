@@ -38,7 +38,7 @@ __all__ = ["Hosted", "host"]
 
 log = logging.getLogger("weft")
 
-LOGGED_EVERY_S: Final = 10.0
+LOG_INTERVAL_S: Final = 10.0
 
 OFFLOADED: Final = {
     "text": "its text encoders stay in host memory, block by block on the device as they run",
@@ -400,12 +400,12 @@ def _own_folder_of(
 
 def _logged() -> Tell:
     """Return a callback that logs progress every few seconds."""
-    due = monotonic() + LOGGED_EVERY_S
+    due = monotonic() + LOG_INTERVAL_S
 
     def tell(stage: str, done: int, total: int) -> None:
         nonlocal due
         if monotonic() >= due:
-            due = monotonic() + LOGGED_EVERY_S
+            due = monotonic() + LOG_INTERVAL_S
             log.info("%s: %d of %d", stage, done, total)
 
     return tell

@@ -34,7 +34,7 @@ log = logging.getLogger("weft")
 RETRY_S: Final = 0.2
 """Seconds until a model that found no room is tried again."""
 
-REFUSED_S: Final = 10.0
+FAILURE_EXPIRY_S: Final = 10.0
 """Seconds for which a model that failed to load is refused without reading its files again."""
 
 
@@ -397,7 +397,7 @@ class ModelShelf:
         else:
             self._settle(place, None)
             return True
-        place.refusal = refusal, time.monotonic() + REFUSED_S
+        place.refusal = refusal, time.monotonic() + FAILURE_EXPIRY_S
         reclaim(self._engine.device)
         self._settle(place, refusal)
         return True

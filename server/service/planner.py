@@ -18,7 +18,7 @@ from server.settings import Limits
 
 __all__ = ["Planner"]
 
-PLANS_KEPT_BYTES = 512 * 2**20
+PLAN_CACHE_BYTES = 512 * 2**20
 """Bound on cached plans: an elementwise plan of dpm_solver_v3 in 25 steps at 1024 x 1024 pixels has
 up to 367 MB."""
 
@@ -33,7 +33,7 @@ class Planner:
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
         self._plans: ByteBoundedLRU[Hashable, Plan] = ByteBoundedLRU(
-            PLANS_KEPT_BYTES, lambda plan: plan.tables.nbytes
+            PLAN_CACHE_BYTES, lambda plan: plan.tables.nbytes
         )
 
     @containing_exits()

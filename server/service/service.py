@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from samplers import StatisticsIdentity
 from server.decoding.pool import DecodePool
-from server.engine.client import ANYONE, Client
+from server.engine.client import ANONYMOUS, Client
 from server.engine.engine import Engine
 from server.engine.reservation import Reservation
 from server.engine.task import ImageTask
@@ -165,7 +165,7 @@ class Service:
             raise NotReady("The model is still loading.")
         return self._engine
 
-    def check_room(self, client: Client = ANYONE) -> None:
+    def check_room(self, client: Client = ANONYMOUS) -> None:
         """Refuse a request that could not be admitted now, before its body is read.
 
         Args:
@@ -244,7 +244,7 @@ class Service:
         await asyncio.to_thread(self.planner.prepare, request, model, size)
 
     async def admit(
-        self, request: GenerateRequest, identifier: str, client: Client = ANYONE
+        self, request: GenerateRequest, identifier: str, client: Client = ANONYMOUS
     ) -> Generation:
         """Check a request, fill in its defaults and submit it to the engine.
 

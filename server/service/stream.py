@@ -21,7 +21,7 @@ from server.requests.adapters import load_adapters
 from server.requests.checks.limits import check_limits, check_tokens
 from server.requests.embeddings import load_embeddings, texts_of, unfit_embeddings
 from server.requests.start_noise import MAX_SEED
-from server.requests.stream_schema import BESIDE, StreamSettings, read_settings
+from server.requests.stream_schema import IMAGE_FIELDS, StreamSettings, read_settings
 from server.requests.tasks import tasks_of
 from server.requests.upload import Upload
 from server.service.image_prompt_uses import image_prompt_uses
@@ -337,7 +337,7 @@ class StreamSession:
         if before is not None and before.model is model:
             was = before.prepared.request
             same_size = (was.width, was.height) == (request.width, request.height)
-            same = [fields.get(field) == self._fields.get(field) for field in BESIDE]
+            same = [fields.get(field) == self._fields.get(field) for field in IMAGE_FIELDS]
             if same_size and all(same):
                 return None
         return await decoded(settings.request(), prepared, model, Early(), self._service.decoding)

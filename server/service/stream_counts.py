@@ -19,7 +19,7 @@ FRAME_OUTCOMES: Final[tuple[Outcome, ...]] = get_args(Outcome)
 
 LATENCY_BUCKETS_S: Final = (0.01, 0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4)
 RECENT_S: Final = 10.0
-LATENCIES_KEPT: Final = 256
+MAX_LATENCIES: Final = 256
 
 
 @dataclass(slots=True)
@@ -52,7 +52,7 @@ class SessionCounts:
         self._of_all = of_all
         self._began = monotonic()
         self._sent_at: deque[float] = deque()
-        self._latencies: deque[float] = deque(maxlen=LATENCIES_KEPT)
+        self._latencies: deque[float] = deque(maxlen=MAX_LATENCIES)
 
     def count(self, outcome: Outcome) -> None:
         """Count a frame that was not sent."""

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
     from pathlib import Path
 
-NOTHING = "–"
+NO_VALUE = "–"
 """Content of a table's cell for which nothing was measured."""
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from studies.common.page import NOTHING, table
+from studies.common.page import NO_VALUE, table
 from studies.guidance import cells
 from studies.guidance.texts import (
     changed,
@@ -123,9 +123,9 @@ def _groups(
                 [
                     name,
                     plus_minus(figures.shares, 3),
-                    _more(figures.shares, plain.shares) if beside else NOTHING,
+                    _more(figures.shares, plain.shares) if beside else NO_VALUE,
                     mean(figures, "apart", 3),
-                    _more_of(figures, plain, "apart") if beside else NOTHING,
+                    _more_of(figures, plain, "apart") if beside else NO_VALUE,
                     f"{100 * figures.mean('clipped'):.1f}",
                     f"{figures.mean('evaluations'):.1f}",
                 ]

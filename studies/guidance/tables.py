@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from studies.common.page import NOTHING, table
+from studies.common.page import NO_VALUE, table
 from studies.guidance import cells
 from studies.guidance.texts import changed, looks, mean, part, share
 
@@ -60,7 +60,7 @@ def solved(results: Results) -> str:
 
 def _right_and_clipped(figures: Figures | None) -> str:
     if figures is None:
-        return NOTHING
+        return NO_VALUE
     return f"{share(figures)}, {100 * figures.mean('clipped'):.1f} % clipped"
 
 
@@ -145,8 +145,8 @@ def _saving(
         name,
         f"{figures.mean('evaluations'):.1f}",
         f"{saved:.0%}",
-        mean(figures, "psnr", 1) if decibels else NOTHING,
-        f"{np.quantile(decibels, 0.1):.1f}" if decibels else NOTHING,
+        mean(figures, "psnr", 1) if decibels else NO_VALUE,
+        f"{np.quantile(decibels, 0.1):.1f}" if decibels else NO_VALUE,
         share(figures),
         changed(figures, full),
     ]
@@ -194,7 +194,7 @@ def _right_by(
 
 def _right_and_cost(figures: Figures | None) -> str:
     if figures is None:
-        return NOTHING
+        return NO_VALUE
     return f"{share(figures)}, {figures.mean('evaluations'):.1f} evaluations"
 
 
@@ -240,7 +240,7 @@ def rates(results: Results) -> str:
     """Images per second of the engine with each guidance."""
     record = results.rates
     if record is None:
-        return NOTHING
+        return NO_VALUE
     images, always = record["of"]["images"], median(record["wall_s"]["always"])
     worked = median(record["processor_s"]["always"])
     lines: list[list[str]] = []
@@ -253,8 +253,8 @@ def rates(results: Results) -> str:
                 f"{images / middle:.2f} ({images / max(walls):.2f} to {images / min(walls):.2f})",
                 f"{always / middle:.2f} x",
                 f"{worked / processor:.2f} x",
-                NOTHING if figures is None else f"{figures.mean('evaluations'):.1f}",
-                NOTHING if figures is None else share(figures),
+                NO_VALUE if figures is None else f"{figures.mean('evaluations'):.1f}",
+                NO_VALUE if figures is None else share(figures),
             ]
         )
     head = ["policy", "images/s", "of always", "by processor time", "evaluations", "right"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from studies.common.intervals import mean_and_error, wilson
-from studies.common.page import NOTHING, table
+from studies.common.page import NO_VALUE, table
 from studies.guidance.cells import STEPS
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def looks(
             far = [_moved(figures)] if moved else []
             lines.append([name, *_look(results, figures, again), *far, cost])
     if truth and results.truth is not None:
-        lines.append(["*true pictures*", *_look(results, results.truth, None), NOTHING])
+        lines.append(["*true pictures*", *_look(results, results.truth, None), NO_VALUE])
     return table(["guidance", *LOOKS, *["moved by"] * moved, "evaluations"], lines)
 
 
@@ -55,13 +55,13 @@ def _look(results: Results, figures: Figures, again: Figures | None) -> list[str
         of_truth(results, figures, "saturation"),
         of_truth(results, figures, "contrast"),
         f"{100 * figures.mean('clipped'):.1f}",
-        NOTHING if far is None else f"{far[0]:.2f} ± {far[1]:.2f}",
-        NOTHING if again is None else mean(again, "apart", 2),
+        NO_VALUE if far is None else f"{far[0]:.2f} ± {far[1]:.2f}",
+        NO_VALUE if again is None else mean(again, "apart", 2),
     ]
 
 
 def _moved(figures: Figures) -> str:
-    return mean(figures, "moved", 3) if figures.values("moved") else NOTHING
+    return mean(figures, "moved", 3) if figures.values("moved") else NO_VALUE
 
 
 def share(figures: Figures) -> str:

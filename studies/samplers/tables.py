@@ -9,7 +9,7 @@ import numpy as np
 
 from server.requests.schema import DEFAULT_STEPS
 from studies.common.intervals import mean_and_error, ratio, wilson
-from studies.common.page import NOTHING, table
+from studies.common.page import NO_VALUE, table
 from studies.samplers.cells import (
     EVALUATIONS,
     EVERY,
@@ -65,7 +65,7 @@ def which(results: Results) -> str:
 
 def _leaders(ranked: list[Found]) -> str:
     if not ranked:
-        return NOTHING
+        return NO_VALUE
     first = ranked[0]
     text = f"**{first.contender}**{MARKS[first.spacing]} {_figure(first.mean)}"
     rest = next((f for f in ranked[1:] if f.contender != first.contender), None)
@@ -84,7 +84,7 @@ def errors(results: Results, scale: float) -> str:
         if all(f is None for f in found):
             continue
         texts = [
-            NOTHING if f is None else _with_error(f, leads=f == best[n][0])
+            NO_VALUE if f is None else _with_error(f, leads=f == best[n][0])
             for n, f in zip(EVALUATIONS, found, strict=True)
         ]
         rows.append([label, *texts])
@@ -136,7 +136,7 @@ def _against(results: Results, evaluations: int, scale: float) -> str:
     ours = results.better(V3_LABELS[0], evaluations, scale)
     others = results.ranked(OTHERS, evaluations, scale)
     if ours is None or not others:
-        return NOTHING
+        return NO_VALUE
     middle, low, high = ratio(ours.errors, others[0].errors)
     return f"{middle:.2f} ({low:.2f} to {high:.2f}) of {others[0].contender}"
 
@@ -148,7 +148,7 @@ def variants(results: Results, few: Sequence[int] = (5, 6, 8, 10)) -> str:
     for label in V3_LABELS[: -len(REDUCED)]:
         for spacing in SPACINGS_COMPARED:
             texts = [_variant(results, label, spacing, scale, few) for scale in SCALES]
-            if any(text != NOTHING for text in texts):
+            if any(text != NO_VALUE for text in texts):
                 rows.append([label, spacing, *texts])
     return table(head, rows)
 
@@ -160,7 +160,7 @@ def _variant(results: Results, label: str, spacing: str, scale: float, few: Sequ
         found = results.errors(label, spacing, n, scale)
         base = results.errors(V3_LABELS[0], "logsnr", n, scale)
         if found is None or base is None:
-            return NOTHING
+            return NO_VALUE
         ours += found.errors
         theirs += base.errors
     middle, low, high = ratio(ours, theirs)
@@ -181,7 +181,7 @@ def reduced(results: Results) -> str:
             for s in REDUCED_SCALES
             for n in REDUCED_EVALUATIONS
         ]
-        rows.append([label, *(NOTHING if f is None else _figure(f.mean) for f in found)])
+        rows.append([label, *(NO_VALUE if f is None else _figure(f.mean) for f in found)])
     return table(head, rows)
 
 
@@ -202,7 +202,7 @@ def momentum(results: Results, scale: float) -> str:
             [
                 label,
                 *(_share_of(record, "beyond") for record in found),
-                *(NOTHING if r is None else _figure(float(np.mean(r["errors"]))) for r in found),
+                *(NO_VALUE if r is None else _figure(float(np.mean(r["errors"]))) for r in found),
                 *(_count_of(record) for record in found),
             ]
         )
@@ -211,13 +211,13 @@ def momentum(results: Results, scale: float) -> str:
 
 def _share_of(record: dict[str, Any] | None, name: str) -> str:
     if record is None:
-        return NOTHING
+        return NO_VALUE
     mean, error = mean_and_error(record[name])
     return f"{100 * mean:.2f} ± {100 * error:.2f}"
 
 
 def _count_of(record: dict[str, Any] | None) -> str:
-    return NOTHING if record is None else f"{sum(record['right'])} of {len(record['right'])}"
+    return NO_VALUE if record is None else f"{sum(record['right'])} of {len(record['right'])}"
 
 
 def spacings(results: Results, scale: float) -> str:
@@ -231,7 +231,7 @@ def spacings(results: Results, scale: float) -> str:
                 contender.label,
                 str(n),
                 *(
-                    NOTHING if r is None else _spaced(mean, r, leads=mean == min(means))
+                    NO_VALUE if r is None else _spaced(mean, r, leads=mean == min(means))
                     for r, mean in zip(found, means, strict=True)
                 ),
             ]
@@ -268,7 +268,7 @@ def _spaced_ratio(results: Results, label: str, first: str, other: str, scale: f
     for n in SPACED_EVALUATIONS:
         found, base = (results.spaced(label, spacing, n, scale) for spacing in (first, other))
         if found is None or base is None:
-            return NOTHING
+            return NO_VALUE
         ours += found["errors"]
         theirs += base["errors"]
     middle, low, high = ratio(ours, theirs)
@@ -285,7 +285,7 @@ def orders(results: Results) -> str:
     rows: list[list[str]] = []
     for contender in ORDERS:
         found = [results.picture(contender.label, DEFAULT_STEPS, scale) for scale in ORDER_SCALES]
-        errors = (NOTHING if r is None else _figure(float(np.mean(r["errors"]))) for r in found)
+        errors = (NO_VALUE if r is None else _figure(float(np.mean(r["errors"]))) for r in found)
         rows.append([contender.label, *errors, *(_count_of(record) for record in found)])
     return table(head, rows)
 
@@ -307,7 +307,7 @@ def accuracy(results: Results) -> str:
 
 def _accuracy(record: dict[str, Any] | None) -> str:
     if record is None:
-        return NOTHING
+        return NO_VALUE
     right, of = sum(record["right"]), len(record["right"])
     low, high = wilson(right, of)
     return f"{right / of:.0%} ({low:.0%} to {high:.0%})"

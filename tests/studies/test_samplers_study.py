@@ -182,13 +182,15 @@ def test_the_study_writes_its_page_and_resumes(
 
 def test_the_tables_do_without_results(tmp_path: Path) -> None:
     results = Results(Records(tmp_path / "none.jsonl"))
-    assert set(tables.which(results).splitlines()[2].split(" | ")[1:-1]) == {tables.NOTHING}
+    assert set(tables.which(results).splitlines()[2].split(" | ")[1:-1]) == {tables.NO_VALUE}
     assert tables.regret(results).count("\n") == 1
-    assert set(tables.spacings(results, 4.0).splitlines()[2].split(" | ")[2:-1]) == {tables.NOTHING}
-    assert set(tables.spacing_ratios(results).splitlines()[2].split(" | ")[1:-1]) == {
-        tables.NOTHING
+    assert set(tables.spacings(results, 4.0).splitlines()[2].split(" | ")[2:-1]) == {
+        tables.NO_VALUE
     }
-    assert set(tables.orders(results).splitlines()[2].split(" | ")[1:-1]) == {tables.NOTHING}
+    assert set(tables.spacing_ratios(results).splitlines()[2].split(" | ")[1:-1]) == {
+        tables.NO_VALUE
+    }
+    assert set(tables.orders(results).splitlines()[2].split(" | ")[1:-1]) == {tables.NO_VALUE}
 
 
 def test_what_slopes_are_of_is_left_to_no_preset() -> None:

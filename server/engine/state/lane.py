@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from server.models.hosted import HostedModel
     from server.models.inputs import RowInputs
 
-INDICES_KEPT = 64
+MAX_CACHED_INDICES = 64
 """Number of cached index tensors: while the same images run, each tick needs those of the last."""
 
 
@@ -62,7 +62,7 @@ class Lane:
         self.cost = cost
         self.row_cap = RowCap(max_rows)
         self._forwards = forwards
-        self._indices = lru_cache(INDICES_KEPT)(partial(_sent, model.device))
+        self._indices = lru_cache(MAX_CACHED_INDICES)(partial(_sent, model.device))
         # Keyed by identity: a compiled plan holds its plan, so the identity is not reused.
         self._compiled: WeakValueDictionary[tuple[int, int], CompiledPlan] = WeakValueDictionary()
 

@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from server.models.conditioning import Conditioning
     from server.models.hosted import HostedModel
 
-__all__ = ["LANES_KEPT", "Lanes"]
+__all__ = ["MAX_IDLE_LANES", "Lanes"]
 
-LANES_KEPT = 8
+MAX_IDLE_LANES = 8
 """Number of lanes that are kept although no image is under way in them."""
 
 Key: TypeAlias = "tuple[str, tuple[int, int, int], Hashable, int | None]"
@@ -103,5 +103,5 @@ class Lanes:
     def _forget_idle(self) -> None:
         """Drop idle lanes: requests of ever new sizes must not fill the memory with empty pools."""
         idle = [key for key, lane in self._lanes.items() if lane.pool.idle]
-        for key in idle[: max(0, len(self._lanes) + 1 - LANES_KEPT)]:
+        for key in idle[: max(0, len(self._lanes) + 1 - MAX_IDLE_LANES)]:
             del self._lanes[key]

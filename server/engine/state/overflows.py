@@ -11,9 +11,9 @@ from server.errors import DidNotFit
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["BELIEVED_S", "Overflows"]
+__all__ = ["OVERFLOW_EXPIRY_S", "Overflows"]
 
-BELIEVED_S: Final = 60.0
+OVERFLOW_EXPIRY_S: Final = 60.0
 """Seconds for which work as large is refused. Then it is tried again, since others' images may have
 taken the memory."""
 
@@ -69,7 +69,7 @@ class Overflows:
                 None for the autoencoder.
             free: bytes that were free for it.
         """
-        new = _Overflow(width, height, rows, free, self._now() + BELIEVED_S)
+        new = _Overflow(width, height, rows, free, self._now() + OVERFLOW_EXPIRY_S)
         of_models = self._of_autoencoders if rows is None else self._of_forwards
         known = self._believed(of_models.get(model))
         if known is None or new.pixels <= known.pixels:

@@ -26,10 +26,10 @@ Key: TypeAlias = "tuple[str | None, int, int, tuple[tuple[str, float], ...], Tex
 Adapters are identified by revision and weight, since references would keep them in memory.
 """
 
-PROMPTS_KEPT_BYTES = 256 * 2**20
+PROMPT_CACHE_BYTES = 256 * 2**20
 """Bound for one model: 64 encodings of 512 tokens by T5 XXL in half precision, or 2,000 by CLIP."""
 
-ENCODED_AT_ONCE = 16
+ENCODER_BATCH = 16
 
 
 class PromptCache:
@@ -43,7 +43,7 @@ class PromptCache:
     """
 
     def __init__(
-        self, model: HostedModel, *, fixed: bool, max_bytes: int = PROMPTS_KEPT_BYTES
+        self, model: HostedModel, *, fixed: bool, max_bytes: int = PROMPT_CACHE_BYTES
     ) -> None:
         self._model = model
         self._fixed = fixed
@@ -80,8 +80,8 @@ class PromptCache:
                 missing.append(prompt)
             else:
                 found[prompt] = kept
-        for first in range(0, len(missing), ENCODED_AT_ONCE):
-            chunk = missing[first : first + ENCODED_AT_ONCE]
+        for first in range(0, len(missing), ENCODER_BATCH):
+            chunk = missing[first : first + ENCODER_BATCH]
             for prompt, outcome in self._encoded(chunk, width, height, adapters, options):
                 found[prompt] = outcome
                 if not isinstance(outcome, Exception):
@@ -98,7 +98,7 @@ class PromptCache:
         options: TextOptions,
     ) -> Iterator[tuple[str | None, Conditioning | Exception]]:
         """Encode a batch; on an error split it in halves, until the error is one prompt's."""
-        filler = [None] * (ENCODED_AT_ONCE - len(prompts)) if self._fixed else []
+        filler = [None] * (ENCODER_BATCH - len(prompts)) if self._fixed else []
         texts, device = prompts + filler, self._model.device
         of_rows = RowAdapters((adapters,) * len(texts)) if adapters else None
         encoded = attempt(

@@ -6,7 +6,7 @@ from threading import Lock
 from typing import TYPE_CHECKING, TypeVar
 
 from server.engine.backlog import Holding
-from server.engine.client import ANYONE, Client
+from server.engine.client import ANONYMOUS, Client
 from server.engine.faults import is_out_of_memory
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ class Submission:
     """
 
     def __init__(self, images: int, holding: Holding | None = None) -> None:
-        self.holding = holding or Holding(ANYONE, images)
+        self.holding = holding or Holding(ANONYMOUS, images)
         self.latents: dict[int, Tensor | Exception] = {}
         self.channels: dict[tuple[int, int, int], Tensor | None] = {}
         self.hints: dict[int, Tensor] = {}

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from server.engine.decoder_stream import on_decoder_stream
-from server.engine.fair_queue import TURN_S
+from server.engine.fair_queue import MAX_LEAD_S
 from server.engine.faults import attempt, is_out_of_memory
 from server.engine.tick.decoder_queue import DecoderQueue
 from server.engine.tick.host_copy import HostCopy
@@ -33,11 +33,11 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-DECODED_AT_ONCE = 4
+DECODER_BATCH = 4
 """Maximum number of pictures in one decoder call of a GPU while ticks run; the fixed number of
 pictures in deterministic mode."""
 
-PIXELS_AT_ONCE = 4 * 512 * 512
+MAX_DECODER_PIXELS = 4 * 512 * 512
 """Maximum number of pixels in such a call, and of the ordinary pictures that a CPU decodes between
 two ticks. One picture may have more, so others wait for no more than one large picture."""
 
@@ -50,7 +50,7 @@ Larger calls take less time per picture, and an idle device has nobody to delay.
 IN_FLIGHT = 2
 """Maximum number of decoder calls queued or running on a GPU, which bounds their memory."""
 
-LOOKS_AGAIN_S = 0.0005
+POLL_INTERVAL_S = 0.0005
 """Seconds after which an engine without other work looks again whether pictures are decoded."""
 
 TICKS_OF_BACKLOG = 4
@@ -167,10 +167,10 @@ class Decoder:
     def _between_ticks(self, *, idle: bool) -> Iterator[tuple[Sequence, ImageResult | Exception]]:
         """On a CPU: decode all live frames, and some ordinary images, flow by flow."""
         while self._queue.live:
-            self._start(self._queue.take_live(DECODED_AT_ONCE if self._fixed else 1))
+            self._start(self._queue.take_live(DECODER_BATCH if self._fixed else 1))
             yield from self._finished(idle=False)
         pictures = -(-self._queue.ordinary // TICKS_OF_BACKLOG)
-        pixels = PIXELS_AT_ONCE
+        pixels = MAX_DECODER_PIXELS
         while pictures > 0 and pixels > 0:
             some = self._queue.take_ordinary(partial(self._due, pictures, pixels, idle))
             if not some:
@@ -182,10 +182,10 @@ class Decoder:
 
     def _due(self, pictures: int, pixels: int, idle: bool, first: Sequence) -> int:
         """Number of images of a flow that may be decoded between two ticks, given the first one."""
-        if not (idle or self._turns.flow_due(first.flow, TURN_S)):
+        if not (idle or self._turns.flow_due(first.flow, MAX_LEAD_S)):
             return 0
         if self._fixed:
-            return DECODED_AT_ONCE
+            return DECODER_BATCH
         return max(1, min(pictures, pixels // _pixels(first)))
 
     def _finished(self, *, idle: bool) -> Iterator[tuple[Sequence, ImageResult | Exception]]:
@@ -199,7 +199,7 @@ class Decoder:
         """Whether a call has finished, or finishes before the engine has other work to do."""
         copy = decoding.pixels_and_finite
         while attempt(lambda: copy.ready, self._device) is False:
-            if not idle or self._interrupted(LOOKS_AGAIN_S):
+            if not idle or self._interrupted(POLL_INTERVAL_S):
                 return False
         # An error of the call is raised again when its pixels are fetched, and ends its images.
         return True
@@ -207,10 +207,10 @@ class Decoder:
     def _max_images(self, first: Sequence, *, idle: bool) -> int:
         """Number of images that the next decoder call on a GPU may take, given the first one."""
         if self._fixed:
-            return DECODED_AT_ONCE
+            return DECODER_BATCH
         if idle:
-            return max(DECODED_AT_ONCE, IDLE_PIXELS // _pixels(first))
-        return max(1, min(DECODED_AT_ONCE, PIXELS_AT_ONCE // _pixels(first)))
+            return max(DECODER_BATCH, IDLE_PIXELS // _pixels(first))
+        return max(1, min(DECODER_BATCH, MAX_DECODER_PIXELS // _pixels(first)))
 
     def _start(self, some: list[Sequence], *, retried: bool = False) -> None:
         """Decode some images in one call, or one by one if that call fails.
@@ -267,7 +267,7 @@ class Decoder:
     def _latents(self, some: list[Sequence]) -> Tensor:
         lane = some[0].lane
         slots = [sequence.slot for sequence in some]
-        filler = [slots[0]] * (DECODED_AT_ONCE - len(slots)) if self._fixed else []
+        filler = [slots[0]] * (DECODER_BATCH - len(slots)) if self._fixed else []
         return lane.pool.columns[:, 0].index_select(0, lane.indices(slots + filler))
 
     def _results(self, decoding: Decoding) -> Iterator[tuple[Sequence, ImageResult | Exception]]:

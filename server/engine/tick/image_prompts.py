@@ -32,10 +32,10 @@ Key: TypeAlias = "tuple[Hashable, bytes]"
 A reference to the adapter itself would keep it in memory.
 """
 
-TOKENS_KEPT_BYTES = 64 * 2**20
+TOKEN_CACHE_BYTES = 64 * 2**20
 """Bound for one model: 1,000 pictures of 16 tokens with a width of 2048 in half precision."""
 
-NOTHING = b""
+NO_IMAGE_KEY = b""
 """Key in place of a picture's digest, for the tokens that stand for no picture."""
 
 
@@ -50,7 +50,7 @@ class ImagePromptCache:
     """
 
     def __init__(
-        self, model: HostedModel, *, fixed: bool, max_bytes: int = TOKENS_KEPT_BYTES
+        self, model: HostedModel, *, fixed: bool, max_bytes: int = TOKEN_CACHE_BYTES
     ) -> None:
         self._model = model
         self._fixed = fixed
@@ -91,7 +91,7 @@ class ImagePromptCache:
             for digest, picture in zip(use.digests, use.pictures, strict=True)
         }
         found: dict[bytes, Tensor | Exception] = {}
-        for digest in (NOTHING, *pictures):
+        for digest in (NO_IMAGE_KEY, *pictures):
             kept = self._kept.find((adapter.identity, digest))
             if kept is not None:
                 found[digest] = kept
@@ -103,8 +103,8 @@ class ImagePromptCache:
             fixed=self._fixed,
         )
         found.update(zip(missing, made, strict=True))
-        if NOTHING not in found:
-            found[NOTHING] = attempt(
+        if NO_IMAGE_KEY not in found:
+            found[NO_IMAGE_KEY] = attempt(
                 lambda: attention.tokens_of_nothing(adapter), self._model.device
             )
         for digest, tokens in found.items():
@@ -120,7 +120,7 @@ class ImagePromptCache:
         size: tuple[int, int],
     ) -> Shown | Exception:
         """Tokens that rows of latents of a given size attend to for one image prompt."""
-        nothing = tokens[NOTHING]
+        nothing = tokens[NO_IMAGE_KEY]
         pictures: list[Tensor] = []
         for digest in use.digests:
             picture = tokens[digest]

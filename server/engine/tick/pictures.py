@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-ENCODED_AT_ONCE = 4
+ENCODER_BATCH = 4
 """Maximum number of pictures in one encoder call; the fixed number in deterministic mode."""
 
 
@@ -135,8 +135,8 @@ def encoded(
     Raises:
         DeviceLost: the device no longer answers.
     """
-    for first in range(0, len(pictures), ENCODED_AT_ONCE):
-        chunk = pictures[first : first + ENCODED_AT_ONCE]
+    for first in range(0, len(pictures), ENCODER_BATCH):
+        chunk = pictures[first : first + ENCODER_BATCH]
         yield from _encoded(chunk, encode, device, fixed=fixed)
 
 
@@ -166,7 +166,7 @@ def _encoded(
     fixed: bool,
 ) -> Iterator[Tensor | Exception]:
     """Encode a batch; on an error split it in halves, until the error is one picture's."""
-    rows = ENCODED_AT_ONCE if fixed else None
+    rows = ENCODER_BATCH if fixed else None
     made = attempt(
         lambda: encode(padded(torch.stack(pictures).to(device), rows)),
         device,

@@ -21,7 +21,7 @@ from server.http.live.stream import failure, header
 from server.http.making import unless_disconnected
 from server.http.native.events import PING_S
 from server.image_codec import MEDIA_TYPES
-from server.requests.stream_schema import BESIDE, StreamSettings
+from server.requests.stream_schema import IMAGE_FIELDS, StreamSettings
 from server.service.stream import StreamSession
 from server.service.stream_frame import FailedFrame, OutputFrame
 from server.service.streams import Streams
@@ -151,8 +151,8 @@ def _of_text(body: StreamSettings) -> dict[str, Any]:
         raise InvalidRequest(
             "seed_step", "seed_step is 0, so that all images would be the same; it must be above 0."
         )
-    fields = body.model_dump(mode="json", exclude=set(BESIDE), exclude_unset=True)
-    pictures = {field: getattr(body, field) for field in BESIDE if getattr(body, field)}
+    fields = body.model_dump(mode="json", exclude=set(IMAGE_FIELDS), exclude_unset=True)
+    pictures = {field: getattr(body, field) for field in IMAGE_FIELDS if getattr(body, field)}
     return {"seed_step": 1, **fields, **pictures, "source": "text"}
 
 

@@ -44,7 +44,7 @@ class Stalled(Exception):
     """The client does not read the messages that are sent to it."""
 
 
-GONE: Final = (Stalled, WebSocketDisconnect)
+DISCONNECTED: Final = (Stalled, WebSocketDisconnect)
 
 
 @router.websocket("/v1/stream")
@@ -96,7 +96,7 @@ class Conversation:
         for outcome in outcomes:
             if isinstance(outcome, WeftError):
                 await self._say_goodbye(outcome)
-            elif isinstance(outcome, Exception) and not isinstance(outcome, GONE):
+            elif isinstance(outcome, Exception) and not isinstance(outcome, DISCONNECTED):
                 raise outcome
 
     async def _read(self) -> None:
@@ -215,7 +215,7 @@ class Conversation:
         elif isinstance(error, RequestTimeout):
             code = POLICY_VIOLATION
         reason = error.message.encode()[:MAX_REASON_BYTES].decode(errors="ignore")
-        with contextlib.suppress(TimeoutError, *GONE):
+        with contextlib.suppress(TimeoutError, *DISCONNECTED):
             async with asyncio.timeout(CLOSE_S):
                 if not self._image_owed:
                     await self._send(body_of(error))

@@ -28,7 +28,7 @@ Linking: TypeAlias = "Callable[[Generation, Pictures], Awaitable[list[Link] | No
 PING_S: Final = 15.0
 """Seconds of silence after which a stream sends a keep-alive comment."""
 
-LOOK_S: Final = 1.0
+QUEUE_POLL_S: Final = 1.0
 """Seconds between checks of a waiting request's position in the queue."""
 
 
@@ -90,7 +90,7 @@ class GenerationStream(EventSourceResponse):
             elif time.monotonic() - spoke > PING_S:
                 spoke = time.monotonic()
                 yield KEEPALIVE_COMMENT
-            await self._generation.begun(LOOK_S)
+            await self._generation.begun(QUEUE_POLL_S)
 
 
 def _event(name: str, data: BaseModel) -> bytes:

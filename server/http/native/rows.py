@@ -13,7 +13,7 @@ from fastapi import APIRouter
 from fastapi.sse import KEEPALIVE_COMMENT, EventSourceResponse, format_sse_event
 from starlette.types import Receive, Scope, Send
 
-from server.engine.row_watch import SAMPLED_EVERY_S, RowWatch
+from server.engine.row_watch import SAMPLE_INTERVAL_S, RowWatch
 from server.errors import Overloaded
 from server.http.dependencies import ServiceDep
 from server.http.errors import ErrorBody
@@ -85,4 +85,4 @@ class RowEvents(EventSourceResponse):
             elif now > spoke_at + PING_S:
                 spoke_at = now
                 yield KEEPALIVE_COMMENT
-            await asyncio.sleep(SAMPLED_EVERY_S / 2)
+            await asyncio.sleep(SAMPLE_INTERVAL_S / 2)

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 __all__ = ["AdaptedNetwork"]
 
-KEPT_SHARE = 1 / 32
+CACHE_SHARE = 1 / 32
 """Maximum share of the device's memory for stacks that are kept for later forward passes."""
 
 Key: TypeAlias = "tuple[bool, tuple[tuple[tuple[ref[Adapter], float], ...], ...]]"
@@ -91,7 +91,7 @@ class AdaptedNetwork:
         self._device = device
         self._by_products = device.type == "cuda" if by_products is None else by_products
         if max_bytes is None:
-            max_bytes = int(KEPT_SHARE * measure(device).total)
+            max_bytes = int(CACHE_SHARE * measure(device).total)
         self._max_bytes = max_bytes
         self._plans: ByteBoundedLRU[Key, _Plan] = ByteBoundedLRU(max_bytes, lambda one: one.nbytes)
         self._layers: dict[str, Layer] = {

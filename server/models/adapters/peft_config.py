@@ -53,7 +53,7 @@ INITIALIZATIONS: Final = (True, "gaussian", "eva", "orthogonal")
 """Values of ``init_lora_weights`` that leave the model's own weights as they are. With others, such
 as ``pissa``, an adapter is trained beside changed weights."""
 
-PLAIN: Final = re.compile(r"[\w.-]+")
+LITERAL_NAME: Final = re.compile(r"[\w.-]+")
 """Patterns of layers' names that match themselves only."""
 
 
@@ -156,7 +156,7 @@ class PeftConfig:
     def _matches(self, pattern: str, names: Iterable[str]) -> bool:
         whole = pattern.removeprefix("^")
         plain = whole.replace("\\.", ".")
-        if not PLAIN.fullmatch(plain):
+        if not LITERAL_NAME.fullmatch(plain):
             raise AdapterMismatch(
                 f"has the regular expression {pattern[:80]!r} in the alpha_pattern of "
                 f"{self.source}, which is not supported"

@@ -32,20 +32,20 @@ __all__ = ["Compilation", "CompiledBlocks", "Compiler"]
 
 log = logging.getLogger("weft")
 
-OFTEN = 40
+COMPILE_THRESHOLD = 40
 """Number of calls with the same shapes after which a block is compiled for them."""
 
 MAX_SHAPES = 64
 """Maximum number of shapes compiled per model: a U-Net has about 18 for each image size."""
 
-UNUSED_S = 600.0
+EVICTION_AGE_S = 600.0
 """Seconds without a call after which a shape may be evicted for another one. In some families,
 prompts of ever new lengths would otherwise occupy all places."""
 
 COUNTED = 1024
 """Maximum number of shapes whose calls are counted, as clients may ask for ever new sizes."""
 
-PATIENCE_S = 120.0
+SWITCH_DELAY_S = 120.0
 """Seconds that finished programs wait for others, so that forward passes switch over only once.
 Clients that ask for ever new sizes must not delay the programs of the usual one indefinitely."""
 
@@ -196,7 +196,7 @@ class CompiledBlocks:
         self._calls[key] = calls
         while len(self._calls) > COUNTED:
             del self._calls[next(iter(self._calls))]
-        return calls >= OFTEN
+        return calls >= COMPILE_THRESHOLD
 
     def _ask(
         self, key: Hashable, skeleton: nn.Module, call: BlockCall, template: Any, put_out: Any
@@ -235,7 +235,7 @@ class CompiledBlocks:
             return True
         ended = [*self._programs, *self._reasons]
         last = min(ended, key=self._called_at.__getitem__, default=None)
-        if last is None or self._called_at[last] > self._forward_at - UNUSED_S:
+        if last is None or self._called_at[last] > self._forward_at - EVICTION_AGE_S:
             return False
         if last in self._programs:
             # CUDA graphs that replay the program must not outlive it.
@@ -253,7 +253,7 @@ class CompiledBlocks:
                 self._reasons[key] = said
             else:
                 if not self._ready:
-                    self._changes_at = monotonic() + PATIENCE_S
+                    self._changes_at = monotonic() + SWITCH_DELAY_S
                 self._ready[key] = program
             if self._ready and (not self._waiting or monotonic() >= self._changes_at):
                 # All at once, so that costs are measured and CUDA graphs recorded again only once.

@@ -41,10 +41,10 @@ __all__ = ["BlockCompiler", "key_of", "missing_compiler"]
 
 log = logging.getLogger("weft")
 
-MEASURED_AGAIN_S = 3600.0
+REMEASURE_AFTER_S = 3600.0
 MAX_MEASUREMENTS = 3
 """A program that seemed to gain nothing may have been timed on a busy machine. It is timed again
-at a later start, at least ``MEASURED_AGAIN_S`` seconds later, up to this many times in all."""
+at a later start, at least ``REMEASURE_AFTER_S`` seconds later, up to this many times in all."""
 
 
 class _Asked(NamedTuple):
@@ -233,7 +233,7 @@ def _may_gain(told: dict[str, Any], file: Path) -> bool:
     if not told.get("slow") or told.get("measurements", 1) >= MAX_MEASUREMENTS:
         return False
     try:
-        return time() - _note(file).stat().st_mtime > MEASURED_AGAIN_S
+        return time() - _note(file).stat().st_mtime > REMEASURE_AFTER_S
     except OSError:
         # Removed since it was read.
         return True

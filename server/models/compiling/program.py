@@ -50,9 +50,9 @@ CHECKED_ROWS = 1, 2, 5
 TIMED_ROWS = 1, 4
 TIMED = 5
 MAX_TIMED = 20
-TIMED_S = 0.5
+MIN_TIMED_S = 0.5
 """The fastest of at least ``TIMED`` calls counts, and of up to ``MAX_TIMED`` calls as long as they
-take less than ``TIMED_S`` seconds together."""
+take less than ``MIN_TIMED_S`` seconds together."""
 
 
 class Unsuitable(Exception):
@@ -237,7 +237,7 @@ def _seconds(
 ) -> list[float]:
     """Seconds of the fastest of several calls each, alternating, as a busy machine delays both."""
     best = [float("inf")] * len(calls)
-    ends = perf_counter() + TIMED_S
+    ends = perf_counter() + MIN_TIMED_S
     for number in range(MAX_TIMED):
         if number >= TIMED and perf_counter() > ends:
             break

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["FluxControl"]
 
-ALIKE = (
+SHARED_CONFIG = (
     "in_channels",
     "num_attention_heads",
     "attention_head_dim",
@@ -67,7 +67,7 @@ class FluxControl:
         self._encode = encode
         self._packed = packed
         self._device = device
-        self._expected = {name: transformer.config[name] for name in ALIKE} | {
+        self._expected = {name: transformer.config[name] for name in SHARED_CONFIG} | {
             # A union of several kinds would have to be told which of them is meant.
             "num_mode": None,
         }

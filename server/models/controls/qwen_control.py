@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["QwenControl"]
 
-ALIKE = (
+SHARED_CONFIG = (
     "in_channels",
     "patch_size",
     "num_attention_heads",
@@ -63,7 +63,7 @@ class QwenControl:
         self._encode = encode
         self._packed = packed
         self._device = device
-        self._expected = {name: transformer.config[name] for name in ALIKE} | {
+        self._expected = {name: transformer.config[name] for name in SHARED_CONFIG} | {
             # ControlNets for inpainting also take a mask.
             "extra_condition_channels": 0,
         }

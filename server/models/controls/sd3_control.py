@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["SD3Control"]
 
-ALIKE = (
+SHARED_CONFIG = (
     "in_channels",
     "patch_size",
     "num_attention_heads",
@@ -65,7 +65,7 @@ class SD3Control:
         self._encode = encode
         self._shift = shift
         self._device = device
-        self._expected = {name: transformer.config[name] for name in ALIKE} | {
+        self._expected = {name: transformer.config[name] for name in SHARED_CONFIG} | {
             "extra_conditioning_channels": 0,
         }
         self._of_text = {name: transformer.config[name] for name in OF_TEXT}

@@ -30,7 +30,7 @@ __all__ = ["UNetControl"]
 
 TEXT = "encoder_hidden_states"
 
-ALIKE = (
+SHARED_CONFIG = (
     "block_out_channels",
     "cross_attention_dim",
     "addition_embed_type",
@@ -66,7 +66,7 @@ class UNetControl:
         self.denoiser: Any = unet
         self._facts = facts
         self._device = device
-        self._expected = {name: unet.config[name] for name in ALIKE} | {
+        self._expected = {name: unet.config[name] for name in SHARED_CONFIG} | {
             "in_channels": facts.latent_channels,
             "conditioning_channels": 3,
             "layers_per_block": _number(unet.config.layers_per_block),

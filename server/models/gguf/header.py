@@ -22,16 +22,16 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-__all__ = ["PLAIN", "GgufTensor", "tensors_of"]
+__all__ = ["UNQUANTIZED", "GgufTensor", "tensors_of"]
 
 MAGIC: Final = b"GGUF"
 VERSIONS: Final = (2, 3)
 
-PLAIN: Final = {"F32": (0, 4), "F16": (1, 2), "BF16": (30, 2)}
+UNQUANTIZED: Final = {"F32": (0, 4), "F16": (1, 2), "BF16": (30, 2)}
 """Types that are not quantized: code and bytes per number."""
 
 CODES: Final[Mapping[int, str]] = {
-    **{code: kind for kind, (code, _) in PLAIN.items()},
+    **{code: kind for kind, (code, _) in UNQUANTIZED.items()},
     **{form.code: kind for kind, form in FORMATS.items()},
 }
 
@@ -63,7 +63,7 @@ class GgufTensor:
     """A tensor in a file.
 
     Attributes:
-        kind: type of its numbers, a name in ``PLAIN`` or in ``FORMATS``.
+        kind: type of its numbers, a name in ``UNQUANTIZED`` or in ``FORMATS``.
         shape: shape of the tensor in torch's order of dimensions, the innermost one last.
         stored: shape in which the file stores it.
         start: offset of its bytes in the file.
@@ -238,15 +238,15 @@ def _tensor(
     if kind is None:
         raise _Unreadable(
             f"has the tensor {name[:SHOWN]} of ggml's type {code}; allowed are "
-            f"{', '.join((*PLAIN, *FORMATS))}"
+            f"{', '.join((*UNQUANTIZED, *FORMATS))}"
         )
     if offset % alignment:
         raise _Unreadable(
             f"has the tensor {name[:SHOWN]} at {offset}, which is not a multiple of its alignment "
             f"{alignment}"
         )
-    if kind in PLAIN:
-        return GgufTensor(kind, shape, stored, offset, prod(shape) * PLAIN[kind][1])
+    if kind in UNQUANTIZED:
+        return GgufTensor(kind, shape, stored, offset, prod(shape) * UNQUANTIZED[kind][1])
     form = FORMATS[kind]
     if stored[-1] % form.numbers:
         raise _Unreadable(

@@ -16,7 +16,7 @@ from server.settings import Limits
 
 __all__ = ["check_count", "check_limits", "check_size", "check_tokens", "runs_of"]
 
-WRITTEN: Final = ("prompt", "negative_prompt", "guidance")
+SYNTAX_FIELDS: Final = ("prompt", "negative_prompt", "guidance")
 """Fields whose texts `prompt_syntax` applies to."""
 
 
@@ -93,7 +93,7 @@ def check_tokens(resolved: ResolvedRequest, model: HostedModel) -> None:
     """
     max_tokens = model.facts.max_tokens
     for field, text in texts_of(resolved, model):
-        if resolved.prompt_syntax is not None and field in WRITTEN:
+        if resolved.prompt_syntax is not None and field in SYNTAX_FIELDS:
             _check_tokens(field, EmphasizedPrompt(text), model, MAX_CHUNKS * max_tokens)
         else:
             _check_tokens(field, text, model, max_tokens)

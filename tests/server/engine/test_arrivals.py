@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from server.engine.backlog import Holding
-from server.engine.client import ANYONE, Client
+from server.engine.client import ANONYMOUS, Client
 from server.engine.scheduler import Priority
 from server.engine.state.arrivals import Arrivals
 from server.engine.state.sequence import Sequence
@@ -17,7 +17,7 @@ from server.engine.task import Group
 
 @pytest.fixture
 def arrived(task, listen):
-    def make(client: Client = ANYONE, **fields: Any) -> Sequence:
+    def make(client: Client = ANONYMOUS, **fields: Any) -> Sequence:
         return Sequence(
             task(rule="none", **fields), 0, listen(1), Submission(1, Holding(client, 1))
         )

@@ -17,7 +17,7 @@ from server.engine.autoencoder_calls import AutoencoderCalls, Pace
 from server.engine.engine import Engine
 from server.engine.preparation import Preparation
 from server.engine.scheduler import Priority
-from server.engine.tick.decode import DECODED_AT_ONCE, PIXELS_AT_ONCE
+from server.engine.tick.decode import DECODER_BATCH, MAX_DECODER_PIXELS
 from server.models.hosted import HostedModel
 from server.models.loading import load_model
 from tests.server.by_hand import task
@@ -28,7 +28,7 @@ from tests.server.toy_model import SIDE, Toy, run, started
 @pytest.fixture(autouse=True)
 def kept(monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep recordings whatever time they save, since on a CPU they save none."""
-    monkeypatch.setattr("server.engine.graphs.PAYS", 1e9)
+    monkeypatch.setattr("server.engine.graphs.MAX_REPLAY_RATIO", 1e9)
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +107,7 @@ def test_calls_of_the_first_numbers_of_pictures_are_recorded_after_their_first_c
     for call in calls.first_calls():
         call()
     record(calls)
-    assert [graphs.rows for graphs in calls.graphs] == [[*range(1, DECODED_AT_ONCE + 1)]] * 2
+    assert [graphs.rows for graphs in calls.graphs] == [[*range(1, DECODER_BATCH + 1)]] * 2
 
 
 @torch.inference_mode()
@@ -154,7 +154,7 @@ def test_the_decoder_alone_is_recorded_on_the_stream_beside_the_ticks(
 def test_calls_that_keep_a_gpu_busy_by_themselves_are_not_recorded() -> None:
     model = Watched()
     calls = AutoencoderCalls(model, Tapes())
-    side = int(PIXELS_AT_ONCE**0.5)
+    side = int(MAX_DECODER_PIXELS**0.5)
     for sides in ((side, side), (side + 8, side)):
         calls.encode(torch.zeros(1, 3, *sides))
         calls.decode(torch.zeros(1, *model.latent_shape(*sides)))
@@ -200,10 +200,10 @@ def test_a_call_of_a_model_that_was_never_idle_is_timed_and_then_recorded_betwee
 @torch.inference_mode()
 def test_of_many_small_pictures_that_an_idle_gpu_decodes_at_once_no_recording_is_made() -> None:
     calls = AutoencoderCalls(Watched(), Tapes())
-    for pictures in range(1, 2 * DECODED_AT_ONCE):
+    for pictures in range(1, 2 * DECODER_BATCH):
         calls.decode(noise(pictures, pictures, 4, 4, 4))
     record(calls)
-    assert calls.graphs[1].rows == [*range(1, DECODED_AT_ONCE + 1)]
+    assert calls.graphs[1].rows == [*range(1, DECODER_BATCH + 1)]
 
 
 @torch.inference_mode()
@@ -212,7 +212,7 @@ def test_where_all_calls_have_the_same_number_of_pictures_no_other_is_prepared()
     calls = AutoencoderCalls(model, Tapes(), fixed=True)
     for call in calls.first_calls():
         call()
-    assert {*model.encoded} == {*model.decoded} == {DECODED_AT_ONCE}
+    assert {*model.encoded} == {*model.decoded} == {DECODER_BATCH}
 
 
 def test_a_call_of_few_pixels_is_not_expected_to_take_less_than_the_smallest_that_was_timed() -> (

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from server.engine.backlog import LATITUDE, MAX_FRACTION, Amounts, Backlog, Bounds, Holding
-from server.engine.client import ANYONE, Client
+from server.engine.client import ANONYMOUS, Client
 from server.engine.footprint import Kind
 from server.errors import InvalidRequest, Overloaded
 
@@ -52,23 +52,23 @@ def fill(queue: Backlog, client: Client, **request: Any) -> int:
 
 
 def test_the_queue_is_as_long_as_its_seconds_and_not_as_many_images():
-    assert fill(backlog(), ANYONE) == 100
-    assert fill(backlog(), ANYONE, images=4) == 100
-    assert fill(backlog(), ANYONE, rows=10, images=1) == 1000, "which is the last bound"
+    assert fill(backlog(), ANONYMOUS) == 100
+    assert fill(backlog(), ANONYMOUS, images=4) == 100
+    assert fill(backlog(), ANONYMOUS, rows=10, images=1) == 1000, "which is the last bound"
 
 
 def test_what_is_done_makes_room():
     queue = backlog()
-    held = [admit(queue, ANYONE) for _ in range(100)]
+    held = [admit(queue, ANONYMOUS) for _ in range(100)]
     with pytest.raises(Overloaded) as full:
-        admit(queue, ANYONE)
+        admit(queue, ANONYMOUS)
     assert full.value.retry_after_s == pytest.approx(1.0)
     queue.count_rows(held[0], SMALL, -50)
     queue.release(held[1])
-    waiting = queue.by_client()[ANYONE]
+    waiting = queue.by_client()[ANONYMOUS]
     assert waiting == Amounts(99, waiting.seconds, 0)
     assert waiting.seconds == pytest.approx(98.5)
-    admit(queue, ANYONE)
+    admit(queue, ANONYMOUS)
 
 
 def test_a_client_that_always_has_work_leaves_no_sizes_behind():
@@ -79,15 +79,15 @@ def test_a_client_that_always_has_work_leaves_no_sizes_behind():
         return 0.001
 
     queue = Backlog(Bounds(1000), priced)
-    admit(queue, ANYONE)
+    admit(queue, ANONYMOUS)
     for side in range(100):
-        queue.release(admit(queue, ANYONE, kind=("model", (4, 8, 8 + side))))
+        queue.release(admit(queue, ANONYMOUS, kind=("model", (4, 8, 8 + side))))
     prices.clear()
-    assert queue.by_client()[ANYONE].seconds == pytest.approx(0.1)
+    assert queue.by_client()[ANONYMOUS].seconds == pytest.approx(0.1)
     assert list(prices) == [SMALL]
 
 
-@pytest.mark.parametrize("client", [A, Client(ANYONE.name)])
+@pytest.mark.parametrize("client", [A, Client(ANONYMOUS.name)])
 def test_one_client_leaves_room_for_the_next_and_equal_ones_get_equal_parts(client):
     queue = backlog()
     alone = fill(queue, client)
@@ -108,16 +108,16 @@ def test_a_client_with_nothing_waiting_is_admitted_though_others_fill_the_queue(
 
 def test_a_request_larger_than_the_queue_is_possible_and_shuts_nobody_out():
     queue = backlog()
-    admit(queue, ANYONE, rows=5000, kind=LARGE)
-    assert queue.by_client()[ANYONE].seconds == MAX_FRACTION * 100
-    assert fill(queue, ANYONE) == 50
+    admit(queue, ANONYMOUS, rows=5000, kind=LARGE)
+    assert queue.by_client()[ANONYMOUS].seconds == MAX_FRACTION * 100
+    assert fill(queue, ANONYMOUS) == 50
 
 
 def test_bytes_are_bounded_for_good():
     queue = backlog()
-    assert fill(queue, ANYONE, rows=1, nbytes=100) == 10
+    assert fill(queue, ANONYMOUS, rows=1, nbytes=100) == 10
     with pytest.raises(InvalidRequest, match=r"for its images; at most 0 MB are allowed") as never:
-        admit(backlog(), ANYONE, nbytes=1001, images=2)
+        admit(backlog(), ANONYMOUS, nbytes=1001, images=2)
     assert never.value.field == "n"
 
 

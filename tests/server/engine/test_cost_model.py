@@ -13,9 +13,9 @@ import torch
 from server.engine.cost_model import (
     AGREEING,
     FIRST_TICKS,
+    MAX_CACHED_SHAPES,
     MAX_ROWS,
     NODES,
-    SHAPES_KEPT,
     CostModel,
     TickCost,
     measured,
@@ -272,7 +272,7 @@ def test_requests_of_ever_new_shapes_leave_no_more_than_the_last_ones_behind():
         costs.keep("model", (4, 128, width))
     shapes = [shape for _, shape, _ in costs.all()]
     assert sorted(shapes[-3:]) == [(4, 128, width) for width in (197, 198, 199)]
-    assert len(shapes) == SHAPES_KEPT + 1
+    assert len(shapes) == MAX_CACHED_SHAPES + 1
     assert costs.of("model", (4, 64, 64)) is first
 
 

@@ -19,7 +19,7 @@ from server.engine.capture import CudaRecorder
 from server.engine.cost_model import TickCost
 from server.engine.decoder_stream import on_decoder_stream
 from server.engine.engine import Engine
-from server.engine.graphs import FEW, Graphs
+from server.engine.graphs import IDLE_THRESHOLD, Graphs
 from server.engine.task import ImageTask
 from server.models.adapters.adapter import RowAdapters
 from server.models.hosted import HostedModel
@@ -59,7 +59,7 @@ def without_gradients() -> Iterator[None]:
 def record(model: HostedModel, inputs: Given) -> Graphs:
     """The recordings of a model, with one of this forward."""
     graphs = Graphs(model, CudaRecorder(model.device))
-    for _ in range(FEW):
+    for _ in range(IDLE_THRESHOLD):
         graphs.evaluate(*inputs, TickCost({1: 1.0}))
     while graphs.wanted:
         graphs.record()
@@ -144,7 +144,7 @@ def test_recorded_forwards_of_changed_rows_equal_those_they_were_made_of_to_the_
     on_gpu: HostedModel, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Kept however busy the machine is, since that affects how much time is saved.
-    monkeypatch.setattr(graphs_module, "PAYS", 1e9)
+    monkeypatch.setattr(graphs_module, "MAX_REPLAY_RATIO", 1e9)
     forward = KINDS[kind](on_gpu)
     graphs = record(on_gpu, forward(0))
     assert graphs.rows == [len(forward(0)[0])]
@@ -169,7 +169,7 @@ def test_recorded_forwards_of_changed_rows_equal_those_they_were_made_of_to_the_
 def test_a_recording_whose_adapter_is_gone_gives_its_memory_back(
     on_gpu: HostedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(graphs_module, "PAYS", 1e9)
+    monkeypatch.setattr(graphs_module, "MAX_REPLAY_RATIO", 1e9)
 
     def reserved() -> int:
         reclaim(on_gpu.device)
@@ -203,7 +203,7 @@ def changed_forms(engine: Engine) -> list[Any]:
 def test_a_deterministic_engine_replays_its_ticks_and_draws_the_same_bits(
     start: Any, on_gpu: HostedModel, task: Any, run: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(graphs_module, "PAYS", 1e9)
+    monkeypatch.setattr(graphs_module, "MAX_REPLAY_RATIO", 1e9)
     images: list[ImageTask] = [task("unipc", steps=3 + seed, seed=seed) for seed in range(6)]
     plain = start(model=on_gpu, deterministic=True, cuda_graphs=False)
     expected = [run(plain, [one]).pixels()[0] for one in images]
@@ -232,8 +232,8 @@ def test_recorded_ticks_of_changed_rows_draw_the_images_of_other_ticks_to_the_bi
     style = (ink(on_gpu),)
     # Two rows each, one image after another, so that all forwards have as many rows.
     images: list[ImageTask] = [
-        task(adapters=style, steps=2 * FEW, seed=1),
-        task(rule="none", settings=(PAG(),), steps=2 * FEW, seed=2),
+        task(adapters=style, steps=2 * IDLE_THRESHOLD, seed=1),
+        task(rule="none", settings=(PAG(),), steps=2 * IDLE_THRESHOLD, seed=2),
     ]
     plain = start(model=on_gpu, cuda_graphs=False)
     expected = [run(plain, [one]).pixels()[0] for one in images]
@@ -263,7 +263,7 @@ def test_recorded_ticks_of_changed_rows_draw_the_images_of_other_ticks_to_the_bi
 def test_recorded_calls_of_the_autoencoder_give_its_bits_beside_recorded_forwards(
     on_gpu: HostedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(graphs_module, "PAYS", 1e9)
+    monkeypatch.setattr(graphs_module, "MAX_REPLAY_RATIO", 1e9)
     calls = AutoencoderCalls(on_gpu, lambda model: CudaRecorder(model.device))
     for call in calls.first_calls():
         call()

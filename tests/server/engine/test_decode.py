@@ -17,7 +17,7 @@ from server.engine.engine import Engine
 from server.engine.fair_queue import Turns
 from server.engine.state.sequence import ImageResult, Sequence
 from server.engine.tick import decode, stage
-from server.engine.tick.decode import DECODED_AT_ONCE, TICKS_OF_BACKLOG, Decoder
+from server.engine.tick.decode import DECODER_BATCH, TICKS_OF_BACKLOG, Decoder
 from server.engine.tick.host_copy import HostCopy
 from server.engine.tick.stopwatch import Stopwatch
 from server.errors import OutOfMemory
@@ -96,7 +96,7 @@ def test_in_deterministic_mode_the_decoder_always_has_one_shape(fixed_engine, mo
     together = run(fixed_engine, tasks).pixels()
     alone = [run(fixed_engine, [one]).pixels()[0] for one in tasks]
     assert all(np.array_equal(a, b) for a, b in zip(together, alone, strict=True))
-    assert DECODED_AT_ONCE > 1
+    assert DECODER_BATCH > 1
 
 
 def test_an_image_that_is_cancelled_before_its_turn_is_not_decoded(start, model, task, listen):

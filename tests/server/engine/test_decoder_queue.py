@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 import pytest
 
 from server.engine.backlog import Holding
-from server.engine.client import ANYONE, Client
+from server.engine.client import ANONYMOUS, Client
 from server.engine.fair_queue import Turns
 from server.engine.scheduler import Priority
 from server.engine.state.sequence import Sequence
@@ -21,7 +21,7 @@ Finish: TypeAlias = Callable[..., Sequence]
 @pytest.fixture
 def finished(task: Callable[..., Any], listen: Callable[..., Any]) -> Finish:
     def make(
-        priority: Priority = Priority.INTERACTIVE, client: Client = ANYONE, **fields: Any
+        priority: Priority = Priority.INTERACTIVE, client: Client = ANONYMOUS, **fields: Any
     ) -> Sequence:
         one = task(rule="none", priority=priority, **fields)
         sequence = Sequence(one, 0, listen(1), Submission(1, Holding(client, 1)))

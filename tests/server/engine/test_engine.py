@@ -29,10 +29,10 @@ from samplers.dpm_solver_pp import DPMSolverPP
 from samplers.dpm_solver_v3 import DPMSolverV3
 from samplers.timesteps import Trailing
 from server.engine.engine import FIXED_ROWS_MULTIPLE, Engine
-from server.engine.state.lanes import LANES_KEPT
+from server.engine.state.lanes import MAX_IDLE_LANES
 from server.engine.state.noise import stage_noise, start_noise
 from server.engine.task import ImageTask
-from server.engine.tick.decode import DECODED_AT_ONCE
+from server.engine.tick.decode import DECODER_BATCH
 from server.engine.tick.preview import to_uint8
 from server.errors import Cancelled, NotReady, Overloaded, RowFailed
 from tests.covering import EVERY_CELL
@@ -223,8 +223,8 @@ def test_at_the_fixed_shapes_a_row_does_not_feel_its_place_or_company(model):
             told[place] = 0
             inputs = prompts.of(told.tolist())
             evaluated.add(model.evaluate(x, t, inputs)[place].numpy().tobytes())
-        for place in range(DECODED_AT_ONCE):
-            pictures = model.decode(placed(row, DECODED_AT_ONCE, place))
+        for place in range(DECODER_BATCH):
+            pictures = model.decode(placed(row, DECODER_BATCH, place))
             decoded.add(pictures[place].numpy().tobytes())
     assert len(evaluated) == 1
     assert len(decoded) == 1
@@ -453,8 +453,8 @@ def test_ever_new_sizes_do_not_pile_up_lanes(start, task, run):
     sizes = [(w, h) for w in range(32, 160, 32) for h in range(32, 128, 32)]
     for width, height in sizes:
         run(engine, [task(width=width, height=height, steps=1)])
-    assert len(sizes) > LANES_KEPT
-    assert len(engine._lanes) == LANES_KEPT
+    assert len(sizes) > MAX_IDLE_LANES
+    assert len(engine._lanes) == MAX_IDLE_LANES
 
 
 def picture() -> torch.Tensor:

@@ -7,7 +7,7 @@ from itertools import count
 import pytest
 
 from server.engine.client import Client, Flow
-from server.engine.fair_queue import BURST_S, CONTENDED_S, FairQueue, Turns
+from server.engine.fair_queue import BURST_S, FLOW_EXPIRY_S, FairQueue, Turns
 
 A, B, HEAVY = Client("a"), Client("b"), Client("heavy", weight=3.0)
 
@@ -86,9 +86,9 @@ def test_a_client_s_flows_share_what_is_its_own():
 def test_others_are_expected_for_a_while_after_their_last_work():
     turns = Turns()
     turns.wait([Flow(A, 0), Flow(B, 0)], 0.0)
-    turns.wait([Flow(A, 0)], CONTENDED_S - 0.1)
+    turns.wait([Flow(A, 0)], FLOW_EXPIRY_S - 0.1)
     assert turns.contended
-    turns.wait([Flow(A, 0)], CONTENDED_S)
+    turns.wait([Flow(A, 0)], FLOW_EXPIRY_S)
     assert not turns.contended
 
 

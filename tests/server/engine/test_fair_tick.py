@@ -8,9 +8,9 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.engine.client import ANYONE, Client, Flow
+from server.engine.client import ANONYMOUS, Client, Flow
 from server.engine.fair_queue import Turns
-from server.engine.fair_tick import STRETCH, fair_tick
+from server.engine.fair_tick import MAX_STRETCH, fair_tick
 from server.engine.scheduler import AGEING, BATCH_WAIT_S, Candidate, LaneCosts, Priority
 
 SOMEBODY = Client("somebody")
@@ -30,7 +30,7 @@ candidates = st.lists(
         age=st.floats(0, 5000),
         priority=st.sampled_from([Priority.INTERACTIVE, Priority.BATCH]),
         lane=st.integers(0, 2),
-        client=st.sampled_from([ANYONE, SOMEBODY]),
+        client=st.sampled_from([ANONYMOUS, SOMEBODY]),
     ),
     max_size=30,
 )
@@ -65,7 +65,7 @@ def select(
     return fair_tick(waiting, turns, lanes, lambda _: rows)
 
 
-flows = st.builds(Flow, st.sampled_from([ANYONE, SOMEBODY]), st.integers(0, 2))
+flows = st.builds(Flow, st.sampled_from([ANONYMOUS, SOMEBODY]), st.integers(0, 2))
 
 
 @given(candidates, st.integers(2, 16), st.dictionaries(flows, st.floats(0, 1000)))
@@ -98,7 +98,7 @@ def test_batch_images_do_not_lengthen_a_tick_of_interactive_ones_by_more_than_ha
     waiting = [*[of(5, priority=Priority.BATCH)] * 8, of(9, rows=4)]
     chosen = select(waiting, 12, seconds=each, max_tick_s=8)
     assert chosen[0] == 8
-    assert len(chosen) == 1 + 4 * (STRETCH - 1)
+    assert len(chosen) == 1 + 4 * (MAX_STRETCH - 1)
 
 
 def test_a_long_image_does_not_starve_under_an_endless_stream_of_short_ones():
@@ -120,24 +120,24 @@ def test_batch_work_overtakes_new_interactive_work_in_the_end():
 
 
 def test_the_client_that_has_had_least_goes_first_however_long_its_images_are():
-    here, there = Flow(ANYONE, 0), Flow(SOMEBODY, 0)
+    here, there = Flow(ANONYMOUS, 0), Flow(SOMEBODY, 0)
     waiting = [of(1, flow=here), of(50, flow=there)]
     assert select(waiting, 1, had={here: 0.5}) == [1]
     assert select(waiting, 1, had={there: 0.5}) == [0]
 
 
 def test_whoever_is_ahead_comes_along_where_that_costs_little():
-    ahead, due = Flow(ANYONE, 0), Flow(SOMEBODY, 0)
+    ahead, due = Flow(ANONYMOUS, 0), Flow(SOMEBODY, 0)
     waiting = [*[of(1, flow=ahead)] * 8, *[of(9, flow=due)] * 4]
     had = {ahead: 9.0}
     assert len(select(waiting, 12, seconds=flat, had=had)) == 12
     chosen = select(waiting, 12, seconds=each, had=had, max_tick_s=8)
     assert chosen[:4] == [8, 9, 10, 11]
-    assert len(chosen) == 4 * STRETCH
+    assert len(chosen) == 4 * MAX_STRETCH
 
 
 def test_large_pictures_and_small_ones_of_a_client_take_turns_by_seconds():
-    large, small = Flow(ANYONE, "large"), Flow(ANYONE, "small")
+    large, small = Flow(ANONYMOUS, "large"), Flow(ANONYMOUS, "small")
     waiting = [of(9, lane=0, flow=large), of(50, lane=1, flow=small)]
     assert select(waiting, 4, had={large: 0.1}) == [1]
     assert select(waiting, 4, had={small: 0.1}) == [0]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from guidance.edits import IdentityAttention
 from server.engine import graphs as graphs_module
 from server.engine.cost_model import TickCost
-from server.engine.graphs import OFTEN, PIECE_FORWARDS, Graphs, pays_beside_ticks
+from server.engine.graphs import BUSY_THRESHOLD, PIECE_FORWARDS, Graphs, pays_beside_ticks
 from server.engine.preparation import Preparation
 from server.engine.row_sizes import ROW_SIZES
 from server.engine.task import Group
@@ -306,7 +306,7 @@ def test_while_memory_is_short_nothing_is_recorded(short, monkeypatch) -> None:
         assert graphs.rows == [2]
     evaluate(graphs, forward(model, 3))
     assert not graphs.wanted
-    later = graphs_module.monotonic() + graphs_module.REST_S
+    later = graphs_module.monotonic() + graphs_module.PAUSE_AFTER_SHORTAGE_S
     monkeypatch.setattr(graphs_module, "monotonic", lambda: later + 1)
     evaluate(graphs, forward(model, 3))
     assert graphs.wanted
@@ -315,10 +315,10 @@ def test_while_memory_is_short_nothing_is_recorded(short, monkeypatch) -> None:
 @pytest.mark.parametrize(
     ("runs", "forward_s", "max_s", "pays"),
     [
-        (OFTEN - 1, 0.01, 1.0, False),
-        (OFTEN, 0.01, 1.0, True),
-        (OFTEN, 0.03, 0.1, True),
-        (100 * OFTEN, 0.04, 0.1, False),
+        (BUSY_THRESHOLD - 1, 0.01, 1.0, False),
+        (BUSY_THRESHOLD, 0.01, 1.0, True),
+        (BUSY_THRESHOLD, 0.03, 0.1, True),
+        (100 * BUSY_THRESHOLD, 0.04, 0.1, False),
     ],
 )
 def test_a_forward_is_recorded_between_ticks_once_it_has_run_often_and_if_pieces_are_short(
@@ -330,7 +330,7 @@ def test_a_forward_is_recorded_between_ticks_once_it_has_run_often_and_if_pieces
 def often_run(model: Waiting, tape: Tape) -> Graphs:
     """Recordings after many forwards of 2 rows, and not quite as many of 1."""
     graphs = Graphs(model, tape)
-    for rows in [1, 2] * (OFTEN - 1):
+    for rows in [1, 2] * (BUSY_THRESHOLD - 1):
         evaluate(graphs, forward(model, rows))
     assert not graphs.due(1.0)
     evaluate(graphs, forward(model, 2))
@@ -417,13 +417,13 @@ def test_an_engine_that_is_never_idle_records_its_ticks(monkeypatch) -> None:
     monkeypatch.setattr("server.engine.idle_work.Preparation", lambda *_, **__: preparation)
     engine = started(model, 16, prepares=True)
     assert tape.made == []
-    run(engine, [task(steps=3 * OFTEN)])
+    run(engine, [task(steps=3 * BUSY_THRESHOLD)])
     assert engine.release_recordings()
     assert tape.made[0].released
     assert not engine.release_recordings()
     engine.stop(0)
     assert len(tape.made) == 1
-    assert tape.made[0].calls > OFTEN
+    assert tape.made[0].calls > BUSY_THRESHOLD
 
 
 @pytest.mark.parametrize(
@@ -439,7 +439,7 @@ def test_no_image_fails_before_recordings_have_given_their_memory_back(
     preparation = Preparation(lambda _: tape)
     monkeypatch.setattr("server.engine.idle_work.Preparation", lambda *_, **__: preparation)
     engine = started(model, 16, prepares=True)
-    run(engine, [task(steps=3 * OFTEN)])
+    run(engine, [task(steps=3 * BUSY_THRESHOLD)])
 
     def short(encode: Any) -> Any:
         def encoded(*given: Any) -> Any:

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.engine.client import ANY_FLOW, ANYONE, Flow
+from server.engine.client import ANONYMOUS, ANY_FLOW, Flow
 from server.engine.fair_queue import Turns
 from server.engine.fair_tick import fair_tick
 from server.engine.live_share import ORDINARY_SHARE, Shares, share_tick
@@ -127,7 +127,7 @@ class Simulation:
         for image in ran:
             self.seconds[image.stream] += took * image.rows / rows
             if image.stream is None:
-                self.turns.charge(Flow(ANYONE, image.lane), took * image.rows / rows)
+                self.turns.charge(Flow(ANONYMOUS, image.lane), took * image.rows / rows)
             image.left -= 1
             if not image.left:
                 self.waiting.remove(image)
@@ -141,7 +141,7 @@ class Simulation:
             priority=image.priority,
             lane=image.lane,
             stream=image.stream,
-            flow=Flow(ANYONE, image.lane),
+            flow=Flow(ANONYMOUS, image.lane),
         )
 
     def _end(self, image: Image) -> None:

@@ -21,7 +21,7 @@ from guidance.unguided import Unguided
 from samplers.ddim import DDIM
 from samplers.unipc import UniPC
 from server.engine.client import Client, Flow
-from server.engine.cost_model import TEACHING_TICKS, TickCost
+from server.engine.cost_model import TICKS_TO_UNLEARN_GUESS, TickCost
 from server.engine.engine import Engine
 from server.engine.fair_queue import Turns
 from server.engine.task import Group
@@ -301,8 +301,8 @@ def test_a_size_shares_ticks_once_a_few_of_its_own_have_shown_what_it_costs(
     first = next(n for n, forward in enumerate(model.forwards) if len(forward) == len(SIZES))
     before = [size for forward in model.forwards[:first] if len(forward) == 1 for size in forward]
     # That of the third size was measured at the start.
-    assert before.count((6, 4)) >= TEACHING_TICKS
-    assert before.count((8, 8)) >= TEACHING_TICKS
+    assert before.count((6, 4)) >= TICKS_TO_UNLEARN_GUESS
+    assert before.count((8, 8)) >= TICKS_TO_UNLEARN_GUESS
 
 
 def test_sizes_no_longer_share_ticks_once_these_have_shown_that_it_saves_nothing(

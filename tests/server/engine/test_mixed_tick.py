@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.engine.client import ANYONE, Client, Flow
+from server.engine.client import ANONYMOUS, Client, Flow
 from server.engine.fair_queue import Turns
 from server.engine.fair_tick import fair_tick
 from server.engine.mixed_tick import joining
@@ -25,7 +25,7 @@ MAX_ROWS = 16
 Curve = Callable[[int], float]
 
 
-def image(lane: int, client: Client = ANYONE, rows: int = 1, **more: Any) -> Candidate:
+def image(lane: int, client: Client = ANONYMOUS, rows: int = 1, **more: Any) -> Candidate:
     fields: dict[str, Any] = {"remaining": 1.0, "age": 0.0, "priority": Priority.INTERACTIVE}
     return Candidate(rows=rows, lane=lane, flow=Flow(client, lane), **{**fields, **more})
 
@@ -154,7 +154,10 @@ def shared(rows: int) -> float:
 
 
 def test_clients_of_two_sizes_have_equal_seconds_and_more_rows_than_apart() -> None:
-    senders = [Sender(ANYONE, stages=20, at_once=2), Sender(SOMEBODY, stages=20, at_once=2, lane=1)]
+    senders = [
+        Sender(ANONYMOUS, stages=20, at_once=2),
+        Sender(SOMEBODY, stages=20, at_once=2, lane=1),
+    ]
     curves: dict[int, Curve] = {0: shared, 1: lambda rows: 1.2 * shared(rows)}
     apart = Device(senders, curves, fairly).run(30)
     mixed = Device(senders, curves, fairly, areas={0: 10, 1: 12}).run(30)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from server.engine.state.overflows import BELIEVED_S, Overflows
+from server.engine.state.overflows import OVERFLOW_EXPIRY_S, Overflows
 from server.errors import InvalidRequest
 
 MB = 2**20
@@ -40,11 +40,11 @@ def test_the_smallest_overflow_counts_until_it_is_believed_no_longer() -> None:
     clock = Clock()
     known = Overflows(clock)
     known.note("m", 512, 512, 1, free=0)
-    clock.seconds = BELIEVED_S / 2
+    clock.seconds = OVERFLOW_EXPIRY_S / 2
     known.note("m", 1024, 1024, 1, free=0)
     with pytest.raises(InvalidRequest):
         known.check("m", 512, 512, 1)
-    clock.seconds = BELIEVED_S
+    clock.seconds = OVERFLOW_EXPIRY_S
     known.check("m", 1024, 1024, 1)
     known.note("m", 512, 512, 1, free=0)
     known.forget()

@@ -8,7 +8,7 @@ import torch
 
 from server.engine.state.sequence import Sequence
 from server.engine.state.submission import Submission
-from server.engine.tick.pictures import ENCODED_AT_ONCE, MIN_PIXELS, PicturesOfATick
+from server.engine.tick.pictures import ENCODER_BATCH, MIN_PIXELS, PicturesOfATick
 from server.models.controls.control import Control, ControlUse
 from server.models.image_prompts.image_prompt import UNLOADED, ImagePromptUse
 from tests.server.engine.conftest import SIDE
@@ -82,7 +82,7 @@ def test_in_deterministic_mode_the_encoder_always_has_one_shape(start, counting,
     heard = listen(3)
     engine.submit([from_picture(task, picture(0.1 * k), k) for k in range(3)], heard)
     heard.wait()
-    assert set(counting.batches) == {ENCODED_AT_ONCE}
+    assert set(counting.batches) == {ENCODER_BATCH}
 
 
 def test_a_tick_waits_for_one_large_picture_at_most(task, listen):

@@ -19,7 +19,7 @@ from server.engine.cost_model import TickCost
 from server.engine.engine import Engine
 from server.engine.forwards import Forwards
 from server.engine.metrics import EngineMeasurements
-from server.engine.preparation import AT_START, SHAPES_KEPT, Preparation
+from server.engine.preparation import AT_START, MAX_CACHED_SHAPES, Preparation
 from server.engine.row_sizes import ROW_SIZES
 from server.engine.scheduler import Load
 from server.engine.selection import Selection
@@ -281,10 +281,11 @@ def test_shapes_of_ever_new_requests_leave_nothing_behind_but_the_default_one_st
     default = preparation.add(model, SHAPE, TickCost({1: 0.01}), MAX_ROWS)
     made = [
         preparation.forwards(model, (4, side, 8), TickCost({1: 0.01}), MAX_ROWS)
-        for side in range(8, 12 + SHAPES_KEPT)
+        for side in range(8, 12 + MAX_CACHED_SHAPES)
     ]
     assert preparation.forwards(model, SHAPE, TickCost({1: 0.01}), MAX_ROWS) is default
-    assert preparation.forwards(model, (4, 11 + SHAPES_KEPT, 8), TickCost({1: 1}), 4) is made[-1]
+    last = (4, 11 + MAX_CACHED_SHAPES, 8)
+    assert preparation.forwards(model, last, TickCost({1: 1}), 4) is made[-1]
     assert preparation.forwards(model, (4, 8, 8), TickCost({1: 0.01}), MAX_ROWS) is not made[0]
     preparation.forget(FACTS.name)
     assert preparation.next() is None

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from server.engine.state.prompt_cache import ENCODED_AT_ONCE, PromptCache
+from server.engine.state.prompt_cache import ENCODER_BATCH, PromptCache
 from server.models.conditioning import Conditioning
 
 BYTES = 24
@@ -38,14 +38,14 @@ def value(conditioning: Conditioning | Exception) -> float:
 @pytest.mark.parametrize("fixed", [False, True])
 def test_a_prompt_that_cannot_be_encoded_fails_alone(fixed):
     encoder: Any = Encoder()
-    prompts = ["x" * (k + 1) for k in range(ENCODED_AT_ONCE)]
+    prompts = ["x" * (k + 1) for k in range(ENCODER_BATCH)]
     prompts[5] = "a bad one"
     encoded = PromptCache(encoder, fixed=fixed).of(prompts, *SIZE)
     assert isinstance(encoded.pop("a bad one"), RuntimeError)
     assert {text: value(one) for text, one in encoded.items()} == {t: len(t or "") for t in encoded}
     assert len(encoder.calls) <= 9, "halved, not one by one"
     if fixed:
-        assert {len(call) for call in encoder.calls} == {ENCODED_AT_ONCE}
+        assert {len(call) for call in encoder.calls} == {ENCODER_BATCH}
 
 
 def test_prompts_are_kept_up_to_a_bound_of_bytes():

@@ -36,13 +36,19 @@ from tests.server.engine.changed_rows import (
 from tests.server.engine.operation_tape import Operations, OperationTape
 
 COST = TickCost({1: 1.0})
-FEW, OFTEN = 2, 3
+IDLE_THRESHOLD, BUSY_THRESHOLD = 2, 3
 
 
 @pytest.fixture(autouse=True)
 def as_in_the_engine(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Run without gradients, record early, and keep recordings though they save no time here."""
-    for name, value in (("PAYS", 1e9), ("FEW", FEW), ("OFTEN", OFTEN), ("TIMED", 1)):
+    values = {
+        "MAX_REPLAY_RATIO": 1e9,
+        "IDLE_THRESHOLD": IDLE_THRESHOLD,
+        "BUSY_THRESHOLD": BUSY_THRESHOLD,
+        "TIMED": 1,
+    }
+    for name, value in values.items():
         monkeypatch.setattr(graphs_module, name, value)
     with torch.inference_mode():
         yield
@@ -50,7 +56,7 @@ def as_in_the_engine(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def recorded(graphs: Graphs, inputs: Given) -> None:
     """Run a forward often enough for it to be recorded, and record it."""
-    for _ in range(FEW):
+    for _ in range(IDLE_THRESHOLD):
         graphs.evaluate(*inputs, COST)
     assert graphs.wanted
     while graphs.wanted:
@@ -191,7 +197,7 @@ def test_a_combination_is_recorded_in_a_quiet_moment_once_it_has_run_a_few_times
     model: HostedModel,
 ) -> None:
     graphs, ours = Graphs(model, OperationTape()), RowAdapters(((ink(model),),))
-    for _ in range(FEW - 1):
+    for _ in range(IDLE_THRESHOLD - 1):
         graphs.evaluate(*given(model, 1, 0, adapters=ours), COST)
     assert not graphs.wanted
     graphs.evaluate(*given(model, 1, 0), COST)
@@ -209,7 +215,7 @@ def test_a_recording_goes_with_its_adapter(model: HostedModel, when: str) -> Non
     ours = RowAdapters(((passing,),))
     graphs.evaluate(*given(model, 1, 0), COST)
     graphs.record()
-    for _ in range(OFTEN):
+    for _ in range(BUSY_THRESHOLD):
         graphs.evaluate(*given(model, 1, 0, adapters=ours), COST)
     if when == "under way":
         while len(tape.made) == 1:
@@ -231,7 +237,7 @@ def test_memory_of_a_recording_whose_adapter_is_gone_before_it_is_made_is_given_
     monkeypatch.setattr(tape, "begin_anew", lambda: begun.append(len(tape.made)))
     graphs, passing = Graphs(model, tape), ink(model)
     ours = RowAdapters(((passing,),))
-    for _ in range(OFTEN):
+    for _ in range(BUSY_THRESHOLD):
         graphs.evaluate(*given(model, 1, 0, adapters=ours), COST)
     while not tape.made:
         graphs.record_piece(10.0)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from server.engine.backlog import Amounts
-from server.engine.client import ANYONE
+from server.engine.client import ANONYMOUS
 from server.engine.cost_model import TickCost
 from server.engine.footprint import footprint
 from server.engine.scheduler import Priority
@@ -48,7 +48,7 @@ def test_a_queue_full_of_ordinary_images_has_room_for_live_ones(start, task, lis
             with pytest.raises(ValueError, match="either for live images or for others"):
                 room.submit([task()], listen(1))
         engine.reserve(2, live=True).release()
-        assert engine.waiting()[ANYONE].images == 2, "frames that never came take no part of it"
+        assert engine.waiting()[ANONYMOUS].images == 2, "frames that never came take no part of it"
     assert (engine.measurements.pending, engine.measurements.live_pending) == (0, 0)
 
 
@@ -78,7 +78,7 @@ def test_what_is_claimed_after_the_room_was_given_back_is_counted_by_nobody(star
         room.release()
         with pytest.raises(ValueError, match="was released"):
             room.claim([task(steps=40)])
-        assert engine.waiting()[ANYONE] == Amounts(images=1)
+        assert engine.waiting()[ANONYMOUS] == Amounts(images=1)
 
 
 def test_room_is_taken_by_what_images_cost_and_given_back_as_they_are_made(
@@ -91,7 +91,7 @@ def test_room_is_taken_by_what_images_cost_and_given_back_as_they_are_made(
     for each in heard:
         each.on_start = lambda: asked.wait(PATIENCE_S)
     running = [engine.submit([task(steps=400)], each) for each in heard]
-    waiting = engine.waiting()[ANYONE]
+    waiting = engine.waiting()[ANONYMOUS]
     assert waiting.images == 2
     assert waiting.seconds == pytest.approx(2.0, rel=0.1), "a request counts for half at most"
     with engine.reserve(1) as room, pytest.raises(Overloaded):
@@ -102,7 +102,7 @@ def test_room_is_taken_by_what_images_cost_and_given_back_as_they_are_made(
     for each in heard:
         each.wait()
     assert engine.waiting() == {}
-    assert engine.spent()[ANYONE] > 0
+    assert engine.spent()[ANONYMOUS] > 0
 
 
 def test_the_footprint_of_a_request_counts_its_shared_pictures_once(task, model):

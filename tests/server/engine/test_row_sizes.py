@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from server.engine.row_sizes import FIRST_FORWARD_S, ROW_SIZES, RowSizes
+from server.engine.row_sizes import FIRST_FORWARD_OVERHEAD_S, ROW_SIZES, RowSizes
 
 
 def gpu(rows: int) -> float:
@@ -53,7 +53,7 @@ def test_a_number_of_rows_that_is_filled_up_again_and_again_becomes_a_size_of_it
     sizes = known(*ROW_SIZES)
     assert not sizes.wanted
     each_s = gpu(40) - gpu(33)
-    for _ in range(int(FIRST_FORWARD_S / each_s) + 1):
+    for _ in range(int(FIRST_FORWARD_OVERHEAD_S / each_s) + 1):
         assert size_of(sizes, 33) == 40
         sizes.note(33, 40, gpu)
     assert sizes.wanted == [33]

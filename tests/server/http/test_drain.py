@@ -18,7 +18,7 @@ from fastapi import FastAPI
 from starlette.testclient import TestClient
 
 from server.http import drain
-from server.http.drain import FAREWELL_S, DrainingServer
+from server.http.drain import RESPONSE_GRACE_S, DrainingServer
 from server.service.service import Service
 from server.settings import Settings
 from tests.covering import EVERY_CELL
@@ -122,8 +122,8 @@ class Clock:
     [
         (signal.SIGTERM, False, 2),
         (signal.SIGINT, False, 0),
-        (signal.SIGTERM, True, 30 - FAREWELL_S),
-        (signal.SIGINT, True, 30 - FAREWELL_S),
+        (signal.SIGTERM, True, 30 - RESPONSE_GRACE_S),
+        (signal.SIGINT, True, 30 - RESPONSE_GRACE_S),
     ],
 )
 def test_the_listener_closes_when_all_is_done_or_time_is_up(

@@ -107,7 +107,7 @@ def test_a_picture_gets_the_size_that_diffusers_gives_it(model: HostedModel) -> 
 def test_a_recorded_forward_gives_the_numbers_of_other_reference_pictures(
     model: HostedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(graphs_module, "PAYS", 1e9)
+    monkeypatch.setattr(graphs_module, "MAX_REPLAY_RATIO", 1e9)
     tape, cost = OperationTape(), TickCost({1: 1.0})
     graphs, texts = Graphs(model, tape), model.encode_prompts(["a star", "a blue star"], 32, 24)
 

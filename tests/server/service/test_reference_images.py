@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 from typing_extensions import override
 
-from server.engine.client import ANYONE
+from server.engine.client import ANONYMOUS
 from server.errors import DidNotFit, InvalidRequest, OutOfMemory
 from server.models.conditioning import Conditioning
 from server.models.inputs import RowInputs
@@ -176,7 +176,7 @@ def test_texts_beside_pictures_count_as_large_as_the_last_ones_were() -> None:
     def claimed() -> int:
         with engine.reserve(1) as room:
             room.claim([task])
-            return engine.waiting()[ANYONE].nbytes
+            return engine.waiting()[ANONYMOUS].nbytes
 
     try:
         before = claimed()

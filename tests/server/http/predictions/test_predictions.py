@@ -371,7 +371,7 @@ def test_a_job_as_large_as_what_lately_did_not_fit_waits_until_it_is_tried_again
     mine: httpx2.Client, server: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Here it is the second run that does not fit, and the refusal says so."""
-    monkeypatch.setattr("server.engine.state.overflows.BELIEVED_S", 0.5)
+    monkeypatch.setattr("server.engine.state.overflows.OVERFLOW_EXPIRY_S", 0.5)
     overflows = server.app.state.service.engine._overflows
     overflows.note("embedded", 96, 96, None, free=0)
     given = INPUT | {"width": 64, "height": 64, "hires": {"scale": 1.5, "strength": 1}}
@@ -391,7 +391,7 @@ def test_a_job_that_ran_out_of_memory_is_begun_again_as_often_as_one_that_was_in
         return run_stage(*given)
 
     monkeypatch.setattr("server.engine.stages.run_stage", short)
-    monkeypatch.setattr("server.engine.state.overflows.BELIEVED_S", 0.1)
+    monkeypatch.setattr("server.engine.state.overflows.OVERFLOW_EXPIRY_S", 0.1)
     monkeypatch.setattr("server.jobs.runner.LOOK_S", 0.2)
     job = post(mine, prefer="wait").json()
     assert (job["status"], next(attempts, None)) == (status, None), job

@@ -40,7 +40,7 @@ def z_image(tmp_path_factory: pytest.TempPathFactory) -> HostedModel:
 
 @pytest.fixture(autouse=True)
 def soon(monkeypatch: pytest.MonkeyPatch, unet: HostedModel) -> None:
-    monkeypatch.setattr(module, "OFTEN", 2)
+    monkeypatch.setattr(module, "COMPILE_THRESHOLD", 2)
     # Blocks that may not run compiled run as before, even if they are wrapped.
     monkeypatch.setattr(unet, "blocks", None)
 
@@ -148,7 +148,7 @@ def test_a_program_that_fails_gives_way_to_the_block_and_takes_no_image_with_it(
 def test_programs_do_not_wait_for_ever_other_shapes(
     unet: HostedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "PATIENCE_S", 0)
+    monkeypatch.setattr(module, "SWITCH_DELAY_S", 0)
     compiler = compiled(unet)
     del compiler.asked[-1]
     compiler.work()

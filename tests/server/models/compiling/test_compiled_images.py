@@ -128,7 +128,7 @@ def test_images_are_the_same_and_all_blocks_run_compiled_that_no_row_changes(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(module, "OFTEN", 2)
+    monkeypatch.setattr(module, "COMPILE_THRESHOLD", 2)
     monkeypatch.setattr(transformer_model, "DEFAULT_SIDE", WIDTH)
     model, tasks = given(tmp_path)
     engine = started(model, 16)

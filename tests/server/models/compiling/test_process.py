@@ -58,7 +58,7 @@ def test_a_process_that_ends_or_takes_too_long_is_followed_by_another(
 ) -> None:
     first = compiling.compile(JOB, tmp_path / "one")
     with monkeypatch.context() as short:
-        short.setattr(module, "LONGEST_S", 0.05)
+        short.setattr(module, "MAX_COMPILE_S", 0.05)
         assert compiling.compile(JOB, tmp_path / fails) is None
     again = compiling.compile(JOB, tmp_path / "two")
     assert first is not None

@@ -19,7 +19,7 @@ from diffusers import (
 from torch import Tensor
 
 from server.engine import stages
-from server.engine.client import ANYONE
+from server.engine.client import ANONYMOUS
 from server.engine.cost_model import TickCost
 from server.engine.engine import Engine
 from server.engine.task import ImageTask
@@ -255,7 +255,7 @@ def test_room_is_taken_for_what_controls_cost_before_they_are_loaded(
     for uses in ((), unloaded_controls(chosen, picture, model)):
         with engine.reserve(1) as room:
             room.claim([asked(model, *uses, guidance="none")])
-            seconds.append(engine.waiting()[ANYONE].seconds)
+            seconds.append(engine.waiting()[ANONYMOUS].seconds)
     one = use(model, "depth", 1, SIZE).control.cost
     assert seconds[1] / seconds[0] == pytest.approx(1 + one + one / 2)
 
