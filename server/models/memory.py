@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, cast
 
 import psutil
 import torch
@@ -31,6 +31,9 @@ HOST: Final = "cpu"
 
 ACTIVATIONS: Final = 0.1
 """Fraction of a GPU's memory reserved for activations, prompts and states."""
+
+NO_POOL: Final = 0, 0
+"""The memory pool by which torch's snapshots name memory outside all pools of CUDA graphs."""
 
 FULL_RETRY_S: Final = 5.0
 """Seconds after which weights that do not fit now may fit."""
@@ -63,10 +66,15 @@ def measure(device: torch.device) -> DeviceMemory:
 
 
 def attainable_bytes(device: torch.device) -> int:
-    """Bytes available to weights on a device once this process has unloaded its own weights."""
+    """Bytes available to weights on a device once this process has unloaded its own weights.
+
+    CUDA graphs are released for weights that do not fit otherwise.
+    """
     free, total = measure(device)
-    own = torch.cuda.memory_allocated(device) if device.type == "cuda" else total
-    return min(free + own, total)
+    if device.type != "cuda":
+        return total
+    used = torch.cuda.memory_reserved(device) - _cached_bytes(device)
+    return min(free + used, total)
 
 
 @contextmanager
@@ -109,11 +117,14 @@ def refused_if_full(called: str, needed: int) -> Generator[None]:
 
 
 def unused_bytes(device: torch.device) -> int:
-    """Unused bytes of a device's memory, including those that torch caches from freed tensors."""
+    """Unused bytes of a device's memory, including those that torch caches from freed tensors.
+
+    The memory pools of CUDA graphs are used as a whole, since only further graphs get memory there.
+    """
     if device.type != "cuda":
         return _of_host().free
     free, _ = torch.cuda.mem_get_info(device)
-    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return free + _cached_bytes(device)
 
 
 def reclaim(device: torch.device) -> None:
@@ -125,6 +136,19 @@ def reclaim(device: torch.device) -> None:
         torch.cuda.empty_cache()
         # Includes host memory that streamed networks had pinned.
         torch._C._host_emptyCache()  # pyright: ignore[reportPrivateUsage]
+
+
+def _cached_bytes(device: torch.device) -> int:
+    """Bytes that torch caches from freed tensors, outside the memory pools of CUDA graphs."""
+    index = cast("int | None", device.index)
+    if index is None:
+        index = torch.cuda.current_device()
+    segments: Any = torch.cuda.memory_snapshot()
+    return sum(
+        one["total_size"] - one["allocated_size"]
+        for one in segments
+        if one["device"] == index and tuple(one["segment_pool_id"]) == NO_POOL
+    )
 
 
 def _no_room(called: str, needed: int, reason: str) -> Overloaded:

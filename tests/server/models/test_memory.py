@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from server.models import memory
-from server.models.memory import HOST, measure, reclaim
+from server.models.memory import HOST, attainable_bytes, measure, reclaim
 from server.models.own_memory import give_own_memory
 
 LIMIT, USED = 2**20, 2**19
@@ -64,12 +64,29 @@ def test_what_the_neighbours_in_a_larger_group_use_is_not_free(
     assert measure(torch.device(HOST)) == (LIMIT // 4, LIMIT)
 
 
-def test_a_tenth_of_a_gpu_is_left_to_activations(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Memory of freed tensors that torch keeps counts as free.
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (500, 1000))
-    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 300)
-    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 250)
-    assert measure(torch.device("cuda")) == (500 + 50 - 100, 900)
+def segment(total: int, allocated: int, *, device: int = 0, pool: int = 0) -> dict[str, object]:
+    """An entry of torch's snapshot."""
+    sizes = {"total_size": total, "allocated_size": allocated}
+    return {**sizes, "device": device, "segment_pool_id": (0, pool)}
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    """A GPU of 1000 bytes, of which 460 are free."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (460, 1000))
+    segments = [segment(300, 250), segment(40, 10, pool=1), segment(70, 10, device=1)]
+    monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: segments)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 340)
+    return torch.device("cuda", 0)
+
+
+def test_a_tenth_of_a_gpu_is_left_to_activations(gpu: torch.device) -> None:
+    # Memory of freed tensors that torch keeps counts as free, except in the pools of CUDA graphs.
+    assert measure(gpu) == (460 + 50 - 100, 900)
+
+
+def test_memory_of_cuda_graphs_can_be_had_for_weights(gpu: torch.device) -> None:
+    assert attainable_bytes(gpu) == 460 + 300 + 40 - 100
 
 
 def test_the_weights_of_an_unloaded_network_are_free_for_others(young_garbage: None) -> None:
