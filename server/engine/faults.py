@@ -15,7 +15,7 @@ __all__ = ["attempt", "free_memory", "is_out_of_memory", "lost_device"]
 
 Result = TypeVar("Result")
 
-OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "alloc_failed")
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "alloc_failed", "allocation_failed")
 """Phrases of drivers, libraries and the CPU's allocator, which lack torch's own exception."""
 
 STICKY_ERRORS = (

@@ -48,6 +48,7 @@ class Faulty:
     [
         ("CUDA error: out of memory", "memory"),
         ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", "memory"),
+        ("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED", "memory"),
         (
             "alloc_cpu.cpp:124. DefaultCPUAllocator: can't allocate memory",
             "memory",
