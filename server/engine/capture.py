@@ -135,6 +135,7 @@ class CapturedForward:
         self._given = [*given]
         self._graph = torch.cuda.CUDAGraph()
         constants = Constants()
+        failed: BaseException | None = None
         try:
             # Operations that cannot be captured are forbidden in this thread only: another thread
             # may load an adapter meanwhile. The outer context brings back the current stream where
@@ -144,9 +145,13 @@ class CapturedForward:
                 torch.cuda.graph(
                     self._graph, pool=pool, stream=stream, capture_error_mode="thread_local"
                 ),
-                constants,
             ):
-                self._raw = evaluate(*self._given)
+                try:
+                    with constants:
+                        self._raw = evaluate(*self._given)
+                except BaseException as error:
+                    failed = error
+                    raise
             self._constants = constants.tensors
         except BaseException:
             # If the capture was not ended, the allocator would wait for its end forever, and free
@@ -155,7 +160,13 @@ class CapturedForward:
                 of_torch: Any = torch._C  # pyright: ignore[reportPrivateUsage]
                 of_torch._cuda_endAllocateToPool(stream.device_index, pool)
                 of_torch._cuda_releasePool(stream.device_index, pool)
+            if failed is not None:
+                # Not that the capture could not be ended, which may follow from a lack of memory.
+                raise failed from failed.__cause__
             raise
+        finally:
+            # The error's traceback holds this frame, with the tensors that there was no room for.
+            failed = None
 
     @property
     def given_bytes(self) -> int:
