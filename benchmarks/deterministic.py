@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import argparse
 import platform
+from contextlib import ExitStack, contextmanager
 from statistics import median
 from time import perf_counter, process_time
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -21,6 +23,9 @@ from benchmarks.allowance import Allowance, add_settle
 from benchmarks.architectures import ARCHITECTURES, build
 from benchmarks.peers import Weft, settle
 from benchmarks.traffic import SAMPLERS, Request
+
+if TYPE_CHECKING:
+    from collections.abc import Generator, Iterable
 
 COUNTS = (1, 4, 8, 16)
 
@@ -48,11 +53,22 @@ def main() -> None:
         clients = _clients(count, options)
         for engine in engines:
             engine.follow(clients)
-        settle(ordinary.engine, ordinary.model, options.settle, allowance)
-        with ordinary.undisturbed():
+        for engine in engines:
+            with _undisturbed(other for other in engines if other is not engine):
+                settle(engine.engine, engine.model, options.settle, allowance)
+        with _undisturbed(engines):
             _report(engines, clients, options.rounds)
     for engine in engines:
         engine.stop()
+
+
+@contextmanager
+def _undisturbed(engines: Iterable[Weft]) -> Generator[None]:
+    """Let these engines do nothing but ticks: their preparation would take time of the other."""
+    with ExitStack() as held:
+        for engine in engines:
+            held.enter_context(engine.undisturbed())
+        yield
 
 
 def _clients(count: int, options: argparse.Namespace) -> list[list[Request]]:
