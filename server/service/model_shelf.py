@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from threading import Condition, Thread
 from typing import Final, Protocol, Self
 
@@ -36,6 +36,16 @@ RETRY_S: Final = 0.2
 
 FAILURE_EXPIRY_S: Final = 10.0
 """Seconds for which a model that failed to load is refused without reading its files again."""
+
+
+WAITED_S: Final = 5.0
+"""Seconds that a model must have waited for room before models in use give way to it; most are not
+in use for a moment by then."""
+
+MIN_TURN_S: Final = 30.0
+TURN_LOADS: Final = 3.0
+"""A model in use keeps its room for as many seconds, and for as many times the time that loading it
+took: with more models in demand than fit, most of the time must not be spent on loading."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +140,13 @@ class _Place:
 
     Attributes:
         users: number of leases, and of requests that wait for one.
-        used_at: time at which the last of them ended.
+        leases: number of leases.
+        live: number of leases of live streams, which have no end in sight.
+        used_at: time at which the last of the users left.
+        turn_until: time until which it need not give way to others.
+        gives_way_to: model that waits for its room; there are no more leases of it until then.
+        given_way: future that is set once this is over.
+        wanted_at: time at which the load was wanted.
         loading: future of a load, with its error or None; set while a load is wanted.
         progress: fraction of its bytes that have been read.
         crowded: whether other models that are in use leave no room for it.
@@ -143,23 +159,38 @@ class _Place:
     offloaded_bytes: int = 0
     loaded_since: float | None = None
     users: int = 0
+    leases: int = 0
+    live: int = 0
     used_at: float = 0.0
+    turn_until: float = 0.0
+    gives_way_to: _Place | None = None
+    given_way: Future[WeftError | None] = field(default_factory=Future[WeftError | None])
+    wanted_at: float = 0.0
     loading: Future[WeftError | None] | None = None
     progress: float = 0.0
     crowded: bool = False
     refusal: tuple[WeftError, float] | None = None
 
-    def hold(self, model: HostedModel) -> None:
+    @property
+    def is_idle(self) -> bool:
+        """Whether it is loaded, and may be unloaded now."""
+        gives_way = self.gives_way_to is not None and not self.leases
+        return self.model is not None and (gives_way or not self.users)
+
+    def hold(self, model: HostedModel, load_s: float = 0.0) -> None:
         self.model, self.memory_bytes = model, bytes_of(model)
         self.offloaded_bytes = offloaded_bytes_of(model)
         self.loaded_since, self.used_at = time.time(), time.monotonic()
+        self.turn_until = self.used_at + max(MIN_TURN_S, TURN_LOADS * load_s)
 
 
 class ModelShelf:
     """Lends models to requests, and loads those that are not loaded; safe from any thread.
 
     One model is loaded at a time, in a separate thread. If memory is short, it first unloads the
-    least recently used models that have no lease and no image in the engine.
+    least recently used models that have no lease and no image in the engine. If the leases of
+    others never end because there are always new ones, models take turns: those that have had
+    theirs are not lent any more until the one that waits has been loaded.
 
     Args:
         engine: engine that runs them.
@@ -225,8 +256,12 @@ class ModelShelf:
         created = self._created()
         return tuple(self._state(name, created.get(name, 0)) for name in self._names_with(created))
 
-    async def lend(self, name: str | None) -> Lease:
+    async def lend(self, name: str | None, *, live: bool = False) -> Lease:
         """Lend a model by name, None for the default one; wait until it is loaded.
+
+        Args:
+            name: name of the model.
+            live: whether the lease is a live stream's, which models that wait do not wait for.
 
         Raises:
             UnknownModel: no such model is hosted.
@@ -239,14 +274,11 @@ class ModelShelf:
         with self._wake:
             place.users += 1
         try:
-            await self._loaded(place)
-            model = place.model
-            if model is None:
-                raise RuntimeError(f"model {place.name!r} was unloaded though it was in use")
+            model = await self._leased(place, live=live)
         except BaseException:
-            self._give_back(place)
+            self._leave(place)
             raise
-        return Lease(model, lambda: self._give_back(place))
+        return Lease(model, lambda: self._give_back(place, live=live))
 
     async def unload(self, name: str | None) -> None:
         """Unload a model by name, None for the default one; requests load it again.
@@ -303,19 +335,24 @@ class ModelShelf:
                 self._unwanted.remove((place, unloading))
             return waits
 
-    async def _loaded(self, place: _Place) -> None:
-        with self._wake:
-            if place.model is not None:
-                return
-            loading = self._wanted(place)
-        waiting = asyncio.wrap_future(loading)
-        done, _ = await asyncio.wait({waiting}, timeout=self._patience_s)
-        if not done:
-            raise NotReady(self._late(place), retry_after_s=30)
-        error = waiting.result()
-        if error is not None:
-            # A copy: each waiting task raises it, which adds to the traceback.
-            raise copy(error)
+    async def _leased(self, place: _Place, *, live: bool) -> HostedModel:
+        until = time.monotonic() + self._patience_s
+        while True:
+            with self._wake:
+                model = place.model
+                if model is not None and place.gives_way_to is None:
+                    place.leases += 1
+                    place.live += live
+                    return model
+                awaited = self._wanted(place) if place.gives_way_to is None else place.given_way
+            waiting = asyncio.wrap_future(awaited)
+            done, _ = await asyncio.wait({waiting}, timeout=until - time.monotonic())
+            if not done:
+                raise NotReady(self._late(place), retry_after_s=30)
+            error = waiting.result()
+            if error is not None:
+                # A copy: each waiting task raises it, which adds to the traceback.
+                raise copy(error)
 
     def _wanted(self, place: _Place) -> Future[WeftError | None]:
         """Outcome of the load that is under way, or of a new one."""
@@ -327,6 +364,7 @@ class ModelShelf:
             loading.set_result(known)
             return loading
         place.loading, place.progress, place.crowded = loading, 0.0, False
+        place.wanted_at = time.monotonic()
         self._jobs.append(place)
         self._start()
         return loading
@@ -340,6 +378,11 @@ class ModelShelf:
 
     def _late(self, place: _Place) -> str:
         waited = f"after {self._patience_s:.0f} s"
+        if place.gives_way_to is not None:
+            return (
+                f"Model {place.name!r} has given way to others {waited}, as not all models in "
+                "demand fit in memory; send the request again later."
+            )
         if place.crowded:
             return (
                 f"Model {place.name!r} is not loaded {waited}: the models in use leave no room for "
@@ -347,7 +390,13 @@ class ModelShelf:
             )
         return f"Model {place.name!r} is still being loaded {waited}; send the request again."
 
-    def _give_back(self, place: _Place) -> None:
+    def _give_back(self, place: _Place, *, live: bool) -> None:
+        with self._wake:
+            place.leases -= 1
+            place.live -= live
+        self._leave(place)
+
+    def _leave(self, place: _Place) -> None:
         with self._wake:
             place.users -= 1
             place.used_at = time.monotonic()
@@ -413,7 +462,7 @@ class ModelShelf:
         model = source.load(place.name, tell)
         self._engine.add_model(model)
         with self._wake:
-            place.hold(model)
+            place.hold(model, time.monotonic() - began)
         log.info(
             "model %s is loaded: %d MB in %.1f s",
             place.name,
@@ -444,9 +493,41 @@ class ModelShelf:
                         f"{room.free} bytes are free, and unloading others would not be enough.",
                         retry_after_s=60,
                     )
+                lacking = needed - room.free - sum(one.memory_bytes for one in idle)
+                self._ask_to_give_way(place, lacking)
                 return False
             if not self._unload(idle[0]):
                 return False
+
+    def _ask_to_give_way(self, place: _Place, lacking: int) -> None:
+        """Lend models in use no more until another has been loaded, if they have had their turn.
+
+        Args:
+            place: model that waits for room.
+            lacking: bytes that they must free, beside models that are not in use.
+        """
+        now = time.monotonic()
+        if now < place.wanted_at + WAITED_S:
+            return
+        with self._wake:
+            others = list(self._places.values())
+            asked = [one for one in others if one.gives_way_to is place and not one.is_idle]
+            lacking -= sum(one.memory_bytes for one in asked)
+            able = [
+                one
+                for one in others
+                if one.model is not None and one.users and not one.live and one.turn_until <= now
+            ]
+            chosen: list[_Place] = []
+            for one in sorted(able, key=lambda one: one.turn_until):
+                if lacking > 0 and one.gives_way_to is None:
+                    chosen.append(one)
+                    lacking -= one.memory_bytes
+            if lacking > 0:
+                return
+            for one in chosen:
+                log.info("model %s gives way to model %s", one.name, place.name)
+                one.gives_way_to, one.given_way = place, Future()
 
     def _make_room_on_host(self, place: _Place) -> bool:
         """Unload others until host memory suffices for a model; return False if it must wait."""
@@ -469,7 +550,7 @@ class ModelShelf:
     def _idle(self) -> list[_Place]:
         """Loaded models without users, least recently used first."""
         with self._wake:
-            idle = [one for one in self._places.values() if one.model is not None and not one.users]
+            idle = [one for one in self._places.values() if one.is_idle]
             return sorted(idle, key=lambda one: one.used_at)
 
     def _unloaded(self, place: _Place) -> WeftError | None:
@@ -487,7 +568,7 @@ class ModelShelf:
 
     def _unload(self, place: _Place) -> bool:
         with self._wake:
-            if place.users or place.model is None:
+            if place.model is None or not place.is_idle:
                 return False
             model, place.model = place.model, None
         removed = False
@@ -516,6 +597,10 @@ class ModelShelf:
             loading, place.loading = place.loading, None
             if place in self._jobs:
                 self._jobs.remove(place)
+            for one in self._places.values():
+                if one.gives_way_to is place:
+                    one.gives_way_to = None
+                    one.given_way.set_result(None)
         if loading is not None:
             loading.set_result(error)
 

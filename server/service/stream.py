@@ -190,7 +190,7 @@ class StreamSession:
         merged = {k: v for k, v in {**self._fields, **fields}.items() if v is not None}
         settings = read_settings(merged)
         self._service.ready_engine()
-        lease = await self._service.ready_shelf().lend(settings.model)
+        lease = await self._service.ready_shelf().lend(settings.model, live=True)
         try:
             prepared = await asyncio.to_thread(self._prepare, settings, lease.model)
             uploads = await self._decoded_beside(settings, merged, prepared, lease.model)

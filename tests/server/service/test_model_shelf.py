@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import weakref
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from collections import Counter
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
+from contextlib import asynccontextmanager, suppress
 from threading import Event
+from time import monotonic, sleep
 from typing import Any
 
 import numpy as np
@@ -32,7 +34,7 @@ from server.http.automatic1111.weights import reload_checkpoint, unload_checkpoi
 from server.models.hosted import HostedModel
 from server.requests.schema import GenerateRequest
 from server.service.generation import Generation
-from server.service.model_shelf import Room
+from server.service.model_shelf import ModelShelf, Room
 from server.service.service import Service
 from server.service.streams import Streams
 from server.settings import Limits, Settings
@@ -213,6 +215,102 @@ def test_a_model_in_use_is_never_unloaded_and_the_request_waits(service: Service
         service.release(held)
 
     asyncio.run(run())
+
+
+def until(happened: Callable[[], bool]) -> None:
+    last = monotonic() + PATIENCE_S
+    while not happened():
+        assert monotonic() < last
+        sleep(0.01)
+
+
+@pytest.fixture
+def short_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.service.model_shelf.WAITED_S", 0.1)
+    monkeypatch.setattr("server.service.model_shelf.MIN_TURN_S", 0.1)
+
+
+@asynccontextmanager
+async def in_use(shelf: ModelShelf, name: str) -> AsyncGenerator[Counter[str]]:
+    """A model with a new lease before each old one ends, and how many leases there were."""
+    leases, used = Counter[str](), asyncio.Event()
+
+    async def use(after_s: float) -> None:
+        await asyncio.sleep(after_s)
+        while True:
+            with await shelf.lend(name):
+                leases[name] += 1
+                used.set()
+                await asyncio.sleep(0.2)
+
+    users = [asyncio.create_task(use(after_s)) for after_s in (0.0, 0.1)]
+    await used.wait()
+    yield leases
+    for user in users:
+        user.cancel()
+    await asyncio.gather(*users, return_exceptions=True)
+
+
+@pytest.mark.usefixtures("short_turns")
+@pytest.mark.parametrize("times", [1, 2])
+def test_models_that_are_always_in_use_take_turns_with_one_that_waits(
+    service: Service, store: Store, monkeypatch: pytest.MonkeyPatch, times: int
+) -> None:
+    """One that needs the room of both waits for both."""
+    monkeypatch.setattr(store, "needs", lambda name: times * BYTES if name == "c" else BYTES)
+    shelf = service.ready_shelf()
+
+    async def run() -> None:
+        async with in_use(shelf, "a") as of_a, in_use(shelf, "b") as of_b:
+            async with asyncio.timeout(PATIENCE_S):
+                (await shelf.lend("c")).release()
+            had = of_a + of_b
+            await asyncio.sleep(2)
+            assert all((of_a + of_b)[name] > had[name] + 1 for name in "ab")
+
+    asyncio.run(run())
+
+
+@pytest.mark.usefixtures("short_turns")
+def test_the_model_of_a_stream_gives_way_to_none_and_another_does(service: Service) -> None:
+    shelf = service.ready_shelf()
+
+    async def run() -> None:
+        stream = await shelf.lend("a", live=True)
+        async with in_use(shelf, "b"):
+            lease = await shelf.lend("c")
+            assert loaded(service) == ["a", "c"]
+            # Its users are not held back by one that needs another model's room.
+            (await shelf.lend("a")).release()
+            lease.release()
+        stream.release()
+        assert {place.live for place in shelf._places.values()} == {0}
+
+    asyncio.run(run())
+
+
+@pytest.mark.usefixtures("short_turns")
+def test_users_of_a_model_that_gives_way_in_vain_get_it_back(
+    service: Service, store: Store
+) -> None:
+    shelf = service.ready_shelf()
+
+    async def run() -> None:
+        stream = await shelf.lend("a", live=True)
+        held = await shelf.lend("b")
+        waiting = asyncio.create_task(shelf.lend("c"))
+        await asyncio.to_thread(until, lambda: shelf._place("b").gives_way_to is not None)
+        late = asyncio.create_task(shelf.lend("b"))
+        await asyncio.sleep(0.5)
+        assert not late.done()
+        waiting.cancel()
+        async with asyncio.timeout(PATIENCE_S):
+            (await late).release()
+        held.release()
+        stream.release()
+
+    asyncio.run(run())
+    assert store.loads == ["b"]
 
 
 def test_recordings_of_forwards_make_room_where_models_in_use_cannot(
