@@ -99,6 +99,7 @@ CUDA_TESTS = (
     "tests/benchmarks/test_peers.py",
     "tests/embedded/test_training.py",
     "tests/server/engine/test_cuda.py",
+    "tests/server/engine/test_cuda_captures.py",
     RECORDINGS,
     "tests/server/models/gguf/test_blocks.py",
     LOST_DEVICE,
