@@ -15,7 +15,13 @@ from PIL import Image
 from server.heap import return_free_memory
 from server.requests.upload import Upload
 from tests.server.decoding.files import saved
-from tests.server.http.small_server import SmallServer, answer_of, send, small_server
+from tests.server.http.small_server import (
+    PATIENCE_S,
+    SmallServer,
+    answer_of,
+    send,
+    small_server,
+)
 
 MAX_PENDING = 4
 MIB = 2**20
@@ -23,7 +29,7 @@ MIB = 2**20
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[SmallServer]:
-    with small_server(max_pending=MAX_PENDING, limits={"images": MAX_PENDING}, body_s=2) as made:
+    with small_server(max_pending=MAX_PENDING, limits={"images": MAX_PENDING}) as made:
         yield made
 
 
@@ -130,9 +136,9 @@ def test_a_body_of_unknown_length_is_refused_when_it_turns_out_large(server: Sma
         assert answer_of(client)[0] == 429
 
 
-def test_a_body_that_does_not_arrive_is_given_up(server: SmallServer) -> None:
-    began = time.monotonic()
-    with server.connect() as client:
+def test_a_body_that_does_not_arrive_is_given_up() -> None:
+    with small_server(body_s=2) as server, server.connect() as client:
+        began = time.monotonic()
         client.sendall(server.head("POST", 1000) + b'{"prompt": ')
         status, message = sentence(answer_of(client))
     assert status == 408
@@ -158,13 +164,14 @@ def resident() -> int:
 
 def test_bodies_under_way_are_bounded_and_their_memory_is_returned() -> None:
     content = b'{"prompt": "x", "image": "' + b"A" * (30 * MIB)
-    done = threading.Event()
+    done, all_sent = threading.Event(), threading.Barrier(21, timeout=PATIENCE_S)
 
     def hold(server: SmallServer) -> None:
         with server.connect() as client:
             client.sendall(server.head("POST", 31 * MIB))
             send(client, content)
-            done.wait(20)
+            all_sent.wait()
+            done.wait(PATIENCE_S)
 
     with small_server(bodies_bytes=320 * MIB, max_pending=16) as server:
         # A first request takes memory that stays, and a test worker may free some of its own.
@@ -174,11 +181,8 @@ def test_bodies_under_way_are_bounded_and_their_memory_is_returned() -> None:
         clients = [threading.Thread(target=hold, args=(server,)) for _ in range(20)]
         for client in clients:
             client.start()
-        held = []
-        for _ in range(30):
-            time.sleep(0.05)
-            held.append(server.app.state.bodies.held)
-        assert 160 * MIB < max(held) <= 320 * MIB
+        all_sent.wait()
+        assert 160 * MIB < server.app.state.bodies.held <= 320 * MIB
         assert server.post({"prompt": "x", "steps": 2})[0] == 200
         done.set()
         for client in clients:

@@ -42,7 +42,12 @@ MODEL = f"embedded={embedded_folders()['embedded']}"
 """One model is enough."""
 SECRET = "whsec_" + base64.b64encode(bytes(range(32))).decode()
 INPUT = {"prompt": "a red circle", "steps": 2, "seed": 5, "width": 64, "height": 64}
-SLOW = INPUT | {"steps": 200, "guidance": "none"}
+LONG = INPUT | {"steps": 200, "guidance": "none"}
+THREE_FORWARDS = (
+    "changed.calls = getattr(changed, 'calls', 0) + 1; changed.calls > 3 and time.sleep(3600)"
+)
+"""After three forwards of at most two images of two steps, one is finished and others are not. They
+stay so, since the fourth forward does not end."""
 
 
 def adapted() -> dict[str, Any]:
@@ -68,7 +73,7 @@ def accepted(forks: Forks, folder: Path, tmp_path_factory: pytest.TempPathFactor
         for name, value in given.items():
             environment.setenv(name, value)
         place = tmp_path_factory.mktemp("killed")
-        with served(forks, place, "time.sleep(0.02)") as server:
+        with served(forks, place, THREE_FORWARDS) as server:
             server.wait_for("/readyz", 200)
             server.disturb()
             identifiers: list[str] = []
@@ -118,6 +123,19 @@ def server(folder: Path, controls: Path, accepted: list[str]) -> Iterator[Runnin
     running.start()
     yield running
     running.stop()
+
+
+@pytest.fixture
+def slow(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make a job of 200 steps take 20 seconds, so that it is under way whenever a test looks."""
+    model = server.app.state.service.ready_shelf().loaded()[0]
+    evaluate = model.evaluate
+
+    def slowly(*given: Any) -> Any:
+        time.sleep(0.1)
+        return evaluate(*given)
+
+    monkeypatch.setattr(model, "evaluate", slowly)
 
 
 @pytest.fixture(scope="module")
@@ -247,11 +265,12 @@ def test_a_hundred_posts_with_one_key_are_one_job(mine: httpx2.Client) -> None:
     assert (changed.status_code, changed.json()["error"]["param"]) == (422, "idempotency-key")
 
 
+@pytest.mark.usefixtures("slow")
 def test_events_tell_of_the_queue_and_cancel_ends_the_work(
     mine: httpx2.Client, server: Running
 ) -> None:
     until(lambda: all_ended(mine))
-    first, second, third = (post(mine, SLOW | {"seed": seed}).json() for seed in (1, 2, 3))
+    first, second, third = (post(mine, LONG | {"seed": seed}).json() for seed in (1, 2, 3))
     told: list[tuple[str, dict[str, Any]]] = []
     with mine.stream("GET", third["urls"]["stream"]) as stream:
         name = ""
@@ -420,11 +439,12 @@ def test_a_job_whose_images_cannot_be_stored_is_begun_again(
         assert job["error"] == "The images could not be stored; the server's log has the details."
 
 
+@pytest.mark.usefixtures("slow")
 def test_a_server_that_stops_lets_its_jobs_wait(
     mine: httpx2.Client, server: Running, folder: Path
 ) -> None:
     """This must be the last test, since it stops the server."""
-    accepted = [post(mine, SLOW | {"seed": seed}).json()["id"] for seed in (1, 2, 3)]
+    accepted = [post(mine, LONG | {"seed": seed}).json()["id"] for seed in (1, 2, 3)]
     until(lambda: mine.get(f"/v1/predictions/{accepted[1]}").json()["status"] == "processing")
     server.stop()
     database = of_folder(folder)
