@@ -34,7 +34,7 @@ def files(folder: Path) -> set[str]:
 
 async def until(happened: Callable[[], bool]) -> None:
     async with asyncio.timeout(60):
-        while not happened():
+        while not happened():  # noqa: ASYNC110
             await asyncio.sleep(0.01)
 
 

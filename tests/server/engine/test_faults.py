@@ -15,6 +15,7 @@ from server.engine.faults import attempt, is_out_of_memory
 from server.engine.state.row_cap import RECOVERY_TICKS, RowCap
 from server.errors import DeviceLost, InvalidRequest, NotReady, RowFailed
 from tests.covering import EVERY_CELL
+from tests.server.engine.conftest import PATIENCE_S
 
 CPU = torch.device("cpu")
 LOST = "CUDA error: an illegal memory access was encountered\nCUDA kernel errors might be ..."
@@ -118,7 +119,7 @@ def test_a_lost_device_ends_everything_at_once_with_one_sentence(model, task, li
     faulty.faults[place] = fault
     engine.submit([task(steps=1, seed=seed) for seed in range(3)], heard)
     heard.wait()
-    assert ended.wait(2)
+    assert ended.wait(PATIENCE_S)
     sentences = {str(error) for error in heard.errors.values()}
     assert len(heard.errors) == 3
     assert len(sentences) == 1
@@ -147,7 +148,7 @@ def test_an_engine_that_cannot_even_tell_its_listeners_says_that_it_failed(model
     heard.failed = fail
     faulty.faults["evaluate"] = RuntimeError(LOST)
     engine.submit([task(steps=1)], heard)
-    assert ended.wait(10)
+    assert ended.wait(PATIENCE_S)
     assert isinstance(engine.failure, DeviceLost)
 
 

@@ -24,7 +24,14 @@ from server.settings import Settings
 from tests.covering import EVERY_CELL
 from tests.server.process import PATIENCE_S, Forks, Server, served
 
-SLOW = "time.sleep(0.1)"
+
+def held(seconds: float) -> str:
+    """A change by which a forward waits for a file, and takes some seconds even then."""
+    return f"""
+        while not flag.with_name("go").exists():
+            time.sleep(0.01)
+        time.sleep({seconds})
+    """
 
 
 def body(steps: int, **fields: Any) -> dict[str, Any]:
@@ -47,20 +54,20 @@ def test_requests_under_way_finish_or_hear_why_not(
 ) -> None:
     # So long that only a second signal ends what is in progress.
     monkeypatch.setenv("WEFT_DRAIN_S", f"{2 * PATIENCE_S}")
-    with served(forks, tmp_path, SLOW) as server:
+    with served(forks, tmp_path, held(0.1)) as server:
         server.wait_for("/readyz", 200)
         server.disturb()
-        _stop_amid_work(server)
+        _stop_amid_work(server, tmp_path / "go")
     assert "Traceback" not in server.log.read_text()
 
 
-def _stop_amid_work(server: Server) -> None:
+def _stop_amid_work(server: Server, go: Path) -> None:
     with ThreadPoolExecutor(4) as pool, half_a_request(server) as half:
 
         def ask(*given: Any) -> Future[tuple[int, str]]:
             return pool.submit(server.ask, *given)
 
-        short = ask("/v1/generate", body(20))
+        short = ask("/v1/generate", body(2))
         long = ask("/v1/generate", body(200))
         stream = ask("/v1/generate", body(200, stream=True))
         _wait(lambda: "weft_queue_images 3.0" in server.ask("/metrics")[1])
@@ -71,6 +78,7 @@ def _stop_amid_work(server: Server) -> None:
         assert (status, json.loads(refusal)["error"]["code"]) == (503, "not_ready")
         assert not short.done(), "the listener was to stay open while work goes on"
 
+        go.touch()
         assert short.result()[0] == 200, (short.result(), server.log.read_text())
         server.process.send_signal(signal.SIGTERM)
         status, unfinished = long.result()
@@ -87,11 +95,12 @@ def _stop_amid_work(server: Server) -> None:
 def test_a_server_that_is_still_loading_ends_cleanly(
     forks: Forks, tmp_path: Path, number: int
 ) -> None:
-    with served(forks, tmp_path, "time.sleep(2)") as server:
+    with served(forks, tmp_path, held(2)) as server:
         server.disturb()
         server.wait_for("/livez", 200)
         server.wait_for("/readyz", 503)
         server.process.send_signal(number)
+        (tmp_path / "go").touch()
         assert server.ended() == 0
     assert "Traceback" not in server.log.read_text()
     assert "terminate called" not in server.log.read_text()

@@ -28,6 +28,7 @@ from tests.server.toy_model import Toy, started
 LEASE_S = 30.0
 KEEP_S = 100.0
 OWNERS = ["a", "b"]
+PATIENCE_S = 60.0
 
 Work = Callable[[Database], Awaitable[None]]
 
@@ -151,7 +152,7 @@ def test_a_server_without_a_job_s_key_fails_it_when_it_starts(
         jobs = Jobs(settings, service, lambda _: b"")
         await jobs.open()
         try:
-            return await jobs.ended(await jobs.get("removed", identifiers[0]), LEASE_S)
+            return await jobs.ended(await jobs.get("removed", identifiers[0]), PATIENCE_S)
         finally:
             await jobs.close()
             service.close()
@@ -173,7 +174,7 @@ def all_ended(folder: Path, jobs: list[Job]) -> list[Job]:
         open_jobs = Jobs(settings, service, lambda _: b"")
         await open_jobs.open()
         try:
-            return [await open_jobs.ended(job, LEASE_S) for job in jobs]
+            return [await open_jobs.ended(job, PATIENCE_S) for job in jobs]
         finally:
             await open_jobs.close()
             service.close()
@@ -380,7 +381,7 @@ def test_a_server_that_is_woken_when_it_stops_stops(tmp_path: Path, turns: int) 
         jobs._runner.wake()
         for _ in range(turns):
             await asyncio.sleep(0)
-        await asyncio.wait_for(jobs.close(), 5)
+        await asyncio.wait_for(jobs.close(), PATIENCE_S)
         service.close()
 
     asyncio.run(run())
