@@ -63,7 +63,7 @@ def test_an_image_is_deleted_when_its_time_is_over(
         await store.close()
 
     monkeypatch.setattr("server.results.time", SimpleNamespace(time=lambda: now))
-    monkeypatch.setattr("server.results.LONGEST_SLEEP_S", 0.01)
+    monkeypatch.setattr("server.results.MAX_SLEEP_S", 0.01)
     run(work)
 
 

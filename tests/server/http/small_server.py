@@ -25,8 +25,10 @@ PATIENCE_S = 60
 class SmallServer:
     """uvicorn in a thread, with a watch on how long its event loop is blocked at most.
 
-    A turn of the loop counts as no longer than this process was computing meanwhile, as a loaded
-    machine may give it no time.
+    Attributes:
+        longest_gap_s: the longest time in which the event loop did not run.
+        longest_stop_s: the same, but no longer than this process was computing meanwhile, as a
+            loaded machine may give it no time.
 
     Args:
         settings: settings of the server.
@@ -50,7 +52,7 @@ class SmallServer:
             access_log=False,
         )
         self.server = uvicorn.Server(config)
-        self.longest_stop_s = 0.0
+        self.longest_gap_s = self.longest_stop_s = 0.0
         self._thread = threading.Thread(target=self._run, name="uvicorn")
 
     @property
@@ -113,10 +115,10 @@ class SmallServer:
         while True:
             began, computed = time.perf_counter(), time.process_time()
             await asyncio.sleep(0.005)
-            late_s = time.perf_counter() - began - 0.005
-            self.longest_stop_s = max(
-                self.longest_stop_s, min(late_s, time.process_time() - computed)
-            )
+            gap_s = time.perf_counter() - began - 0.005
+            self.longest_gap_s = max(self.longest_gap_s, gap_s)
+            stop_s = min(gap_s, time.process_time() - computed)
+            self.longest_stop_s = max(self.longest_stop_s, stop_s)
 
 
 @contextmanager
