@@ -6,6 +6,7 @@ import socket
 import time
 from collections.abc import Generator, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from itertools import pairwise
 from threading import Event
 from typing import Any
@@ -29,15 +30,17 @@ LARGE = bytes(16 * 2**20)
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[SmallServer]:
-    """A server with more patience than any client here needs, and room for a few connections."""
-    with small_server(headers_s=PATIENCE_S, max_connections=MAX_CONNECTIONS) as made:
+    """A server that gives up only clients that do not read, with room for a few connections."""
+    with small_server(
+        headers_s=PATIENCE_S, write_s=WRITE_S, max_connections=MAX_CONNECTIONS
+    ) as made:
         yield made
 
 
 @pytest.fixture(scope="module")
 def hasty() -> Iterator[SmallServer]:
-    """A server that gives slow clients up soon."""
-    with small_server(headers_s=SOON_S, write_s=WRITE_S) as made:
+    """A server that gives clients up soon that send no headers."""
+    with small_server(headers_s=SOON_S) as made:
         yield made
 
 
@@ -183,14 +186,15 @@ def test_headers_that_trickle_are_given_up(hasty: SmallServer) -> None:
         assert answer["error"]["message"] == "The headers did not arrive within 0.5 s."
 
 
-def test_blank_lines_are_no_sign_of_life(hasty: SmallServer) -> None:
-    with ExitStack() as stack:
-        answer = b""
-        while not answer.startswith(b"HTTP/1.1 200"):
-            # If this thread was late, the server has given up the connection before it.
-            client = stack.enter_context(hasty.connect())
-            client.sendall(hasty.head("GET", 0, "/livez").replace(b"connection: close\r\n", b""))
-            answer = client.recv(65536)
+def test_blank_lines_are_no_sign_of_life(server: SmallServer) -> None:
+    # Those of other tests.
+    server.wait(lambda: open_connections(server) == 0)
+    with server.connect() as client:
+        client.sendall(server.head("GET", 0, "/livez").replace(b"connection: close\r\n", b""))
+        assert client.recv(65536).startswith(b"HTTP/1.1 200")
+        connection: Any
+        [connection] = server.server.server_state.connections
+        connection._patience = replace(connection._patience, headers_s=SOON_S)
         assert pushing_ends(client, b"\r\n", 40 * SOON_S)
 
 
@@ -203,27 +207,27 @@ def test_a_connection_serves_one_request_after_another(server: SmallServer) -> N
             assert open_connections(server) == 1
 
 
-def test_a_client_that_does_not_read_is_dropped(hasty: SmallServer) -> None:
+def test_a_client_that_does_not_read_is_dropped(server: SmallServer) -> None:
     asked: list[bool] = []
 
     def large() -> Response:
         asked.append(True)
         return Response(LARGE)
 
-    hasty.app.add_api_route("/unread", large)
-    with with_little_room(hasty) as client:
-        client.sendall(hasty.head("GET", 0, "/unread"))
-        hasty.wait(lambda: asked)
-        hasty.wait(lambda: open_connections(hasty) == 0)
+    server.app.add_api_route("/unread", large)
+    with with_little_room(server) as client:
+        client.sendall(server.head("GET", 0, "/unread"))
+        server.wait(lambda: asked)
+        server.wait(lambda: open_connections(server) == 0)
         assert len(rest_of(client)) < len(LARGE)
 
 
-def test_a_client_that_reads_slowly_but_steadily_gets_all(hasty: SmallServer) -> None:
+def test_a_client_that_reads_slowly_but_steadily_gets_all(server: SmallServer) -> None:
     def read() -> tuple[bytes, float, float]:
         """What was received, the seconds it took, and the longest break in it."""
-        hasty.longest_gap_s = 0
-        with with_little_room(hasty) as client:
-            client.sendall(hasty.head("GET", 0, "/large"))
+        server.longest_gap_s = 0
+        with with_little_room(server) as client:
+            client.sendall(server.head("GET", 0, "/large"))
             received, times = b"", [time.monotonic()]
             with suppress(ConnectionError):
                 while chunk := client.recv(2**20):
@@ -231,10 +235,10 @@ def test_a_client_that_reads_slowly_but_steadily_gets_all(hasty: SmallServer) ->
                     times.append(time.monotonic())
                     time.sleep(0.005)
             times.append(time.monotonic())
-        breaks = [hasty.longest_gap_s, *(later - before for before, later in pairwise(times))]
+        breaks = [server.longest_gap_s, *(later - before for before, later in pairwise(times))]
         return received, times[-1] - times[0], max(breaks)
 
-    hasty.app.add_api_route("/large", lambda: Response(LARGE))
+    server.app.add_api_route("/large", lambda: Response(LARGE))
     received, seconds, longest_break = read()
     while longest_break > WRITE_S / 2:
         # A thread was late, so the reading was not steady.
