@@ -7,9 +7,11 @@ an error names tensors that are missing or unexpected.
 
 from __future__ import annotations
 
+import errno
 import gzip
 import json
 import logging
+import os
 import shutil
 from hashlib import sha256
 from importlib.metadata import version
@@ -197,10 +199,21 @@ def _convert(file: Path, folder: Path, templates: Path) -> None:
         )
     for part, own in parts.items():
         stem = TEXT_ENCODER if part.startswith("text_encoder") else NETWORK
-        save_file(
-            {name: tensor.contiguous() for name, tensor in own.items()},
-            folder / part / f"{stem}.safetensors",
-        )
+        _write(folder / part / f"{stem}.safetensors", own)
+
+
+def _write(file: Path, weights: Mapping[str, Tensor]) -> None:
+    """Write weights and sync them: a loss of power must not leave a folder that looks complete.
+
+    Raises:
+        OSError: the disk is full, or cannot be written to.
+    """
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in weights.items()}, file)
+    except SafetensorError as error:
+        raise OSError(errno.EIO, str(error), str(file)) from None
+    with file.open("rb") as stream:
+        os.fsync(stream.fileno())
 
 
 def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
 from importlib.resources import files
 from pathlib import Path
@@ -176,6 +177,22 @@ def test_a_server_is_not_started_on_another_kind_of_file(tmp_path: Path) -> None
     settings = Settings(models=(str(tmp_path / "other.safetensors"),), cache=tmp_path / "cache")
     with pytest.raises(ModelMismatch, match=r"other.safetensors' is not a complete checkpoint of"):
         host(settings)
+
+
+def test_weights_that_find_no_room_on_the_disk_are_an_error_of_the_disk(
+    file: Path, templates: Path, tmp_path: Path
+) -> None:
+    whole = converted(file, tmp_path / "whole", templates)
+    largest = max(one.stat().st_size for one in whole.rglob("*.safetensors"))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (largest - 1, before[1]))
+    try:
+        with pytest.raises(OSError, match="File too large") as failed:
+            converted(file, tmp_path / "full", templates)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert Path(failed.value.filename).is_relative_to(tmp_path / "full")
+    assert not list((tmp_path / "full").rglob("*.safetensors"))
 
 
 @pytest.fixture(scope="module")
