@@ -268,7 +268,7 @@ def watched(engine: Engine, parts: FrameParts) -> Generator[None]:
                 patch.object(
                     owner,
                     name,
-                    lambda model, of=of, part=part: parts.timed(part, of(model), network=True),
+                    lambda *asked, of=of, part=part: parts.timed(part, of(*asked), network=True),
                 )
             )
         yield

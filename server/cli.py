@@ -122,6 +122,14 @@ Vaes = Annotated[
         help="NAME=PATH of an autoencoder in place of that of a model; repeat for several.",
     ),
 ]
+TinyVaes = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--tiny-vae",
+        help="NAME=PATH of a tiny autoencoder beside that of a model, for requests that ask for "
+        "it; repeat for several.",
+    ),
+]
 Denoisers = Annotated[
     list[str] | None,
     typer.Option(
@@ -169,6 +177,7 @@ def serve(
     ] = None,
     model: Models = None,
     vae: Vaes = None,
+    tiny_vae: TinyVaes = None,
     denoiser: Denoisers = None,
     adapters: Adapters = None,
     embeddings: Embeddings = None,
@@ -207,6 +216,7 @@ def serve(
         port=port,
         models=model,
         vaes=vae,
+        tiny_vaes=tiny_vae,
         denoisers=denoiser,
         adapters=adapters,
         embeddings=embeddings,
@@ -343,6 +353,7 @@ def generate(
     ] = None,
     model: Models = None,
     vae: Vaes = None,
+    tiny_vae: TinyVaes = None,
     denoiser: Denoisers = None,
     adapters: Adapters = None,
     embeddings: Embeddings = None,
@@ -370,6 +381,7 @@ def generate(
     settings = _settings(
         models=model,
         vaes=vae,
+        tiny_vaes=tiny_vae,
         denoisers=denoiser,
         adapters=adapters,
         embeddings=embeddings,

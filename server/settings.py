@@ -353,6 +353,11 @@ class Settings(BaseSettings):
         description="Autoencoders that replace models' own, each `name=path` of a `.safetensors` "
         "file, by diffusers' names or the original ones, or of a folder in the diffusers layout.",
     )
+    tiny_vaes: Names = Field(
+        default=(),
+        description="Tiny autoencoders beside models' own, each `name=path` as in `vaes`, for "
+        "requests with the `autoencoder` `tiny`.",
+    )
     denoisers: Names = Field(
         default=(),
         description="U-Nets or transformers that replace models' own, each `name=path` of a "
@@ -575,12 +580,12 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _check_networks(self) -> Self:
-        for field, entries in (("vaes", self.vaes), ("denoisers", self.denoisers)):
-            place = (
-                ".safetensors file or of a folder in the diffusers layout"
-                if field == "vaes"
-                else ".safetensors or .gguf file"
-            )
+        autoencoder = ".safetensors file or of a folder in the diffusers layout"
+        for field, entries, place in (
+            ("vaes", self.vaes, autoencoder),
+            ("tiny_vaes", self.tiny_vaes, autoencoder),
+            ("denoisers", self.denoisers, ".safetensors or .gguf file"),
+        ):
             for entry in entries:
                 name, _, path = entry.partition("=")
                 if not name or not path or not os.path.exists(path):
@@ -643,15 +648,20 @@ class Settings(BaseSettings):
         """The autoencoder that replaces a model's own, by the model's name."""
         return _paths(self.vaes).get(model)
 
+    def tiny_vae_of(self, model: str) -> Path | None:
+        """The tiny autoencoder beside a model's own, by the model's name."""
+        return _paths(self.tiny_vaes).get(model)
+
     def denoiser_of(self, model: str) -> Path | None:
         """The file of the denoiser that replaces a model's own, by the model's name."""
         return _paths(self.denoisers).get(model)
 
     def unknown_models(self, models: Collection[str]) -> list[tuple[str, str]]:
-        """Names in `quantize`, `vaes` and `denoisers` that no model has, each with its field."""
+        """Names in settings of single models that no model has, each with its field."""
         named = {
             "quantize": self._quantizations(),
             "vaes": _paths(self.vaes),
+            "tiny_vaes": _paths(self.tiny_vaes),
             "denoisers": _paths(self.denoisers),
         }
         return [

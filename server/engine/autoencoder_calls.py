@@ -27,7 +27,22 @@ if TYPE_CHECKING:
     from server.engine.graphs import Recorder
     from server.models.hosted import HostedModel
 
-__all__ = ["AutoencoderCalls", "Pace"]
+__all__ = ["AutoencoderCalls", "Pace", "decoder_of", "encoder_of"]
+
+
+def encoder_of(model: HostedModel, tiny: bool) -> Callable[[Tensor], Tensor]:
+    """``HostedModel.encode_image``, or the same by the model's tiny autoencoder.
+
+    Args:
+        model: loaded model.
+        tiny: whether to use the tiny one, which it then has; requests are checked for this.
+    """
+    return model.tiny.encode if tiny and model.tiny is not None else model.encode_image
+
+
+def decoder_of(model: HostedModel, tiny: bool) -> Callable[[Tensor], Tensor]:
+    """``HostedModel.decode``, or the same by the model's tiny autoencoder; see above."""
+    return model.tiny.decode if tiny and model.tiny is not None else model.decode
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,9 +51,11 @@ class Half:
 
     Attributes:
         subject: name of the half.
+        tiny: whether it is of the model's tiny autoencoder, not of its own.
     """
 
     subject: Literal["encoder", "decoder"]
+    tiny: bool = False
 
     @property
     def alive(self) -> bool:
@@ -51,9 +68,9 @@ class Half:
         return ""
 
     def evaluate(self, model: HostedModel, tensors: Mapping[str, Tensor]) -> Tensor:
-        """See ``HostedModel.encode_image`` and ``HostedModel.decode``."""
-        call = model.encode_image if self.subject == "encoder" else model.decode
-        return call(tensors["x"])
+        """See :func:`encoder_of` and :func:`decoder_of`."""
+        of = encoder_of if self.subject == "encoder" else decoder_of
+        return of(model, self.tiny)(tensors["x"])
 
 
 class Pace:
@@ -103,7 +120,7 @@ class PictureCost:
 
 
 class AutoencoderCalls:
-    """The calls of one model's autoencoder, which replace those of ``HostedModel``.
+    """The calls of one model's autoencoders, which replace those of ``HostedModel``.
 
     A recording must equal its call bit for bit. Calls with more pictures or more pixels than the
     decoder takes at once while ticks run are not recorded: they keep a GPU busy without it, a
@@ -128,7 +145,9 @@ class AutoencoderCalls:
         self.graphs: tuple[Graphs, ...] = ()
         self._fixed = fixed
         self._model = model
-        self._paces = {"encoder": Pace(), "decoder": Pace()}
+        both = (False,) if model.tiny is None else (False, True)
+        halves = (Half(subject, tiny) for tiny in both for subject in ("decoder", "encoder"))
+        self._paces = {half: Pace() for half in halves}
         if recorder_of is not None:
             # Each has its own memory, since they run at the same time: the encoder between forward
             # passes, and the decoder concurrently with them.
@@ -138,13 +157,13 @@ class AutoencoderCalls:
                 Graphs(model, recorder_of(model), room, exact=True, within=within),
             )
 
-    def encode(self, pixels: Tensor) -> Tensor:
-        """See ``HostedModel.encode_image``."""
-        return self._called(Half("encoder"), pixels, scale=1)
+    def encode(self, pixels: Tensor, *, tiny: bool = False) -> Tensor:
+        """See :func:`encoder_of`."""
+        return self._called(Half("encoder", tiny), pixels)
 
-    def decode(self, latents: Tensor) -> Tensor:
-        """See ``HostedModel.decode``; on CUDA it must be called on the decoder's stream."""
-        return self._called(Half("decoder"), latents, scale=self._model.facts.latent_scale)
+    def decode(self, latents: Tensor, *, tiny: bool = False) -> Tensor:
+        """See :func:`decoder_of`; on CUDA it must be called on the decoder's stream."""
+        return self._called(Half("decoder", tiny), latents)
 
     def first_calls(self) -> Iterator[Callable[[], object]]:
         """Yield calls at the model's default size, for each number of pictures that ticks may have.
@@ -155,29 +174,25 @@ class AutoencoderCalls:
         facts = self._model.facts
         pixels = facts.default_width * facts.default_height
         shape = 3, facts.default_height, facts.default_width
-        calls = (
-            ("decoder", self.decode, self._model.default_shape),
-            ("encoder", self.encode, shape),
-        )
+        sizes = {"decoder": self._model.default_shape, "encoder": shape}
         max_pictures = max(1, min(DECODER_BATCH, MAX_DECODER_PIXELS // pixels))
         for pictures in (DECODER_BATCH,) if self._fixed else range(1, max_pictures + 1):
-            for name, call, size in calls:
-                yield partial(self._timed, self._paces[name], call, (pictures, *size), pixels)
+            for half in self._paces:
+                yield partial(self._timed, half, (pictures, *sizes[half.subject]), pixels)
 
-    def _called(self, half: Half, given: Tensor, scale: int) -> Tensor:
+    def _called(self, half: Half, given: Tensor) -> Tensor:
+        scale = 1 if half.subject == "encoder" else self._model.facts.latent_scale
         pixels = given.shape[-1] * given.shape[-2] * scale**2
         beside_ticks = len(given) <= DECODER_BATCH and len(given) * pixels <= MAX_DECODER_PIXELS
         if self.graphs and beside_ticks:
             graphs = self.graphs[0 if half.subject == "encoder" else 1]
-            cost = PictureCost(pixels, self._paces[half.subject])
+            cost = PictureCost(pixels, self._paces[half])
             replayed = graphs.replayed({"x": given}, half, cost)
             if replayed is not None:
                 return replayed
         return half.evaluate(self._model, {"x": given})
 
-    def _timed(
-        self, pace: Pace, call: Callable[[Tensor], Tensor], shape: tuple[int, ...], pixels: int
-    ) -> None:
+    def _timed(self, half: Half, shape: tuple[int, ...], pixels: int) -> None:
         # Random numbers: with equal ones, a recording that wrongly kept its inputs would still pass
         # the comparison.
         drawn = torch.randn(shape, generator=torch.Generator().manual_seed(0))
@@ -186,5 +201,5 @@ class AutoencoderCalls:
         for _ in range(2):
             began = perf_counter()
             # Reading one number waits for the device.
-            call(given).flatten()[0].item()
-            pace.note(shape[0] * pixels, perf_counter() - began)
+            self._called(half, given).flatten()[0].item()
+            self._paces[half].note(shape[0] * pixels, perf_counter() - began)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 from contextlib import contextmanager
+from functools import partial
 from math import inf
 from threading import Lock
 from time import monotonic
 from typing import TYPE_CHECKING
 
+from server.engine.autoencoder_calls import decoder_of, encoder_of
 from server.engine.capture import CudaRecorder
 from server.engine.faults import attempt, free_memory
 from server.engine.preparation import AT_START, Preparation, PreparedForwards
@@ -105,15 +107,15 @@ class IdleWork:
             return None
         return self._preparation.forwards(model, shape, cost, max_rows)
 
-    def encoder_of(self, model: HostedModel) -> Callable[[Tensor], Tensor]:
+    def encoder_of(self, model: HostedModel, tiny: bool) -> Callable[[Tensor], Tensor]:
         """The function that encodes pictures for a model, with recordings if they are prepared."""
         calls = None if self._preparation is None else self._preparation.autoencoder(model)
-        return model.encode_image if calls is None else calls.encode
+        return encoder_of(model, tiny) if calls is None else partial(calls.encode, tiny=tiny)
 
-    def decoder_of(self, model: HostedModel) -> Callable[[Tensor], Tensor]:
+    def decoder_of(self, model: HostedModel, tiny: bool) -> Callable[[Tensor], Tensor]:
         """The function that decodes latents of a model, with recordings if they are prepared."""
         calls = None if self._preparation is None else self._preparation.autoencoder(model)
-        return model.decode if calls is None else calls.decode
+        return decoder_of(model, tiny) if calls is None else partial(calls.decode, tiny=tiny)
 
     def prepared(self, model: HostedModel) -> PreparedForwards:
         """What has been prepared for the passes of a model; safe from any thread."""

@@ -83,6 +83,7 @@ class ImageTask:
             for ``image``.
         repainted_from: content of the masked area at the start of the run.
         from_noise: whether x starts as noise alone, although there is a picture.
+        tiny: whether its pictures are encoded and decoded by the model's tiny autoencoder.
         undecoded: whether the result is the clean latents, without decoding.
         previews: whether to attach a small picture to each progress report.
     """
@@ -115,5 +116,6 @@ class ImageTask:
     variation: Variation | None = None
     noise_size: tuple[int, int] | None = None
     from_noise: bool = False
+    tiny: bool = False
     undecoded: bool = False
     previews: bool = False

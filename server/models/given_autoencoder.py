@@ -15,7 +15,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from server.errors import ModelMismatch
+from server.models.autoencoder import Autoencoder
 from server.models.folder import AUTOENCODER, Revisions, chunks_of, read_json
+from server.models.own_memory import give_own_memory
 from server.models.prefixes import own_prefix
 from server.models.tiny_autoencoder import (
     HALVES,
@@ -37,7 +39,13 @@ if TYPE_CHECKING:
 
     from server.models.hosted import HostedModel
 
-__all__ = ["files_of", "give_autoencoder", "named_as_by_diffusers", "with_autoencoder"]
+__all__ = [
+    "add_tiny_autoencoder",
+    "files_of",
+    "give_autoencoder",
+    "named_as_by_diffusers",
+    "with_autoencoder",
+]
 
 CONFIG: Final = "config.json"
 
@@ -119,7 +127,8 @@ def give_autoencoder(model: HostedModel, path: Path) -> None:
         )
     weights = _read(path)
     if (tiny := tiny_as_diffusers(weights)) is not None:
-        _give_tiny(model, path, tiny)
+        network, replaced = _tiny(model, path, tiny)
+        replaced.replace(network)
     else:
         _give_weights(model, path, weights, own)
     model.facts = replace(model.facts, vae=name_of(path))
@@ -133,7 +142,29 @@ def _read(path: Path) -> dict[str, Tensor]:
     return whole_of(*read) if len(read) == len(HALVES) else read[0]
 
 
-def _give_tiny(model: HostedModel, path: Path, weights: Mapping[str, Tensor]) -> None:
+def add_tiny_autoencoder(model: HostedModel, path: Path) -> None:
+    """Load a tiny autoencoder beside a model's own, for the requests that ask for it.
+
+    Args:
+        model: model that has just been loaded.
+        path: see :func:`files_of`.
+
+    Raises:
+        ModelMismatch: it is no tiny autoencoder, or one of other latents.
+    """
+    weights = tiny_as_diffusers(_read(path))
+    if weights is None:
+        raise ModelMismatch(f"vae {path.name!r} is not a tiny autoencoder.")
+    tiny = Autoencoder(_tiny(model, path, weights)[0], model.device)
+    give_own_memory(tiny.network, model.device)
+    revisions = Revisions(model.facts.revision, model.facts.denoiser)
+    revision = with_autoencoder(revisions, path).weights
+    model.tiny = tiny
+    model.facts = replace(model.facts, revision=revision, tiny_vae=name_of(path))
+
+
+def _tiny(model: HostedModel, path: Path, weights: Mapping[str, Tensor]) -> tuple[Any, Autoencoder]:
+    """A tiny autoencoder that fits a model, and the model's own autoencoder."""
     called, own = f"vae {path.name!r}", model.autoencoder
     if own is None:
         raise ModelMismatch(
@@ -147,7 +178,7 @@ def _give_tiny(model: HostedModel, path: Path, weights: Mapping[str, Tensor]) ->
         config = own.network.config
     network = tiny_network(weights, config, called, model.dtype)
     check_tiny(network, called, model.facts, own)
-    own.replace(network)
+    return network, own
 
 
 def _give_weights(

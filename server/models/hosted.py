@@ -76,6 +76,7 @@ class ModelFacts:
             denoiser can be given; the first is the model's own. Empty where it reads none.
         defaults: settings of requests that leave them out; None for the server's defaults.
         vae: name of the autoencoder that replaces its own, if any.
+        tiny_vae: name of the tiny autoencoder that requests may ask for, if any.
         given_denoiser: name of the file that replaces its U-Net or transformer, if any.
         references: reference images that it accepts; None where it accepts none.
     """
@@ -96,6 +97,7 @@ class ModelFacts:
     clip_skips: range = range(0)
     defaults: ModelDefaults | None = None
     vae: str | None = None
+    tiny_vae: str | None = None
     given_denoiser: str | None = None
     references: ReferencesRead | None = None
 
@@ -114,6 +116,7 @@ class HostedModel(ABC):
     Attributes:
         blocks: the denoiser's compiled blocks; None where nothing is compiled.
         runs_eager: why nothing is compiled although the operator enabled compilation.
+        tiny: a tiny autoencoder beside its own; None where there is none.
         weighs_prompts: whether it treats an ``EmphasizedPrompt`` differently from plain text.
     """
 
@@ -126,6 +129,7 @@ class HostedModel(ABC):
         self.placement = Placement()
         self.blocks: CompiledBlocks | None = None
         self.runs_eager: str | None = None
+        self.tiny: Autoencoder | None = None
         self.statistics = ModelStatistics()
         self.classifier: LatentClassifier | None = None
         self.classifier_lacks = "it has none"

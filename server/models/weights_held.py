@@ -30,6 +30,8 @@ def offloaded_bytes_of(model: HostedModel) -> int:
 
 def _bytes_on(model: HostedModel, device: str) -> int:
     networks = list(model.modules().values())
+    if model.tiny is not None:
+        networks.append(model.tiny.network)
     if model.classifier is not None:
         networks.append(model.classifier)
     own = chain.from_iterable(

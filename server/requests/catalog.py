@@ -144,6 +144,10 @@ class ModelEntry(BaseModel):
     vae: str | None = Field(
         description="Name of the autoencoder that replaces the model's own; null for its own."
     )
+    tiny_vae: str | None = Field(
+        description="Name of the tiny autoencoder of requests with the `autoencoder` `tiny`; null "
+        "if there is none."
+    )
     denoiser: str | None = Field(
         description="Name of the file of the U-Net or transformer that replaces the model's own; "
         "null for its own."

@@ -132,6 +132,7 @@ def resolve(
         prompt_syntax=_prompt_syntax(request, model),
         clip_skip=_clip_skip(request, model),
         model=model.facts.name,
+        autoencoder=_autoencoder(request, model),
         width=width,
         height=height,
         steps=steps,
@@ -312,6 +313,18 @@ def _clip_skip(request: GenerateRequest, model: HostedModel) -> int | None:
         f"clip_skip is {skip}, but model {model.facts.name!r} reads no hidden states of a CLIP "
         "text encoder; leave it out.",
     )
+
+
+def _autoencoder(request: GenerateRequest, model: HostedModel) -> Literal["tiny"] | None:
+    if request.autoencoder == "full":
+        return None
+    if model.tiny is None:
+        raise InvalidRequest(
+            "autoencoder",
+            f"autoencoder is 'tiny', but model {model.facts.name!r} is hosted without a tiny "
+            "autoencoder; leave it out.",
+        )
+    return "tiny"
 
 
 def _variation(asked: VariationChoice | None) -> VariationChoice | None:

@@ -120,6 +120,7 @@ class StreamSettings(Readable):
     negative_prompt: Prompt | None = _as_in_requests("negative_prompt")
     clip_skip: Count | None = _as_in_requests("clip_skip")
     model: str | None = _as_in_requests("model")
+    autoencoder: Literal["full", "tiny"] = _as_in_requests("autoencoder")
     width: Count | None = _as_in_requests("width")
     height: Count | None = _as_in_requests("height")
     steps: Count | None = _as_in_requests("steps")

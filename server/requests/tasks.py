@@ -148,6 +148,7 @@ def tasks_of(
             kept=kept,
             repainted_from=REPAINTED_FROM.get(resolved.mask_content or "original", "image"),
             from_noise=from_noise,
+            tiny=resolved.autoencoder == "tiny",
             undecoded=resolved.hires is not None and resolved.hires.of_latents,
             previews=resolved.stream,
         )

@@ -22,6 +22,7 @@ from server.models.checkpoint import converted
 from server.models.compiling.compiler import BlockCompiler, missing_compiler
 from server.models.compiling.model_blocks import compile_blocks
 from server.models.folder import INDEX, embedded_folders, stamp_of
+from server.models.given_autoencoder import add_tiny_autoencoder
 from server.models.given_denoiser import DENOISERS, with_denoiser
 from server.models.hosted import HostedModel
 from server.models.hub import HubModel, fetch
@@ -238,6 +239,9 @@ class _Folders:
         )
         if vae is not None:
             log.info("%s: autoencoder from %s", name, vae)
+        if (tiny_vae := self.settings.tiny_vae_of(name)) is not None:
+            add_tiny_autoencoder(model, tiny_vae)
+            log.info("%s: tiny autoencoder from %s", name, tiny_vae)
         if (denoiser := self.settings.denoiser_of(name)) is not None:
             model.facts = replace(model.facts, given_denoiser=denoiser.stem)
         if model.gguf_types:

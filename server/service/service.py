@@ -201,6 +201,7 @@ class Service:
                 longest_side=model.facts.longest_side,
                 max_tokens=model.facts.max_tokens,
                 vae=model.facts.vae,
+                tiny_vae=model.facts.tiny_vae,
                 denoiser=model.facts.given_denoiser,
                 clip_skips=tuple(model.facts.clip_skips),
                 prompt_syntaxes=("automatic1111",) if model.weighs_prompts else (),

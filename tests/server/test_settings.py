@@ -167,7 +167,7 @@ def test_an_empty_folder_of_models_leaves_the_embedded_one(tmp_path: Path) -> No
         Settings(models_folder=tmp_path / "none").model_folders(embedded)
 
 
-@pytest.mark.parametrize("field", ["models", "vaes"])
+@pytest.mark.parametrize("field", ["models", "vaes", "tiny_vaes"])
 def test_a_path_that_is_none_is_refused(field: str) -> None:
     with pytest.raises(ValidationError, match="has a NUL character"):
         Settings.model_validate({field: ["x=a\0b"]})

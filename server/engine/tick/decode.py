@@ -84,8 +84,8 @@ class Decoder:
             do not depend on how many finished with it.
         give_back: function that frees memory which is not needed, and returns whether there was
             any.
-        decoder_of: function that returns the function that decodes latents of a model, which
-            replaces ``HostedModel.decode``.
+        decoder_of: function that returns the function that decodes latents of a model, by its tiny
+            autoencoder or its own; it replaces ``HostedModel.decode``.
         interrupted: function that waits for other work, at most a number of seconds, and returns
             whether there is any.
 
@@ -99,7 +99,7 @@ class Decoder:
         device: torch.device,
         turns: Turns,
         give_back: Callable[[], bool],
-        decoder_of: Callable[[HostedModel], Callable[[Tensor], Tensor]],
+        decoder_of: Callable[[HostedModel, bool], Callable[[Tensor], Tensor]],
         interrupted: Callable[[float], bool],
         *,
         fixed: bool,
@@ -245,7 +245,7 @@ class Decoder:
     def _decoding(self, some: list[Sequence]) -> Decoding:
         latents = self._latents(some)
         watch = Stopwatch(self._device)
-        decode = self._decoder_of(some[0].lane.model)
+        decode = self._decoder_of(some[0].lane.model, some[0].task.tiny)
         with on_decoder_stream(self._device):
             if latents.is_cuda:
                 # Else the allocator would give their memory to the next tick while they are read.

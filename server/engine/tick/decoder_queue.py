@@ -63,11 +63,13 @@ class DecoderQueue:
         return waits
 
     def take_live(self, max_images: int) -> list[Sequence]:
-        """Take the next frames of live streams, all of one lane."""
-        return _of_one_lane(self.live, max_images)
+        """Take the next frames of live streams, all of one lane and autoencoder."""
+        return _of_one_call(self.live, max_images)
 
     def take_ordinary(self, max_images: Callable[[Sequence], int]) -> list[Sequence]:
-        """Take the next ordinary images of the flow whose turn it is, all of one lane; maybe none.
+        """Take the next ordinary images of the flow whose turn it is, or none.
+
+        They are all of one lane and autoencoder.
 
         Args:
             max_images: function that returns how many images of a flow may be taken, given the
@@ -76,7 +78,7 @@ class DecoderQueue:
         for flow in sorted(self._ordinary, key=self._turns.standing):
             queue = self._ordinary[flow]
             if count := max_images(queue[0]):
-                taken = _of_one_lane(queue, count)
+                taken = _of_one_call(queue, count)
                 self._forget_empty()
                 return taken
         return []
@@ -100,8 +102,12 @@ class DecoderQueue:
         self._ordinary = {flow: queue for flow, queue in self._ordinary.items() if queue}
 
 
-def _of_one_lane(queue: deque[Sequence], max_images: int) -> list[Sequence]:
+def _of_one_call(queue: deque[Sequence], max_images: int) -> list[Sequence]:
     taken: list[Sequence] = []
-    while queue and len(taken) < max_images and (not taken or queue[0].lane is taken[0].lane):
+    while queue and len(taken) < max_images and (not taken or _alike(queue[0], taken[0])):
         taken.append(queue.popleft())
     return taken
+
+
+def _alike(one: Sequence, other: Sequence) -> bool:
+    return one.lane is other.lane and one.task.tiny == other.task.tiny

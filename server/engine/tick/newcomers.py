@@ -37,8 +37,9 @@ log = logging.getLogger(__name__)
 Prompts: TypeAlias = "tuple[str | None, ...]"
 """All texts that must be encoded for an image; None is the model's unconditional input."""
 
-Likeness: TypeAlias = "tuple[str, int, int, tuple[Weighted, ...], TextOptions]"
-"""Model, width, height, adapters and options: images with equal ones share encoder calls."""
+Likeness: TypeAlias = "tuple[str, int, int, tuple[Weighted, ...], TextOptions, bool]"
+"""Model, width, height, adapters, options, and whether the autoencoder is the tiny one: images with
+equal ones share encoder calls."""
 
 
 class Start(NamedTuple):
@@ -55,8 +56,8 @@ class Admission:
         models: hosted models by name.
         lane_of: function that returns the lane for a task, its conditioning and the number of rows
             that it needs at once in a forward pass; makes the lane if there is none.
-        encoder_of: function that returns the function that encodes pictures for a model, which
-            replaces ``HostedModel.encode_image``.
+        encoder_of: function that returns the function that encodes pictures for a model, by its
+            tiny autoencoder or its own; it replaces ``HostedModel.encode_image``.
         deterministic: whether to encode prompts and pictures at fixed batch sizes.
     """
 
@@ -64,7 +65,7 @@ class Admission:
         self,
         models: Mapping[str, HostedModel],
         lane_of: Callable[[ImageTask, list[Conditioning], int], Lane],
-        encoder_of: Callable[[HostedModel], Callable[[Tensor], Tensor]],
+        encoder_of: Callable[[HostedModel, bool], Callable[[Tensor], Tensor]],
         *,
         deterministic: bool,
     ) -> None:
@@ -74,7 +75,7 @@ class Admission:
         self._deterministic = deterministic
         self._prompts: dict[str, PromptCache] = {}
         self._image_prompts: dict[str, ImagePromptCache] = {}
-        self._references: dict[str, MutableMapping[Tensor, Tensor]] = {}
+        self._references: dict[tuple[str, bool], MutableMapping[Tensor, Tensor]] = {}
         for name, model in models.items():
             self.add(name, model)
 
@@ -83,11 +84,13 @@ class Admission:
         self._prompts[name] = PromptCache(model, fixed=self._deterministic)
         self._image_prompts[name] = ImagePromptCache(model, fixed=self._deterministic)
         # Entries live as long as the pictures, which a stream releases together with its settings.
-        self._references[name] = WeakTensorKeyDictionary()
+        for tiny in (False, True):
+            self._references[name, tiny] = WeakTensorKeyDictionary()
 
     def forget(self, name: str) -> None:
         """Release a model and its encoded prompts; none of its images may follow."""
-        del self._prompts[name], self._image_prompts[name], self._references[name]
+        del self._prompts[name], self._image_prompts[name]
+        del self._references[name, False], self._references[name, True]
 
     def admit(self, newcomers: list[Sequence]) -> Iterator[tuple[Sequence, Exception]]:
         """Make the newcomers ready to run; yield those that fail, with the error."""
@@ -100,14 +103,14 @@ class Admission:
                 yield sequence, prompts
                 continue
             of_text = tuple(one for one in task.adapters if one.adapter.changes_text)
-            key = task.model, task.width, task.height, of_text, task.text
+            key = task.model, task.width, task.height, of_text, task.text, task.tiny
             alike.setdefault(key, {})[sequence] = prompts
-        for (name, width, height, of_text, options), prompts_of in alike.items():
+        for (name, width, height, of_text, options, tiny), prompts_of in alike.items():
             members = list(prompts_of)
             prompts = chain.from_iterable(prompts_of.values())
             encoded = self._prompts[name].of(prompts, width, height, of_text, options)
-            model, kept = self._models[name], self._references[name]
-            encode = self._encoder_of(model)
+            model, kept = self._models[name], self._references[name, tiny]
+            encode = self._encoder_of(model, tiny)
             encode_pictures(model, members, kept, encode, fixed=self._deterministic)
             self._image_prompts[name].encode(members)
             for sequence in members:

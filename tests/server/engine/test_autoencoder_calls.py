@@ -10,14 +10,16 @@ from time import monotonic, sleep
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderTiny
 from torch import Tensor
 
 from embedded import MODEL_FOLDER
-from server.engine.autoencoder_calls import AutoencoderCalls, Pace
+from server.engine.autoencoder_calls import AutoencoderCalls, Pace, decoder_of, encoder_of
 from server.engine.engine import Engine
 from server.engine.preparation import Preparation
 from server.engine.scheduler import Priority
 from server.engine.tick.decode import DECODER_BATCH, MAX_DECODER_PIXELS
+from server.models.autoencoder import Autoencoder
 from server.models.hosted import HostedModel
 from server.models.loading import load_model
 from tests.server.by_hand import task
@@ -108,6 +110,24 @@ def test_calls_of_the_first_numbers_of_pictures_are_recorded_after_their_first_c
         call()
     record(calls)
     assert [graphs.rows for graphs in calls.graphs] == [[*range(1, DECODER_BATCH + 1)]] * 2
+
+
+@torch.inference_mode()
+def test_a_tiny_autoencoder_has_recordings_of_its_own() -> None:
+    torch.manual_seed(0)
+    model, tapes = Toy(), Tapes()
+    model.tiny = Autoencoder(AutoencoderTiny().eval(), torch.device("cpu"))
+    calls = AutoencoderCalls(model, tapes)
+    for call in calls.first_calls():
+        call()
+    record(calls)
+    before = tapes.calls
+    for tiny in (False, True):
+        latents, pixels = noise(2, 1, 4, SIDE // 8, SIDE // 8), noise(3, 1, 3, SIDE, SIDE)
+        decoded, encoded = decoder_of(model, tiny)(latents), encoder_of(model, tiny)(pixels)
+        assert torch.equal(calls.decode(latents, tiny=tiny), decoded)
+        assert torch.equal(calls.encode(pixels, tiny=tiny), encoded)
+    assert [now - then for now, then in zip(tapes.calls, before, strict=True)] == [2, 2]
 
 
 @torch.inference_mode()

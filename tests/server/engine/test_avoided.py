@@ -232,7 +232,7 @@ def packed(model: HostedModel, tasks: Listed[ImageTask], fixed_rows: int | None)
     admission = Admission(
         {one.model: model for one in tasks},
         lambda *_: lane,
-        lambda one: one.encode_image,
+        lambda one, _: one.encode_image,
         deterministic=False,
     )
     assert not [*admission.admit(sequences)]

@@ -130,7 +130,7 @@ def test_an_engine_without_work_waits_for_pictures_only_until_something_else_is_
         torch.device("cpu"),
         Turns(),
         lambda: False,
-        lambda model: model.decode,
+        lambda model, _: model.decode,
         lambda _: next(comes),
         fixed=False,
     )
@@ -156,7 +156,7 @@ def test_an_error_of_decoding_that_is_seen_while_waiting_ends_its_images_alone()
         torch.device("cpu"),
         Turns(),
         lambda: False,
-        lambda model: model.decode,
+        lambda model, _: model.decode,
         lambda _: False,
         fixed=False,
     )

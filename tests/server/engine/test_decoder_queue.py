@@ -93,3 +93,14 @@ def test_a_flow_that_has_to_wait_is_passed(finished: Finish) -> None:
     assert queue.take_ordinary(lambda one: int(one is second)) == [second]
     assert queue.take_ordinary(lambda _: 0) == []
     assert len(queue) == 1
+
+
+@pytest.mark.parametrize("priority", [Priority.LIVE, Priority.INTERACTIVE])
+def test_images_of_one_call_have_one_autoencoder(finished: Finish, priority: Priority) -> None:
+    queue = DecoderQueue(Turns())
+    first, second, third = (finished(priority, tiny=tiny) for tiny in (False, True, True))
+    for one in (first, second, third):
+        queue.add(one)
+    take = queue.take_live if priority is Priority.LIVE else queue.take_ordinary
+    many: Any = 4 if priority is Priority.LIVE else lambda _: 4
+    assert [take(many), take(many)] == [[first], [second, third]]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,6 +15,7 @@ import torch
 from diffusers import (
     AutoencoderTiny,
     FluxImg2ImgPipeline,
+    FluxKontextPipeline,
     StableDiffusion3Img2ImgPipeline,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionXLImg2ImgPipeline,
@@ -34,8 +35,10 @@ from server.engine.state.noise import start_noise
 from server.errors import ModelMismatch
 from server.models import tiling
 from server.models.autoencoder import Autoencoder
+from server.models.given_autoencoder import add_tiny_autoencoder
 from server.models.hosted import HostedModel
 from server.models.loading import load_model
+from tests.server.full_ticks import full_ticks
 from tests.server.models import (
     tiny_flux1,
     tiny_flux2,
@@ -207,6 +210,105 @@ def test_a_picture_drawn_anew_is_that_of_diffusers_with_the_same_tiny_autoencode
     sized = {} if family.asked is OF_UNETS else {"width": SIDE, "height": SIDE}
     theirs = both.theirs(anew, image=picture[None], strength=0.5, **sized)
     assert_alike(both.ours(2 * picture - 1, strength=0.5), theirs)
+
+
+@torch.inference_mode()
+def test_images_of_both_autoencoders_share_passes_and_each_is_that_of_diffusers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline = tiny_flux1.make(tiny_flux1.DEV, guided=True)
+    pipeline.save_pretrained(tmp_path / "one")
+    model, network = load(tmp_path / "one"), tiny()
+    revision = model.facts.revision
+    add_tiny_autoencoder(model, saved(network, tmp_path / "taef1"))
+    assert model.facts.tiny_vae == "taef1"
+    assert model.facts.revision != revision
+    picture = torch.rand(3, SIDE, SIDE, generator=torch.Generator().manual_seed(1))
+    fields: dict[str, Any] = {"width": SIDE, "height": SIDE, "seed": 5, "steps": STEPS}
+    fields |= {"prompt": PROMPT, "strength": 0.5}
+    tasks = [
+        # Images of one request have one autoencoder, and share the latents of a picture.
+        task_of(model, autoencoder=name, image=2 * picture - 1, **fields)
+        for name in ("full", "tiny")
+    ]
+    rows: list[int] = []
+    evaluate = model.evaluate
+
+    def counted(x: Tensor, *others: Any) -> Tensor:
+        rows.append(len(x))
+        return evaluate(x, *others)
+
+    engine = started(model, 16)
+    monkeypatch.setattr(model, "evaluate", counted)
+    try:
+        with full_ticks():
+            ear = run(engine, tasks)
+    finally:
+        engine.stop(0)
+    assert not ear.errors, ear.errors
+    assert rows == [2] * (STEPS // 2)
+    monkeypatch.setattr(of_flux, "randn_tensor", lambda *_, **__: start_noise(5, SHAPE)[None])
+    for index, vae in enumerate((pipeline.vae, network)):
+        anew: Any = FluxImg2ImgPipeline(**pipeline.components | {"vae": vae})
+        anew.set_progress_bar_config(disable=True)
+        if vae is pipeline.vae:
+            # Theirs is a sample of the posterior, ours its mean.
+            mean = vae.encode(2 * picture[None] - 1).latent_dist.mode()
+            given = (mean - vae.config.shift_factor) * vae.config.scaling_factor
+        else:
+            given = picture[None]
+        [theirs] = anew(
+            PROMPT,
+            image=given,
+            strength=0.5,
+            num_inference_steps=STEPS,
+            guidance_scale=3.5,
+            width=SIDE,
+            height=SIDE,
+            output_type="np",
+            **SHORT,
+        ).images
+        assert_alike(ear.results[index].pixels, np.round(255 * theirs).astype(np.uint8))
+
+
+@torch.inference_mode()
+def test_a_reference_is_encoded_by_each_image_s_own_autoencoder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One picture object may be that of several images, as in a stream that changes over."""
+    tiny_flux1.make(tiny_flux1.DEV, guided=True, kind=FluxKontextPipeline).save_pretrained(
+        tmp_path / "one"
+    )
+    model = load(tmp_path / "one")
+    add_tiny_autoencoder(model, saved(tiny(), tmp_path / "taef1"))
+    picture = torch.rand(3, SIDE, SIDE, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    read: list[Tensor] = []
+    referring = model.referring
+
+    def watched(text: Any, references: Any) -> Any:
+        read.extend(references)
+        return referring(text, references)
+
+    assert model.tiny is not None
+    full, small = model.encode_image(picture[None])[0], model.tiny.encode(picture[None])[0]
+    fields: dict[str, Any] = {"width": SIDE, "height": SIDE, "steps": 1, "prompt": PROMPT}
+    engine = started(model, 16)
+    monkeypatch.setattr(model, "referring", watched)
+    try:
+        for name, expected in (("full", full), ("tiny", small), ("full", full)):
+            task = task_of(model, autoencoder=name, **fields)
+            run(engine, [replace(task, references=(picture,))])
+            assert read
+            for latents in read:
+                torch.testing.assert_close(latents, expected)
+            read.clear()
+    finally:
+        engine.stop(0)
+
+
+def test_a_full_autoencoder_is_refused_as_a_tiny_one(flux: Path) -> None:
+    with pytest.raises(ModelMismatch, match="vae 'vae' is not a tiny autoencoder"):
+        add_tiny_autoencoder(load(flux), flux / "vae")
 
 
 def original(network: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -22,6 +22,7 @@ from server.models.folder_cache import FolderCache
 from server.models.memory import DeviceMemory
 from server.models.placement import Offload, Placement
 from server.models.weight_files import bytes_in_memory
+from server.models.weights_held import bytes_of
 from server.service import hosting
 from server.service.named_weights import NamedWeights
 from server.settings import Settings
@@ -91,9 +92,12 @@ def test_a_model_is_given_the_autoencoder_that_is_set_for_it_and_for_no_other(
 ) -> None:
     vae = tmp_path / "mine"
     shutil.copytree(MODEL_FOLDER / "vae", vae)
-    chosen = Settings(vaes=(f"one={vae}",), device="cpu")
-    one, two = (folders(chosen).load_from_folder(name, None).facts for name in ("one", "two"))
-    assert (one.vae, two.vae) == ("mine", None)
+    chosen = Settings(vaes=(f"one={vae}",), tiny_vaes=(f"two={vae}",), device="cpu")
+    one, two = (folders(chosen).load_from_folder(name, None) for name in ("one", "two"))
+    assert (one.facts.vae, two.facts.vae) == ("mine", None)
+    assert (one.facts.tiny_vae, two.facts.tiny_vae) == (None, "mine")
+    assert one.tiny is None
+    assert bytes_of(two) > bytes_of(one)
     other = chosen.model_copy(update={"models": (f"two={MODEL_FOLDER}",)})
     with pytest.raises(ModelMismatch, match="vaes names the model 'one'; there are two"):
         hosting.host(other)
