@@ -14,7 +14,7 @@ from embedded import MODEL_FOLDER
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["sd15", "sdxl", "z_image"]
+__all__ = ["sd15", "sd15_autoencoder", "sdxl", "z_image"]
 
 BETAS: dict[str, Any] = {
     "num_train_timesteps": 1000,
@@ -36,13 +36,7 @@ def sd15(device: torch.device, dtype: torch.dtype, *, taesd: bool = False) -> An
         dtype: dtype of its weights.
         taesd: with the small autoencoder of TAESD's sizes in place of its own.
     """
-    from diffusers import (
-        AutoencoderKL,
-        AutoencoderTiny,
-        DDIMScheduler,
-        StableDiffusionPipeline,
-        UNet2DConditionModel,
-    )
+    from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextModel
 
     tokenizer = _clip_tokenizer()
@@ -51,17 +45,27 @@ def sd15(device: torch.device, dtype: torch.dtype, *, taesd: bool = False) -> An
     with device:
         networks = {
             "unet": UNet2DConditionModel(sample_size=64, cross_attention_dim=768),
-            "vae": AutoencoderTiny() if taesd else AutoencoderKL(**_vae(512)),
             "text_encoder": CLIPTextModel(text),
         }
     parts: dict[str, Any] = {
         **_ready(networks, dtype),
+        "vae": sd15_autoencoder(device, dtype, taesd=taesd),
         "tokenizer": tokenizer,
         "scheduler": DDIMScheduler(**BETAS, timestep_spacing="trailing", clip_sample=False),
         "safety_checker": None,
         "feature_extractor": None,
     }
     return StableDiffusionPipeline(**parts, requires_safety_checker=False)
+
+
+def sd15_autoencoder(device: torch.device, dtype: torch.dtype, *, taesd: bool = False) -> Any:
+    """The autoencoder of :func:`sd15`; see there."""
+    from diffusers import AutoencoderKL, AutoencoderTiny
+
+    torch.manual_seed(1)
+    with device:
+        network = AutoencoderTiny() if taesd else AutoencoderKL(**_vae(512))
+    return _ready({"vae": network}, dtype)["vae"]
 
 
 def sdxl(device: torch.device, dtype: torch.dtype, *, tiny: bool = False) -> Any:
