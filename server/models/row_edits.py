@@ -402,11 +402,11 @@ def _blurred(queries: Tensor, sigmas: Tensor, latent_size: tuple[int, int]) -> T
 
 
 def _grid_of(tokens: int, latent_size: tuple[int, int]) -> tuple[int, int]:
-    """Height and width of the attention's grid, which is the latent's at a lower resolution."""
+    """Height and width of the attention's grid: the latent's, halved and rounded up repeatedly."""
     height, width = latent_size
-    stride = round((height * width / tokens) ** 0.5)
-    rows = -(-height // stride)
-    return rows, tokens // rows
+    while height * width > tokens:
+        height, width = -(-height // 2), -(-width // 2)
+    return height, width
 
 
 def _blur_matrices(side: int, sigmas: Tensor) -> Tensor:

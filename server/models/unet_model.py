@@ -316,7 +316,8 @@ def facts_of(
         prediction=prediction,
         latent_channels=latents,
         latent_scale=latent_scale,
-        size_multiple=latent_scale * 2 ** (len(config.block_out_channels) - 1),
+        # The U-Net pads odd numbers of cells where it halves them.
+        size_multiple=latent_scale,
         default_width=width * latent_scale,
         default_height=height * latent_scale,
         max_tokens=text.max_tokens,

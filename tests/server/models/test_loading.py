@@ -46,7 +46,7 @@ def test_the_embedded_model_says_what_it_is():
     facts = load(MODEL_FOLDER).facts
     assert facts.prediction == "v_prediction"
     assert (facts.default_width, facts.default_height) == (128, 128)
-    assert (facts.latent_scale, facts.size_multiple) == (8, 32)
+    assert (facts.latent_scale, facts.size_multiple) == (8, 8)
     assert len(facts.revision) == len(facts.denoiser) == 16
     revisions = revisions_of(MODEL_FOLDER)
     assert (facts.revision, facts.denoiser) == (revisions.weights, revisions.denoiser)

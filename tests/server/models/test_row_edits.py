@@ -259,10 +259,10 @@ def test_a_network_without_a_middle_has_a_backbone_too():
 
 @pytest.mark.parametrize("sigma", [0.5, 4.0])
 def test_queries_are_blurred_over_pictures_that_are_not_square(unet, edited, sigma):
-    """Attention over 4 x 12 cells and, with an odd height, 3 x 8."""
-    for size, height in (((8, 24), 4), ((6, 16), 3)):
-        ours = forward_with(edited, [(BlurredQueries((UP,), sigma),)], size=size)
-        theirs = with_processor(unet, UP, BlurProcessor(sigma, height))
+    """Attention over 4 x 12 cells and, with an odd height, 3 x 8; halved from odd sides, 5 x 4."""
+    for size, layer, height in (((8, 24), UP, 4), ((6, 16), UP, 3), ((17, 13), MID, 5)):
+        ours = forward_with(edited, [(BlurredQueries((layer,), sigma),)], size=size)
+        theirs = with_processor(unet, layer, BlurProcessor(sigma, height))
         assert_near(ours, forward(theirs, *inputs(1, size)))
 
 

@@ -82,7 +82,7 @@ def assert_apart(ours: Tensor, sprung: Tensor) -> None:
 def test_the_folder_is_hosted_by_its_own_words(model: HostedModel) -> None:
     facts = model.facts
     assert (facts.default_width, facts.default_height) == (64, 64)
-    assert (facts.latent_scale, facts.size_multiple, facts.max_tokens) == (2, 4, 30)
+    assert (facts.latent_scale, facts.size_multiple, facts.max_tokens) == (2, 2, 30)
     assert set(model.modules()) == {"unet", "vae", "text_encoder", "text_encoder_2"}
     assert model.count_tokens(PROMPT) == 4
 
@@ -193,6 +193,23 @@ def test_images_of_several_sizes_are_each_told_their_own(
         (HEIGHT, WIDTH, 3),
         (WIDTH, HEIGHT, 3),
     }
+
+
+def test_sizes_of_odd_numbers_of_cells_are_those_of_diffusers(
+    pipeline: Any,
+    model: HostedModel,
+    engine: Engine,
+    decoded: list[Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    size: dict[str, Any] = {"width": 62, "height": 26}
+    blurred = {"name": "cfg", "perturbed": [{"name": "seg", "sigma": 1.0}]}
+    ear = run(engine, [asked(model, **size), asked(model, guidance=blurred, seed=6, **size)])
+    assert not ear.errors, ear.errors
+    # Their autoencoders have cells of 8 x 8 pixels, this one of 2 x 2.
+    monkeypatch.setattr(pipeline, "check_inputs", lambda *_, **__: None)
+    monkeypatch.setattr("tests.server.models.test_stable_diffusion_xl.SHAPE", (4, 13, 31))
+    assert_among(decoded, theirs(pipeline, **size))
 
 
 @pytest.mark.parametrize("steps", [1, 4])

@@ -351,7 +351,7 @@ def test_an_upload_of_any_size_is_drawn(generate: Generate) -> None:
     """A size that the model cannot draw is changed to one that it can."""
     answer = generate(image=b64_png(WHITE[:103, :75]), **OF_ITS_OWN)
     settings = answer.json()["settings"]
-    assert (settings["width"], settings["height"]) == (64, 96)
+    assert (settings["width"], settings["height"]) == (72, 104)
     assert settings["resize_mode"] == "stretch"
 
 
@@ -415,8 +415,8 @@ def test_settings_of_a_started_picture_are_refused_without_it(
             {"negative_prompt": "x" * 4097},
             "negative_prompt has 4097 bytes; at most 4096 are allowed.",
         ),
-        ({"width": 100}, "width is 100; model 'embedded' needs a multiple of 32."),
-        ({"height": 129}, "height is 129; model 'embedded' needs a multiple of 32."),
+        ({"width": 100}, "width is 100; model 'embedded' needs a multiple of 8."),
+        ({"height": 129}, "height is 129; model 'embedded' needs a multiple of 8."),
         (
             {"width": 16384, "height": 128},
             "width x height is 16384 x 128; at most 1048576 pixels are allowed.",
@@ -435,7 +435,7 @@ def test_settings_of_a_started_picture_are_refused_without_it(
         ),
         (
             {"image": b64_png(WHITE), "height": 100},
-            "height is 100; model 'embedded' needs a multiple of 32.",
+            "height is 100; model 'embedded' needs a multiple of 8.",
         ),
         (
             {"resize_mode": "crop"},
