@@ -156,6 +156,19 @@ def running(
     server.stop()
 
 
+@pytest.fixture
+def slow_denoiser(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make an image of 200 steps take 20 seconds, so that it is under way whenever a test looks."""
+    model = running.app.state.service.ready_shelf().loaded()[0]
+    evaluate = model.evaluate
+
+    def slowly(*given: Any) -> Any:
+        time.sleep(0.1)
+        return evaluate(*given)
+
+    monkeypatch.setattr(model, "evaluate", slowly)
+
+
 @pytest.fixture(scope="session")
 def client(running: Running) -> Iterator[httpx2.Client]:
     with httpx2.Client(base_url=running.url, timeout=PATIENCE_S) as made:

@@ -107,7 +107,7 @@ def test_a_cancellation_while_pictures_are_encoded_is_kept(
             service.cancel("one")
 
         def cancelling(*arguments: Any) -> bytes:
-            asyncio.run_coroutine_threadsafe(cancel(), loop).result(5)
+            asyncio.run_coroutine_threadsafe(cancel(), loop).result(60)
             return real(*arguments)
 
         monkeypatch.setattr(pictures, "encode", cancelling)

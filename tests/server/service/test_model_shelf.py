@@ -361,22 +361,23 @@ def test_who_waits_too_long_is_told_what_for(
     service: Service, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shelf = service.ready_shelf()
-    monkeypatch.setattr(shelf, "_patience_s", 0.3)
 
     async def run() -> None:
         in_use = "'c' is not loaded after 0 s: the models in use"
-        with (
-            await shelf.lend("a"),
-            await shelf.lend("b"),
-            pytest.raises(NotReady, match=in_use),
-        ):
-            await shelf.lend("c")
+        with await shelf.lend("a"), await shelf.lend("b"), monkeypatch.context() as patched:
+            patched.setattr(shelf, "_patience_s", 0.3)
+            with pytest.raises(NotReady, match=in_use):
+                await shelf.lend("c")
         # Nobody waits for it any more, so it must not be loaded later.
         await asyncio.sleep(0.5)
         assert "c" not in store.loads
+        lending = asyncio.create_task(shelf.lend("slow"))
+        await asyncio.to_thread(store.loading.wait, PATIENCE_S)
+        monkeypatch.setattr(shelf, "_patience_s", 0.3)
         with pytest.raises(NotReady, match="'slow' is still being loaded"):
             await shelf.lend("slow")
         store.may_load.set()
+        (await lending).release()
 
     asyncio.run(run())
 
@@ -480,7 +481,7 @@ def test_whoever_waits_for_a_model_hears_at_once_that_the_engine_failed(
         service.abandon()
         for one in waiting:
             with pytest.raises(NotReady, match=r"^The engine stopped: RuntimeError\.$"):
-                await asyncio.wait_for(one, 1)
+                await asyncio.wait_for(one, PATIENCE_S / 2)
         store.may_load.set()
 
     asyncio.run(run())
@@ -519,8 +520,16 @@ def test_the_model_of_an_open_stream_stays(service: Service) -> None:
 
 
 def test_the_engine_keeps_a_model_while_it_has_images_of_it(
-    service: Service, engine: Engine
+    service: Service, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    evaluate = Toy.evaluate
+
+    def slowly(model: Toy, *given: Any) -> Any:
+        sleep(0.1)
+        return evaluate(model, *given)
+
+    monkeypatch.setattr(Toy, "evaluate", slowly)
+
     async def run() -> None:
         generation = await begun(service, "a", steps=200)
         assert not engine.remove_model("a")
@@ -648,7 +657,7 @@ def test_a_model_whose_client_has_left_before_its_turn_is_not_loaded(
         await asyncio.sleep(0.01)
         left.set()
         try:
-            await asyncio.wait_for(loading, 1)
+            await asyncio.wait_for(loading, PATIENCE_S / 2)
         finally:
             store.may_load.set()
             (await lending).release()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -78,22 +77,20 @@ def test_adapters_of_a_stream_are_loaded_where_no_other_request_waits_for_them(
 def test_frames_that_are_refused_come_no_faster_than_others(running: Running) -> None:
     engine = running.app.state.service.engine
 
-    async def listen() -> int:
+    async def seconds_of_six() -> float:
         streams = Streams(running.app.state.service, Settings())
         session = streams.open()
-        failed = 0
+        failed, began = 0, time.monotonic()
         try:
             sizes = {"width": 64, "height": 64, "max_fps": 10}
             await session.change(SMALL | sizes | {"source": "text", "seed_step": 1})
             engine._overflows.note("embedded", 64, 64, None, free=0)
-            with suppress(TimeoutError):
-                async with asyncio.timeout(1):
-                    while True:
-                        failed += isinstance(await session.next(), FailedFrame)
+            while failed < 6:
+                failed += isinstance(await session.next(), FailedFrame)
         finally:
             engine._overflows.forget()
             streams.close(session)
-        return failed
+        return time.monotonic() - began
 
-    assert 2 <= asyncio.run(listen()) <= 11
+    assert asyncio.run(seconds_of_six()) > 0.35
     running.settle()

@@ -114,7 +114,7 @@ def test_a_request_that_waits_for_weights_hears_at_once_that_it_is_over(
         else:
             service.cancel("one")
         with pytest.raises(NotReady if end == "stop" else Cancelled):
-            await asyncio.wait_for(admitting, 1)
+            await asyncio.wait_for(admitting, PATIENCE_S / 2)
         assert not model.kind.readable.is_set()
         model.kind.readable.set()
 

@@ -21,7 +21,15 @@ from server.engine.tick import newcomers
 from server.engine.tick.pictures import encode_pictures
 from server.models.hosted import HostedModel
 from tests.server.conftest import Running
-from tests.server.stream_client import SMALL, Output, StreamClient, file_of, opened, pixels_of
+from tests.server.stream_client import (
+    PATIENCE_S,
+    SMALL,
+    Output,
+    StreamClient,
+    file_of,
+    opened,
+    pixels_of,
+)
 
 Alone = Callable[..., NDArray[np.uint8]]
 BLUE = "a large blue square"
@@ -29,6 +37,8 @@ BLUE = "a large blue square"
 
 @pytest.fixture
 def client_of_stream(running: Running) -> Iterator[StreamClient]:
+    """The only client of a stream."""
+    running.wait(lambda: len(running.app.state.streams) == 0)
     with opened(running.url) as client:
         yield client
     running.settle()
@@ -229,6 +239,10 @@ def test_one_of_the_frames_in_flight_is_there_to_be_decoded(
     client_of_stream.settings(**SMALL | fields)
     for _ in range(3):
         client_of_stream.output()
+    until = time.monotonic() + PATIENCE_S
+    while max(measured.rows_per_tick - before) < 2:
+        assert time.monotonic() < until
+        client_of_stream.output()
     assert max(measured.rows_per_tick - before) == 2
 
 
@@ -240,6 +254,10 @@ def test_by_default_no_more_frames_than_stages_are_in_the_denoiser_at_once(
     fields = {"source": "text", "seed_step": 1, "steps": 3, "guidance": "none"}
     assert client_of_stream.settings(**SMALL | fields)["settings"]["in_flight"] == 3 + 2
     for _ in range(6):
+        client_of_stream.output()
+    until = time.monotonic() + PATIENCE_S
+    while max(measured.rows_per_tick - before) < 3:
+        assert time.monotonic() < until
         client_of_stream.output()
     assert max(measured.rows_per_tick - before) == 3
 

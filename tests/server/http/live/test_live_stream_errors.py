@@ -186,6 +186,7 @@ def narrow(running: Running) -> socket.socket:
     return connection
 
 
+@pytest.mark.usefixtures("slow_denoiser")
 def test_a_client_that_vanishes_leaves_no_row_behind(running: Running) -> None:
     measured = running.app.state.service.engine.measurements
     cancelled, ticks = measured.cancelled, measured.ticks
@@ -270,8 +271,8 @@ def test_silent_clients_are_told_so_and_leave(
     running: Running, limited: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     limited(idle_s=0.3)
-    monkeypatch.setattr(stream, "FIRST_SETTINGS_S", 0.3)
-    for first in ({}, SMALL):
+    for first, patience_s in (({}, 0.3), (SMALL, PATIENCE_S)):
+        monkeypatch.setattr(stream, "FIRST_SETTINGS_S", patience_s)
         with opened(running.url) as client:
             if first:
                 client.settings(**first)
@@ -309,7 +310,7 @@ def test_a_server_that_is_about_to_stop_says_so_and_closes(
 def test_a_client_that_does_not_read_does_not_hold_the_stop_up(
     running: Running, limited: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    limited(stall_s=6.0)
+    limited(stall_s=2 * PATIENCE_S)
     leaving = asyncio.Event()
     monkeypatch.setattr(running.app.state.service, "leaving", leaving)
     with opened(running.url, max_queue=1, sock=narrow(running)) as client:
@@ -320,7 +321,7 @@ def test_a_client_that_does_not_read_does_not_hold_the_stop_up(
         began = time.monotonic()
         session.loop.call_soon_threadsafe(leaving.set)
         running.wait(lambda: len(running.app.state.streams) == 0)
-        assert time.monotonic() - began < stream.CLOSE_S + 2
+        assert time.monotonic() - began < PATIENCE_S
         reset(client)
     monkeypatch.undo()
     running.settle()

@@ -101,6 +101,7 @@ def test_a_refusal_comes_before_the_stream(client: httpx2.Client) -> None:
     assert answer.json()["error"]["param"] == "width"
 
 
+@pytest.mark.usefixtures("slow_denoiser")
 def test_deleting_ends_a_stream_with_an_error(client: httpx2.Client, running: Any) -> None:
     before = cancelled_images(running)
     with client.stream("POST", "/v1/generate", json=LONG | {"stream": True}) as stream:
@@ -115,6 +116,7 @@ def test_deleting_ends_a_stream_with_an_error(client: httpx2.Client, running: An
     assert cancelled_images(running) == before + 1
 
 
+@pytest.mark.usefixtures("slow_denoiser")
 def test_deleting_ends_a_plain_answer(client: httpx2.Client, running: Any) -> None:
     headers = {"x-request-id": "plain-1"}
     answers: list[httpx2.Response] = []
@@ -138,6 +140,7 @@ def test_nothing_is_there_to_delete(client: httpx2.Client) -> None:
     assert answer.json()["error"]["message"] == "No generation 'none' is running."
 
 
+@pytest.mark.usefixtures("slow_denoiser")
 @pytest.mark.parametrize("fields", [{}, {"stream": True}], ids=["plain", "stream"])
 def test_a_client_that_goes_away_costs_nothing_more(running: Any, fields: dict[str, Any]) -> None:
     before, gone = cancelled_images(running), outcomes(running).get("disconnected", 0)

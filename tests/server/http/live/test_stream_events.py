@@ -63,7 +63,7 @@ def test_events_bring_the_images_of_rising_seeds_until_the_client_leaves(
 def test_statistics_come_in_time_while_there_is_no_frame(
     running: Running, client: httpx2.Client
 ) -> None:
-    body = SETTINGS | {"stats_s": 0.1, "max_fps": 0.5}
+    body = SETTINGS | {"stats_s": 0.1, "max_fps": 0.01}
     with client.stream("POST", "/v1/stream", json=body) as stream:
         told = events(stream.iter_lines())
         # The second frame does not wait until the time of the first has passed.

@@ -27,12 +27,13 @@ def ticks_of(answer: httpx2.Response, wanted: Callable[[dict[str, Any]], bool]) 
     raise AssertionError("the stream ended")
 
 
+@pytest.mark.usefixtures("slow_denoiser")
 def test_a_tick_says_whose_rows_it_has_and_nothing_of_prompts(
     client: httpx2.Client, running: Running
 ) -> None:
     bodies = (
-        SMALL | {"steps": 60, "guidance": {"name": "cfg", "scale": 4}},
-        SMALL | {"steps": 50, "guidance": "none"},
+        SMALL | {"steps": 200, "guidance": {"name": "cfg", "scale": 4}},
+        SMALL | {"steps": 100, "guidance": "none"},
     )
 
     def make(number: int) -> None:
