@@ -49,6 +49,16 @@ def test_a_gpu_gives_the_pictures_that_the_cpu_gives(start, on_gpu, trained_engi
         assert np.abs(ours.astype(int) - theirs.astype(int)).mean() < 2
 
 
+def test_a_gpu_that_is_named_by_its_number_draws_what_any_does(start, on_gpu, task, run):
+    """It is the last one, which on some machines is not the first."""
+    last = torch.device("cuda", torch.cuda.device_count() - 1)
+    numbered = load_model(MODEL_FOLDER, name="embedded", device=str(last), dtype="float32")
+    expected, ours = (run(start(model=one), mix(task)).pixels() for one in (on_gpu, numbered))
+    for one, theirs in zip(ours, expected, strict=True):
+        assert np.abs(one.astype(int) - theirs.astype(int)).mean() < 2
+    assert {one.device for one in numbered.modules()["unet"].parameters()} == {last}
+
+
 def test_on_a_gpu_deterministic_images_are_bit_identical_in_any_company(start, on_gpu, task, run):
     engine = start(model=on_gpu, deterministic=True)
     together = run(engine, mix(task)).pixels()
