@@ -13,6 +13,7 @@ times, and a recording is dropped as soon as something that it reads no longer e
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from contextlib import nullcontext
 from dataclasses import dataclass
 from math import inf
@@ -59,6 +60,12 @@ the cost of the recording has been lost by then, and at most a quarter is added 
 
 IDLE_THRESHOLD = 5
 """Number of passes of a shape and form until it is recorded in a quiet moment, unless plain."""
+
+MAX_FAILURES = 2
+"""Number of failed recordings after which passes of a kind run eagerly for good.
+
+A capture also fails if another thread waits for the whole device meanwhile.
+"""
 
 PIECE_FORWARDS = 3
 """Number of forward passes in the longest piece of a recording: one that is watched operation by
@@ -216,6 +223,7 @@ class Graphs:
         self._under_way: tuple[Shape, Generator[None]] | None = None
         self._repeatable: dict[Hashable, bool] = {}
         self._ends: dict[Hashable, int] = {}
+        self._failures: Counter[Hashable] = Counter()
         self._rests_until = -inf
         self._generation = 0
         # On its first use torch imports modules for seconds, which no image should wait for.
@@ -262,6 +270,7 @@ class Graphs:
             self._generation = self._model.blocks.generation
             self._forget()
             self._wanted, self._repeatable, self._ends = {}, {}, {}
+            self._failures.clear()
         recorded = self.replayed({"x": x, "t": t} | tensors_of(inputs), form, cost)
         return self._model.evaluate(x, t, inputs) if recorded is None else recorded
 
@@ -398,7 +407,9 @@ class Graphs:
                 self._under_way = None
                 self.release()
                 return
-            self._give_up(shape, "recording it failed", error)
+            self._failures[shape.kind] += 1
+            if self._failures[shape.kind] == MAX_FAILURES:
+                self._give_up(shape, "recording it failed", error)
 
     def _rest(self) -> None:
         self._wanted = {}
