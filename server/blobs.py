@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, Final, ParamSpec, TypeVar
+from typing import Any, Final, TypeVar
 
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
@@ -19,7 +20,15 @@ __all__ = ["Blobs"]
 UNFINISHED: Final = ".part"
 THREADS: Final = 8
 
-Given = ParamSpec("Given")
+ANSWER_S: Final = 30.0
+"""Seconds for reading or writing a file, and for deleting one, including the wait for a thread."""
+
+ANOTHER_S: Final = 1.0
+"""Seconds more for each file that is deleted with others."""
+
+LIST_S: Final = 300.0
+"""Seconds for listing all files."""
+
 Result = TypeVar("Result")
 
 
@@ -27,7 +36,8 @@ class Blobs:
     """Files below one place, each of which exists completely or not at all.
 
     Names are made of the server's own identifiers, never of anything that a client sends. Every
-    method raises OSError if the place fails, whatever the store behind a URL raises.
+    method raises OSError if the place fails, whatever the store behind a URL raises, and if it does
+    not answer in time; it may then do later what it was asked for.
 
     Args:
         place: path, or URL for fsspec.
@@ -49,19 +59,23 @@ class Blobs:
         """Create the folder, if the place is one; raises OSError if that fails."""
         if self._local:
             folder = Path(self._root)
-            await self._in_thread(folder.mkdir, mode=0o700, parents=True, exist_ok=True)
+            await self._in_thread(
+                ANSWER_S, partial(folder.mkdir, mode=0o700, parents=True, exist_ok=True)
+            )
 
     async def write(self, name: str, data: bytes) -> None:
         """Store a file; on return it is on the disk, or in the store behind the URL."""
-        await self._in_thread(self._write, self._path(name), data)
+        await self._in_thread(ANSWER_S, partial(self._write, self._path(name), data))
 
     async def read(self, name: str) -> bytes:
         """Read a file; raises FileNotFoundError if it does not exist."""
-        return await self._in_thread(self._files.cat_file, self._path(name))
+        return await self._in_thread(ANSWER_S, partial(self._files.cat_file, self._path(name)))
 
     async def delete(self, names: Sequence[str]) -> None:
         """Delete files, and folders with their content, if they exist."""
-        await self._in_thread(self._delete, [self._path(name) for name in names])
+        paths = [self._path(name) for name in names]
+        within_s = ANSWER_S + ANOTHER_S * len(paths)
+        await self._in_thread(within_s, partial(self._delete, paths))
 
     async def sizes(self) -> dict[str, int]:
         """Sizes in bytes of the files at the top level, and 0 for each folder there."""
@@ -78,15 +92,18 @@ class Blobs:
                 for one in found
             }
 
-        return await self._in_thread(listed)
+        return await self._in_thread(LIST_S, listed)
 
-    async def _in_thread(
-        self, work: Callable[Given, Result], *given: Given.args, **named: Given.kwargs
-    ) -> Result:
+    async def _in_thread(self, within_s: float, work: Callable[[], Result]) -> Result:
         loop = asyncio.get_running_loop()
+        limit = asyncio.timeout(within_s)
         try:
-            return await loop.run_in_executor(self._threads, partial(work, *given, **named))
-        except OSError:
+            async with limit:
+                return await loop.run_in_executor(self._threads, work)
+        except OSError as error:
+            if limit.expired():
+                sentence = f"no answer within {within_s:.0f} s"
+                raise OSError(errno.ETIMEDOUT, sentence, self._root) from error
             raise
         except Exception as error:
             # Those of botocore, for example, if a host cannot be reached.

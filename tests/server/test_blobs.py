@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -73,4 +74,30 @@ def test_a_store_that_answers_slowly_holds_up_nobody_else(
 
     store = Blobs(str(tmp_path))
     monkeypatch.setattr(LocalFileSystem, "cat_file", slow)
+    asyncio.run(run())
+
+
+def test_a_store_that_does_not_answer_is_an_error_after_a_while(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More callers than threads, as those whose turn never comes must be told too."""
+    monkeypatch.setattr("server.blobs.ANSWER_S", 0.3)
+    monkeypatch.setattr("server.blobs.ANOTHER_S", 0.0)
+    answers = Event()
+
+    def hang(*_: object) -> bytes:
+        assert answers.wait(PATIENCE_S)
+        return b""
+
+    async def run() -> None:
+        store = Blobs(str(tmp_path))
+        asked = [store.read("one.png") for _ in range(10)]
+        asked += [store.write("one.png", b"a picture"), store.delete(["one.png"])]
+        async with asyncio.timeout(PATIENCE_S / 2):
+            ends = await asyncio.gather(*asked, return_exceptions=True)
+        answers.set()
+        assert all(isinstance(end, OSError) and end.errno == errno.ETIMEDOUT for end in ends)
+        assert {end.filename for end in ends if isinstance(end, OSError)} == {str(tmp_path)}
+
+    monkeypatch.setattr(LocalFileSystem, "cat_file", hang)
     asyncio.run(run())
