@@ -74,6 +74,7 @@ def infotext(
         "Model": settings.model,
         "Dtype": None if dtype == "float32" else dtype,
         "Quantization": None if quantization == "none" else quantization,
+        "Autoencoder": settings.autoencoder,
         "Clip skip": settings.clip_skip if (settings.clip_skip or 1) > 1 else None,
         **_start_noise(settings),
         "Denoising strength": None if strength is None else f"{strength:g}",

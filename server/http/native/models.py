@@ -73,6 +73,14 @@ class ModelCard(BaseModel):
         description="Name of the file of the U-Net or transformer that replaces its own; null for "
         "its own, or if it is not loaded."
     )
+    vae: str | None = Field(
+        description="Name of the autoencoder that replaces its own; null for its own, or if it is "
+        "not loaded."
+    )
+    tiny_vae: str | None = Field(
+        description="Name of the tiny autoencoder of requests with the `autoencoder` `tiny`; null "
+        "if there is none, or if the model is not loaded."
+    )
     offload: str | None = Field(
         description="What stays in host memory and is copied to the device as it runs: `none`, "
         "`text` for its text encoders, `all` for its denoiser too; null if it is not loaded."
@@ -127,6 +135,8 @@ def card_of(state: ModelState) -> ModelCard:
         quantization=None if model is None else model.placement.quantization,
         gguf_types=() if model is None else model.gguf_types,
         denoiser=None if model is None else model.facts.given_denoiser,
+        vae=None if model is None else model.facts.vae,
+        tiny_vae=None if model is None else model.facts.tiny_vae,
         offload=None if model is None else model.placement.offload,
         attention=None if model is None else model.attention,
         memory_format=None if model is None else model.memory_format,

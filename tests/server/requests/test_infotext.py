@@ -67,6 +67,11 @@ def test_what_else_than_float32_a_model_computes_in_is_written() -> None:
     assert "Dtype" not in text_of()
 
 
+def test_an_autoencoder_that_was_chosen_is_written() -> None:
+    assert "Model: embedded, Autoencoder: tiny, " in text_of(autoencoder="tiny")
+    assert "Autoencoder" not in text_of()
+
+
 def test_every_part_of_guidance_is_written() -> None:
     guidance = {
         "name": "cfg",

@@ -17,13 +17,16 @@ import pytest
 import torch
 
 from embedded import MODEL_FOLDER
+from server.engine.preparation import PreparedForwards
 from server.errors import ModelMismatch, ModelTooLarge
+from server.http.native.models import card_of
 from server.models.folder_cache import FolderCache
 from server.models.memory import DeviceMemory
 from server.models.placement import Offload, Placement
 from server.models.weight_files import bytes_in_memory
 from server.models.weights_held import bytes_of
 from server.service import hosting
+from server.service.model_shelf import ModelState
 from server.service.named_weights import NamedWeights
 from server.settings import Settings
 
@@ -97,6 +100,11 @@ def test_a_model_is_given_the_autoencoder_that_is_set_for_it_and_for_no_other(
     assert (one.facts.vae, two.facts.vae) == ("mine", None)
     assert (one.facts.tiny_vae, two.facts.tiny_vae) == (None, "mine")
     assert one.tiny is None
+    states = (
+        ModelState("m", True, 0, model, 0, 0, 0.0, None, PreparedForwards()) for model in (one, two)
+    )
+    cards = [card_of(state) for state in states]
+    assert [(card.vae, card.tiny_vae) for card in cards] == [("mine", None), (None, "mine")]
     assert bytes_of(two) > bytes_of(one)
     other = chosen.model_copy(update={"models": (f"two={MODEL_FOLDER}",)})
     with pytest.raises(ModelMismatch, match="vaes names the model 'one'; there are two"):
