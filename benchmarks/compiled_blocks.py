@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from server.models.inputs import RowInputs
 
     Program = Callable[..., Sequence[Tensor]]
-    Told = Callable[[Program | None, str], None]
+    OnDone = Callable[[Program | None, str], None]
 
 ROWS = (1, 4, 16)
 ROWS_TO_COMPILE = 2
@@ -78,7 +78,9 @@ def main() -> None:
             forms["eager, graph"] = _replayed(model, None, rehearsal, options.rows)
             allowance.say("eager forwards recorded")
         taken_s = _report("As they are", forms, rehearsal, options)
-        compiler = Hurried(BlockCompiler(options.folder or Path(temporary), options.processes))
+        compiler = DeadlineCompiler(
+            BlockCompiler(options.folder or Path(temporary), options.processes)
+        )
         compile_blocks(model, compiler)
         blocks = model.blocks
         if blocks is None:
@@ -105,7 +107,7 @@ def main() -> None:
         _report("Compiled blocks", forms, rehearsal, options)
 
 
-class Hurried:
+class DeadlineCompiler:
     """A compiler that can be stopped; blocks not compiled by then are never compiled.
 
     Args:
@@ -115,20 +117,24 @@ class Hurried:
     def __init__(self, compiler: Compiler) -> None:
         self._compiler = compiler
         self._lock = Lock()
-        self._waiting: dict[object, Told] = {}
+        self._waiting: dict[object, OnDone] = {}
 
     def ask(
-        self, job: BlockJob, identity: str, tell: Told, wanted: Callable[[], bool] = lambda: True
+        self,
+        job: BlockJob,
+        identity: str,
+        on_done: OnDone,
+        wanted: Callable[[], bool] = lambda: True,
     ) -> None:
         """See ``BlockCompiler.ask``."""
         asked = object()
-        self._waiting[asked] = tell
+        self._waiting[asked] = on_done
 
         def hear(program: Program | None, said: str) -> None:
             with self._lock:
                 late = self._waiting.pop(asked, None) is None
             if not late:
-                tell(program, said)
+                on_done(program, said)
 
         self._compiler.ask(job, identity, hear, lambda: asked in self._waiting and wanted())
 
@@ -136,8 +142,8 @@ class Hurried:
         """Give up pending jobs and end the compiling processes; returns the number of jobs."""
         with self._lock:
             late, self._waiting = self._waiting, {}
-        for tell in late.values():
-            tell(None, "there was no time to compile it")
+        for on_done in late.values():
+            on_done(None, "there was no time to compile it")
         for process in active_children() if late else ():
             if process.pid is not None:
                 # Together with the compilers that it has started.

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = ["BESIDE", "NETWORKS", "FrameParts", "Part", "watched", "watched_session"]
 
-Given = ParamSpec("Given")
+Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
 EDGE = 5
@@ -99,8 +99,8 @@ class FrameParts:
         self._under_way = local()
 
     def timed(
-        self, name: str, call: Callable[Given, Result], *, network: bool = False
-    ) -> Callable[Given, Result]:
+        self, name: str, call: Callable[Arguments, Result], *, network: bool = False
+    ) -> Callable[Arguments, Result]:
         """Wrap a call so that it is recorded as one of a part.
 
         Args:
@@ -110,7 +110,7 @@ class FrameParts:
         """
 
         @wraps(call)
-        def noted(*args: Given.args, **kwargs: Given.kwargs) -> Result:
+        def noted(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
             outer, inner = getattr(self._under_way, "inner", None), _Inner()
             self._under_way.inner = inner
             began, asked = perf_counter(), self._asked
@@ -134,12 +134,12 @@ class FrameParts:
         return noted
 
     def awaited(
-        self, name: str, call: Callable[Given, Awaitable[Result]]
-    ) -> Callable[Given, Awaitable[Result]]:
+        self, name: str, call: Callable[Arguments, Awaitable[Result]]
+    ) -> Callable[Arguments, Awaitable[Result]]:
         """Wrap a coroutine of an event loop so that its calls are recorded as those of a part."""
 
         @wraps(call)
-        async def noted(*args: Given.args, **kwargs: Given.kwargs) -> Result:
+        async def noted(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
             began = perf_counter()
             made = await call(*args, **kwargs)
             self.waited(name, began)
@@ -152,11 +152,11 @@ class FrameParts:
         now = perf_counter()
         self._note(name, Call(now, now - since, 0, None))
 
-    def counted(self, call: Callable[Given, Result]) -> Callable[Given, Result]:
+    def counted(self, call: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
         """Wrap a call so that its operations are counted, if operations are counted at all."""
 
         @wraps(call)
-        def inside(*args: Given.args, **kwargs: Given.kwargs) -> Result:
+        def inside(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
             with self._count or nullcontext():
                 return call(*args, **kwargs)
 

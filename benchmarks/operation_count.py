@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = ["OperationCount"]
 
-Given = ParamSpec("Given")
+Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
 
@@ -35,11 +35,11 @@ class OperationCount(TorchDispatchMode):
         self.total = 0
         self._apart = False
 
-    def leaving_out(self, work: Callable[Given, Result]) -> Callable[Given, Result]:
+    def leaving_out(self, work: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
         """Wrap a function so that its operations are not counted."""
 
         @wraps(work)
-        def apart(*args: Given.args, **kwargs: Given.kwargs) -> Result:
+        def apart(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
             self._apart = True
             try:
                 return work(*args, **kwargs)

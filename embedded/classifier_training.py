@@ -118,7 +118,7 @@ def _distance_restored(pipeline: StableDiffusionPipeline, latents: Tensor) -> Te
 
 
 def train_classifier(
-    data: Labelled, model: str, steps: int, seed: int, tell: Callable[[int, float], None]
+    data: Labelled, model: str, steps: int, seed: int, on_step: Callable[[int, float], None]
 ) -> LatentClassifier:
     """Train at random noise levels, with cross-entropy over all known attributes.
 
@@ -127,7 +127,7 @@ def train_classifier(
         model: revision of the model that the latents belong to.
         steps: number of steps of Adam, with batches of 96.
         seed: seed of all random numbers.
-        tell: called with step and loss from time to time.
+        on_step: called with step and loss from time to time.
     """
     torch.manual_seed(seed)
     classifier = LatentClassifier(data.latents.shape[1], HEADS, model)
@@ -142,7 +142,7 @@ def train_classifier(
         optimizer.step()
         schedule.step()
         if step % 100 == 0:
-            tell(step, float(loss.detach()))
+            on_step(step, float(loss.detach()))
     return classifier.eval().requires_grad_(requires_grad=False)
 
 

@@ -84,7 +84,7 @@ def make_all_statistics(model: HostedModel, options: argparse.Namespace) -> None
         SCALES,
         size,
         checkpoint=options.out / f"statistics-{model.facts.denoiser}-{size.points}",
-        tell=_Reporter("statistics"),
+        on_progress=_Reporter("statistics"),
     )
     for scale, statistics in zip(SCALES, made, strict=True):
         file = statistics_file(options.model, mixture_of(scale).rule, scale)

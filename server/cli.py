@@ -35,7 +35,7 @@ __all__ = ["main"]
 log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
-Tell: TypeAlias = Callable[[str, int, int], None]
+ProgressCallback: TypeAlias = Callable[[str, int, int], None]
 
 app = typer.Typer(
     cls=PlainGroup,
@@ -510,7 +510,7 @@ def ems(
     # Loading a model imports the registries.
     _register(None)
     scales = _scales(guidance, scale)
-    from server.fitting.model_statistics import Order, Size, fulfil
+    from server.fitting.model_statistics import Order, Size, run_order
     from server.models.folder import embedded_folders
 
     order = Order(
@@ -523,7 +523,7 @@ def ems(
         steps=steps,
         out=out,
     )
-    for path in _with_stages(lambda tell: fulfil(order, tell)):
+    for path in _with_stages(lambda on_progress: run_order(order, on_progress)):
         typer.echo(path)
 
 
@@ -558,7 +558,7 @@ def linear_ag(
 ) -> None:
     """Fit the linear_adaptive policy to a model, sampler, spacing, step count and guidance rule."""
     _register(plugin)
-    from server.fitting.linear_guidance import FitOrder, Runs, fulfil
+    from server.fitting.linear_guidance import FitOrder, Runs, run_order
     from server.models.folder import embedded_folders
     from server.request_options import guidance_of, named, request_of
 
@@ -573,7 +573,7 @@ def linear_ag(
         )
     folder = model or embedded_folders()["embedded"]
     order = FitOrder(folder, request, Runs(runs, chunk, seed), device or "auto", prompts)
-    typer.echo(_with_stages(lambda tell: fulfil(order, tell)))
+    typer.echo(_with_stages(lambda on_progress: run_order(order, on_progress)))
 
 
 def _register(plugins: Sequence[Path] | None) -> dict[Path, list[str]]:
@@ -650,37 +650,37 @@ def _bars() -> Progress:
     return Progress(*columns, console=console, transient=True)
 
 
-def _with_stages(work: Callable[[Tell], Result]) -> Result:
+def _with_stages(work: Callable[[ProgressCallback], Result]) -> Result:
     with _refusals(), _bars() as bar:
         bars = {"": bar.add_task("loading the model", total=None)}
 
-        def tell(stage: str, done: int, total: int) -> None:
+        def on_progress(stage: str, done: int, total: int) -> None:
             bar.update(bars[""], visible=False)
             if stage not in bars:
                 bars[stage] = bar.add_task(stage, total=total)
             bar.update(bars[stage], completed=done)
 
-        return work(tell)
+        return work(on_progress)
 
 
 def _with_bar(settings: Settings, request: GenerateRequest) -> Pictures:
     with _bars() as bar:
         loading = bar.add_task("starting", total=None)
-        from server.heap import kept_for_good
+        from server.heap import gc_frozen
 
-        with kept_for_good():
+        with gc_frozen():
             from server.service.one_shot import generate as make
 
-        def tell_loading(stage: str, done: int, total: int) -> None:
+        def on_loading(stage: str, done: int, total: int) -> None:
             bar.update(loading, description=stage, completed=done, total=total or None)
 
-        def tell(progress: Any) -> None:
+        def on_progress(progress: Any) -> None:
             bar.update(loading, visible=False)
             while len(bar.tasks) < request.n + 1:
                 bar.add_task(f"image {len(bar.tasks)}", total=progress.steps)
             bar.update(bar.tasks[progress.index + 1].id, completed=progress.step)
 
-        return asyncio.run(make(settings, request, tell, tell_loading))
+        return asyncio.run(make(settings, request, on_progress, on_loading))
 
 
 @contextmanager

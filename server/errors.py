@@ -46,8 +46,8 @@ from typing import ClassVar, Self
 
 __all__ = [
     "AdapterMismatch",
+    "BindError",
     "Cancelled",
-    "CannotListen",
     "CaptionsOff",
     "ControlMismatch",
     "DeviceLost",
@@ -394,7 +394,7 @@ class ModelTooLarge(WeftError):
         )
 
 
-class CannotListen(WeftError):
+class BindError(WeftError):
     """The address or port that the server was told to listen on cannot be used."""
 
     code = "cannot_listen"

@@ -7,11 +7,11 @@ import gc
 from collections.abc import Generator
 from contextlib import contextmanager
 
-__all__ = ["collect_all", "collection_paused", "kept_for_good", "return_free_memory"]
+__all__ = ["collect_all", "gc_frozen", "gc_paused", "return_free_memory"]
 
 
 @contextmanager
-def collection_paused() -> Generator[None]:
+def gc_paused() -> Generator[None]:
     """Pause the collector of reference cycles while many objects are created that stay alive.
 
     Importing torch or diffusers creates hundreds of thousands of objects, and the collector would
@@ -27,14 +27,14 @@ def collection_paused() -> Generator[None]:
 
 
 @contextmanager
-def kept_for_good() -> Generator[None]:
-    """Like :func:`collection_paused`, and exempt all objects that exist afterwards from collection.
+def gc_frozen() -> Generator[None]:
+    """Like :func:`gc_paused`, and exempt all objects that exist afterwards from collection.
 
     Use it only at the start of a process. Traversing the libraries and the models takes the
     collector some tenths of a second, during which neither the engine nor the event loop runs.
     Cycles that become unreachable later are left to :func:`collect_all`.
     """
-    with collection_paused():
+    with gc_paused():
         yield
         gc.freeze()
 

@@ -136,13 +136,17 @@ def pictured(option: str, text: str) -> dict[str, Any]:
     Raises:
         InvalidRequest: it is none of these, or the file cannot be read.
     """
-    told = named(text)
-    if isinstance(told, dict):
-        image = told.get("image")
+    described = named(text)
+    if isinstance(described, dict):
+        image = described.get("image")
         several = isinstance(image, list)
         read = [_named_file(option, text, "image", one) for one in (image if several else [image])]
-        mask = {"mask": _named_file(option, text, "mask", told["mask"])} if "mask" in told else {}
-        return {**told, "image": read if several else read[0], **mask}
+        mask = (
+            {"mask": _named_file(option, text, "mask", described["mask"])}
+            if "mask" in described
+            else {}
+        )
+        return {**described, "image": read if several else read[0], **mask}
     name, separator, file = text.partition("=")
     if not separator:
         raise InvalidRequest(

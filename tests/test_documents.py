@@ -12,7 +12,7 @@ from pydantic import BaseModel
 
 from server.errors import (
     AdapterMismatch,
-    CannotListen,
+    BindError,
     ControlMismatch,
     EmbeddingMismatch,
     ImagePromptMismatch,
@@ -32,7 +32,7 @@ PAGES = sorted(
 )
 NOT_OF_REQUESTS = (
     AdapterMismatch,
-    CannotListen,
+    BindError,
     ControlMismatch,
     EmbeddingMismatch,
     ImagePromptMismatch,

@@ -65,7 +65,7 @@ class Faulty:
 
 
 @dataclass(slots=True)
-class Heard:
+class ResultCollector:
     """A listener that collects the results of the images of one submission."""
 
     images: int
@@ -110,7 +110,7 @@ class Batches:
                 raise self._engine.failure
             sleep(0.02)
 
-    def run(self, sampler: Callable[[], Sampler]) -> Heard:
+    def run(self, sampler: Callable[[], Sampler]) -> ResultCollector:
         """The results of eight images with one sampler."""
         solver = sampler()
         plan = solver.plan(self._model.default_schedule.grid(solver.default_spacing, STEPS))
@@ -129,7 +129,7 @@ class Batches:
             )
             for seed in range(ROWS)
         ]
-        heard = Heard(len(tasks))
+        heard = ResultCollector(len(tasks))
         self._engine.submit(tasks, heard)
         if not heard.ended.wait(120):
             raise TimeoutError("the engine did not answer")

@@ -59,7 +59,7 @@ def weaken() -> None:
     _replace(Stages, "_divided", _end_all)
     _replace(drain.DrainingServer, "handle_exit", Server.handle_exit)
     _replace(drain.DrainingServer, "on_tick", Server.on_tick)
-    _replace(drain.Farewell, "__call__", _say_nothing)
+    _replace(drain.DrainMiddleware, "__call__", _say_nothing)
 
 
 def serve_in_order() -> None:

@@ -392,10 +392,10 @@ class _Waited:
 def _processor_s(process: int) -> float:
     """Processor seconds used by a process, or clock seconds if the system does not report any."""
     try:
-        told = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+        status = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return monotonic()
-    return (int(told[11]) + int(told[12])) / os.sysconf("SC_CLK_TCK")
+    return (int(status[11]) + int(status[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def _end(workers: list[_Worker]) -> None:

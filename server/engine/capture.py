@@ -49,7 +49,7 @@ class CudaRecorder:
     def nbytes(self) -> int:
         """Bytes of memory that the graphs hold."""
         pools = self._pool_bytes + self._closed_bytes
-        return pools + sum(one.given_bytes for one in list(self._made))
+        return pools + sum(one.input_bytes for one in list(self._made))
 
     def fits(self, forward: Callable[[], Tensor], room: float) -> bool:
         """Run a forward pass to measure its memory; return whether there is room for a graph of it.
@@ -86,7 +86,7 @@ class CudaRecorder:
             if self._pool is None:
                 self._pool = torch.cuda.graph_pool_handle()
             # The inputs of a released graph are freed; its part of the pool serves the next graph.
-            self._made = [one for one in self._made if one.given_bytes]
+            self._made = [one for one in self._made if one.input_bytes]
             copies = [one.clone() for one in given]
             stream = _stream(torch.cuda.current_stream(self._device))
             _free_workspaces(stream)
@@ -101,7 +101,7 @@ class CudaRecorder:
             self._made.append(made)
             return made
 
-    def begin_anew(self) -> None:
+    def reset_pool(self) -> None:
         """Use a new pool from now on; one whose graphs are all gone cannot be used again."""
         self._pool, self._pool_bytes, self._closed_bytes, self._made = None, 0, 0, []
 
@@ -132,7 +132,7 @@ class CapturedForward:
         pool: Any,
         stream: torch.cuda.Stream,
     ) -> None:
-        self._given = [*given]
+        self._inputs = [*given]
         self._graph = torch.cuda.CUDAGraph()
         constants = Constants()
         failed: BaseException | None = None
@@ -148,7 +148,7 @@ class CapturedForward:
             ):
                 try:
                     with constants:
-                        self._raw = evaluate(*self._given)
+                        self._raw = evaluate(*self._inputs)
                 except BaseException as error:
                     failed = error
                     raise
@@ -169,13 +169,13 @@ class CapturedForward:
             failed = None
 
     @property
-    def given_bytes(self) -> int:
+    def input_bytes(self) -> int:
         """Bytes of its input tensors, which lie outside the pool."""
-        return sum(one.nbytes for one in self._given)
+        return sum(one.nbytes for one in self._inputs)
 
     def __call__(self, *given: Tensor) -> Tensor:
         """Replay the pass for other tensors of the same shapes, on the current stream."""
-        for mine, theirs in zip(self._given, given, strict=True):
+        for mine, theirs in zip(self._inputs, given, strict=True):
             mine.copy_(theirs)
         self._graph.replay()
         # A copy: the next graph to run may overwrite the original.
@@ -186,7 +186,7 @@ class CapturedForward:
         with ALONE:
             torch.cuda.synchronize()
             self._graph.reset()
-        self._given = []
+        self._inputs = []
         del self._raw, self._constants
 
 

@@ -37,7 +37,7 @@ from server.engine.state.sequence import Sequence
 from server.engine.state.submission import Submission
 from server.engine.tick.decode import Decoder
 from server.engine.tick.newcomers import Admission
-from server.engine.tick.pictures import PicturesOfATick
+from server.engine.tick.pictures import TickPictures
 from server.engine.warmup import common_fixed_rows, warm_up, warm_up_beside_ticks
 from server.errors import Cancelled, DeviceLost, NotReady, OutOfMemory
 from server.models.memory import unused_bytes
@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     from server.engine.state.sequence import ImageResult, Listener
     from server.engine.task import ImageTask
     from server.engine.tick.stage import Outcome
-    from server.engine.warmup import Warmth
+    from server.engine.warmup import WarmUpResult
     from server.models.hosted import HostedModel
 
 Result = TypeVar("Result")
@@ -166,7 +166,7 @@ class Engine:
             self._overflows,
             self.measurements,
             self.row_watch,
-            self._idle_work.give_back,
+            self._idle_work.free_unused_memory,
             self._meanwhile,
         )
         self._admission = Admission(
@@ -180,7 +180,7 @@ class Engine:
         self._decoder = Decoder(
             self._device,
             self._selection.turns,
-            self._idle_work.give_back,
+            self._idle_work.free_unused_memory,
             self._idle_work.decoder_of,
             self._interrupted,
             fixed=deterministic,
@@ -239,8 +239,8 @@ class Engine:
         """
         self._check_open()
         with torch.inference_mode():
-            warmth = warm_up_beside_ticks(model)
-        self._in_own_thread(lambda: self._take_model(model, warmth))
+            result = warm_up_beside_ticks(model)
+        self._in_own_thread(lambda: self._take_model(model, result))
 
     def undisturbed(self) -> AbstractContextManager[None]:
         """Keep the engine from preparing later work while another thread uses the device.
@@ -288,12 +288,12 @@ class Engine:
             done = self._chores.ask(work)
         return done.result()
 
-    def _take_model(self, model: HostedModel, warmth: Warmth) -> None:
+    def _take_model(self, model: HostedModel, result: WarmUpResult) -> None:
         name = model.facts.name
-        self._reports.add(name, warmth.colours)
-        self._costs.start(name, model.default_shape, warmth.cost)
+        self._reports.add(name, result.colours)
+        self._costs.start(name, model.default_shape, result.cost)
         m = self.measurements
-        self._idle_work.add(model, warmth.cost, m.fixed_rows or m.row_budget)
+        self._idle_work.add(model, result.cost, m.fixed_rows or m.row_budget)
         self._admission.add(name, model)
         with self._wake:
             self._models[name] = model
@@ -368,19 +368,19 @@ class Engine:
 
     def _warm_up(self) -> None:
         max_rows = self._asked_budget or MAX_ROWS
-        warmths: dict[str, Warmth] = {}
+        results: dict[str, WarmUpResult] = {}
         for name, model in self._models.items():
-            warmth = warmths[name] = warm_up(model, max_rows, self._guessed_costs)
-            self._reports.add(name, warmth.colours)
-            self._costs.start(name, model.default_shape, warmth.cost)
+            result = results[name] = warm_up(model, max_rows, self._guessed_costs)
+            self._reports.add(name, result.colours)
+            self._costs.start(name, model.default_shape, result.cost)
         fixed: int | None = None
         if self._deterministic:
-            fixed = self._asked_budget or common_fixed_rows(warmths.values())
+            fixed = self._asked_budget or common_fixed_rows(results.values())
             fixed = -(-fixed // FIXED_ROWS_MULTIPLE) * FIXED_ROWS_MULTIPLE
             self.measurements.fixed_rows = fixed
             log.info("deterministic: a forward pass has %d rows", fixed)
         for name, model in self._models.items():
-            self._idle_work.add(model, warmths[name].cost, fixed or max_rows)
+            self._idle_work.add(model, results[name].cost, fixed or max_rows)
         if self._guessed_costs is None:
             self._idle_work.before_ready(self._models.values())
         self.measurements.row_budget = max_rows
@@ -434,7 +434,7 @@ class Engine:
         with self._wake:
             ordinary = ADMITTED_BESIDE_LIVE if self._selection.expects_live else ADMITTED_A_TICK
             self._selection.note_who_waits(chain(self._active, self._arrived))
-            pictures, turns = PicturesOfATick(), self._selection.turns
+            pictures, turns = TickPictures(), self._selection.turns
             newcomers = self._arrived.take(
                 ADMITTED_A_TICK,
                 ordinary,
@@ -453,7 +453,7 @@ class Engine:
         if staying:
             seconds = perf_counter() - began
             self.measurements.encode_s += seconds
-            self._selection.charge_aside(pictures.parts(staying), seconds, self._active)
+            self._selection.charge_side_work(pictures.parts(staying), seconds, self._active)
             for sequence in staying:
                 self._reception.note_text_bytes(sequence)
 
@@ -527,7 +527,7 @@ class Engine:
         Returns:
             The images that advanced; those that recall further stages do so in later ticks.
         """
-        max_s = self._selection.max_aside_s
+        max_s = self._selection.max_side_work_s
         recalled: set[Sequence] = set()
         began = perf_counter()
         while (now := perf_counter()) - began < max_s and (
@@ -536,7 +536,7 @@ class Engine:
             self._weave(recalling)
             seconds = perf_counter() - now
             recalled.update(recalling)
-            self._selection.charge_aside(dict.fromkeys(recalling, 1), seconds, self._active)
+            self._selection.charge_side_work(dict.fromkeys(recalling, 1), seconds, self._active)
         return recalled
 
     def _meanwhile(self) -> None:
@@ -588,10 +588,10 @@ class Engine:
         self._reports.report_plain_steps()
         self._uncounted.discard(sequence)
         if sequence.slot >= 0:
-            sequence.lane.pool.give_back(sequence.slot)
+            sequence.lane.pool.release(sequence.slot)
             sequence.slot = -1
         self._active.remove(sequence)
-        self._reception.see_off(sequence)
+        self._reception.release(sequence)
 
     def prepared(self, model: HostedModel) -> PreparedForwards:
         """What has been prepared for the forward passes of a hosted model; safe from any thread."""

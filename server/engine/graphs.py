@@ -24,7 +24,7 @@ import torch
 
 from server.engine.faults import free_memory, is_out_of_memory, lost_device
 from server.engine.unrepeatable import unrepeatable
-from server.models.inputs_form import Gone, form_of, tensors_of
+from server.models.inputs_form import StaleInputs, form_of, tensors_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Hashable, Mapping, Sequence
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from server.models.hosted import HostedModel
     from server.models.inputs import RowInputs
 
-__all__ = ["Cost", "Form", "Graphs", "Recorder", "Replay", "pays_beside_ticks"]
+__all__ = ["Cost", "Form", "Graphs", "Recorder", "Replay", "worth_recording"]
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +80,7 @@ MAX_GRAPHS = 64
 PAUSE_AFTER_SHORTAGE_S = 300.0
 """Seconds after a shortage of memory during which nothing is recorded."""
 
-Given: TypeAlias = "Mapping[str, Tensor]"
+ForwardInputs: TypeAlias = "Mapping[str, Tensor]"
 """Tensors of a forward pass by name: x and t, then all of its inputs."""
 
 
@@ -112,7 +112,7 @@ class Recorder(Protocol):
         """Record a function of tensors like the given ones."""
         ...
 
-    def begin_anew(self) -> None:
+    def reset_pool(self) -> None:
         """Note that no recording is left."""
         ...
 
@@ -147,7 +147,7 @@ class Form(Protocol):
         """The non-tensor inputs of rows in a few words; empty for plain rows."""
         ...
 
-    def evaluate(self, model: HostedModel, tensors: Given) -> Tensor:
+    def evaluate(self, model: HostedModel, tensors: ForwardInputs) -> Tensor:
         """Make a call of this form with other tensors."""
         ...
 
@@ -181,7 +181,7 @@ class _Wanted:
         runs: number of runs so far.
     """
 
-    given: Given
+    given: ForwardInputs
     cost: Cost
     runs: int
 
@@ -274,7 +274,7 @@ class Graphs:
         recorded = self.replayed({"x": x, "t": t} | tensors_of(inputs), form, cost)
         return self._model.evaluate(x, t, inputs) if recorded is None else recorded
 
-    def replayed(self, given: Given, form: Form, cost: Cost) -> Tensor | None:
+    def replayed(self, given: ForwardInputs, form: Form, cost: Cost) -> Tensor | None:
         """Replay a call if it is recorded; else return None, and note that it may be recorded.
 
         Args:
@@ -339,7 +339,7 @@ class Graphs:
         for one in self._recorded.values():
             one.release()
         self._recorded = {}
-        self._recorder.begin_anew()
+        self._recorder.reset_pool()
 
     def _stop(self) -> None:
         """Abandon the recording under way."""
@@ -358,7 +358,7 @@ class Graphs:
         for shape in dead:
             self._recorded.pop(shape).release()
         if gone or dead:
-            self._give_back()
+            self._return_memory()
 
     def _ripe(self) -> list[Shape]:
         """Passes that are worth recording in a quiet moment."""
@@ -374,7 +374,7 @@ class Graphs:
         often = {
             shape: one.runs
             for shape, one in self._wanted.items()
-            if pays_beside_ticks(one.runs, one.cost.seconds(shape.rows), max_s)
+            if worth_recording(one.runs, one.cost.seconds(shape.rows), max_s)
             or (one.runs >= BUSY_THRESHOLD and one.cost.seconds(shape.rows) == inf)
         }
         return max(often, key=lambda shape: often[shape]) if often else None
@@ -391,14 +391,14 @@ class Graphs:
                 next(pieces)
         except StopIteration:
             self._under_way = None
-            self._give_back()
+            self._return_memory()
 
     def _pieces(self, shape: Shape, wanted: _Wanted) -> Generator[None]:
         if not self._may_be_recorded(shape):
             return
         try:
             yield from self._record(shape, wanted)
-        except Gone:
+        except StaleInputs:
             return
         except Exception as error:
             if lost_device(error, self._model.device):
@@ -492,10 +492,10 @@ class Graphs:
         # The pass may have run again since its recording began.
         self._wanted.pop(shape, None)
 
-    def _give_back(self) -> None:
+    def _return_memory(self) -> None:
         """Return memory that no recording uses now."""
         if not self._recorded and self._under_way is None:
-            self._recorder.begin_anew()
+            self._recorder.reset_pool()
         free_memory(self._model.device)
 
     def _of_tensors(self, shape: Shape) -> Callable[..., Tensor]:
@@ -520,13 +520,13 @@ class Graphs:
         )
 
 
-def shape_of(tensors: Given, form: Form) -> Shape:
+def shape_of(tensors: ForwardInputs, form: Form) -> Shape:
     """The shape of a forward pass."""
     others = tuple((name, one.shape[1:], one.dtype) for name, one in tensors.items())
     return Shape(len(tensors["x"]), others, form)
 
 
-def pays_beside_ticks(runs: int, forward_s: float, max_s: float) -> bool:
+def worth_recording(runs: int, forward_s: float, max_s: float) -> bool:
     """Whether to record a pass between ticks, for lack of quiet moments.
 
     Args:

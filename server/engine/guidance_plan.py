@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Acting:
+class ActiveTerm:
     """A term that acts at a stage.
 
     Attributes:
@@ -57,7 +57,7 @@ class Acting:
 
 
 @dataclass(frozen=True, slots=True)
-class Ask:
+class StagePredictions:
     """Predictions that one stage needs besides the prompt's.
 
     Predictions of an image are numbered: 0 is the prompt's, then come those of the rule's branches,
@@ -73,7 +73,7 @@ class Ask:
     numbers: tuple[int, ...]
     evaluated: bool
     estimated: bool
-    acting: tuple[Acting, ...]
+    acting: tuple[ActiveTerm, ...]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -104,8 +104,8 @@ class GuidancePlan:
     """
 
     branches: int
-    asks: list[Ask]
-    settled: list[Ask]
+    asks: list[StagePredictions]
+    settled: list[StagePredictions]
     left: list[float]
     left_settled: list[float]
     widest: int
@@ -241,15 +241,15 @@ def _ask(
     evaluated: bool,
     estimated: bool,
     terms: Sequence[tuple[int, Term, tuple[int, ...]]],
-) -> Ask:
-    numbers, acting, seen = [*branches], list[Acting](), Counter["type[Term]"]()
+) -> StagePredictions:
+    numbers, acting, seen = [*branches], list[ActiveTerm](), Counter["type[Term]"]()
     for index, term, own in terms:
         kind = type(term)
         rows = range(len(numbers), len(numbers) + len(own))
-        acting.append(Acting(index, kind, (order_of(kind), seen[kind]), rows))
+        acting.append(ActiveTerm(index, kind, (order_of(kind), seen[kind]), rows))
         numbers += own
         seen[kind] += 1
-    return Ask(tuple(numbers), evaluated, estimated, tuple(acting))
+    return StagePredictions(tuple(numbers), evaluated, estimated, tuple(acting))
 
 
 def _costs(task: ImageTask) -> list[float]:
@@ -261,7 +261,7 @@ def _costs(task: ImageTask) -> list[float]:
     ]
 
 
-def _left(asks: Sequence[Ask], costs: Sequence[float]) -> list[float]:
+def _left(asks: Sequence[StagePredictions], costs: Sequence[float]) -> list[float]:
     stages = zip(reversed(asks), reversed(costs), strict=True)
     rows = (cost * (1 + len(ask.numbers)) for ask, cost in stages)
     return list(accumulate(rows, initial=0.0))[::-1]

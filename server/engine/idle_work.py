@@ -135,7 +135,7 @@ class IdleWork:
             free_memory(self._device)
         return released
 
-    def give_back(self) -> bool:
+    def free_unused_memory(self) -> bool:
         """Free all memory that is not needed now; return whether recordings held any of it."""
         released = self.release()
         if not released:

@@ -113,7 +113,7 @@ class Reception:
             images,
             partial(self._claim, holding, live=live),
             partial(self._take_in, holding, live=live),
-            partial(self._give_back, holding, live=live),
+            partial(self._release, holding, live=live),
         )
 
     def submit(
@@ -161,7 +161,7 @@ class Reception:
         self._backlog.count_rows(sequence.submission.holding, self._kind(sequence.task), more)
         sequence.counted = remaining
 
-    def see_off(self, sequence: Sequence) -> None:
+    def release(self, sequence: Sequence) -> None:
         """Return the room of an image that has left the engine."""
         with self._wake:
             if not sequence.live:
@@ -237,7 +237,7 @@ class Reception:
             self._wake.notify()
         return submission
 
-    def _give_back(self, holding: Holding, images: int, *, live: bool) -> None:
+    def _release(self, holding: Holding, images: int, *, live: bool) -> None:
         with self._wake:
             if not live:
                 self._backlog.release(holding)

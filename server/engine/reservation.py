@@ -26,7 +26,7 @@ class Reservation:
         images: number of images that there is room for.
         claim: function that claims the room that tasks need beyond their number.
         take_in: function that queues tasks in the reserved room.
-        give_back: function that returns the room for a number of images.
+        on_release: function that returns the room for a number of images.
     """
 
     def __init__(
@@ -34,12 +34,12 @@ class Reservation:
         images: int,
         claim: Callable[[Sequence[ImageTask]], None],
         take_in: Callable[[Sequence[ImageTask], Listener], Submission],
-        give_back: Callable[[int], None],
+        on_release: Callable[[int], None],
     ) -> None:
         self._left = images
         self._claim: Callable[[Sequence[ImageTask]], None] | None = claim
         self._take_in = take_in
-        self._give_back = give_back
+        self._on_release = on_release
         self._lock = Lock()
 
     def claim(self, tasks: Sequence[ImageTask]) -> None:
@@ -84,7 +84,7 @@ class Reservation:
         with self._lock:
             left, self._left = self._left, 0
         if left:
-            self._give_back(left)
+            self._on_release(left)
 
     def __enter__(self) -> Self:
         return self

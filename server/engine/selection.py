@@ -77,7 +77,7 @@ class Selection:
         return ORDINARY_SHARE if self.expects_live else 1.0
 
     @property
-    def max_aside_s(self) -> float:
+    def max_side_work_s(self) -> float:
         """Maximum seconds that stages without a forward pass may take between two ticks."""
         return ORDINARY_SHARE * self._live_tick_s if self.expects_live else FAIR_TICK_S
 
@@ -111,7 +111,7 @@ class Selection:
         for flow, part in by_flow.items():
             self.turns.charge(flow, seconds * part / whole)
 
-    def charge_aside(
+    def charge_side_work(
         self, parts: Mapping[Sequence, float], seconds: float, active: Listed[Sequence]
     ) -> None:
         """Charge work outside of ticks to the clients of some images, and to live ones.

@@ -49,8 +49,8 @@ class Stages:
         overflows: record of what did not fit into memory by itself.
         measurements: counters of the engine.
         row_watch: watch that samples the ticks.
-        give_back: function that frees memory which is not needed, and returns whether recordings
-            held any of it.
+        free_unused_memory: function that frees memory which is not needed, and returns whether
+            recordings held any of it.
         meanwhile: function that is called in each stage while the device works.
     """
 
@@ -61,7 +61,7 @@ class Stages:
         overflows: Overflows,
         measurements: EngineMeasurements,
         row_watch: RowWatch,
-        give_back: Callable[[], bool],
+        free_unused_memory: Callable[[], bool],
         meanwhile: Callable[[], None],
     ) -> None:
         self._device = device
@@ -69,7 +69,7 @@ class Stages:
         self._overflows = overflows
         self._measurements = measurements
         self._row_watch = row_watch
-        self._give_back = give_back
+        self._free_unused_memory = free_unused_memory
         self._meanwhile = meanwhile
 
     def run(self, chosen: list[Sequence]) -> Iterator[Stage | Failure]:
@@ -118,7 +118,7 @@ class Stages:
             filled_up = lane.size_of(rows, mixed=mixed) > rows
             lane.row_cap.overflow(rows)
         # The memory may have been taken by recordings, or by padding rows.
-        return self._give_back() or filled_up
+        return self._free_unused_memory() or filled_up
 
     def _note_overflow(self, chosen: list[Sequence]) -> None:
         """Remember images that did not fit by themselves, so that images as large are refused."""

@@ -29,7 +29,7 @@ MAX_QUICK_WARM_UP_ROWS = 4
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Warmth:
+class WarmUpResult:
     """What the engine needs to know about a model before its first image.
 
     Attributes:
@@ -45,7 +45,7 @@ class Warmth:
 
 def warm_up(
     model: HostedModel, max_rows: int, guessed_costs: Mapping[int, float] | None = None
-) -> Warmth:
+) -> WarmUpResult:
     """Run each network of a model before the engine works, in the engine's thread.
 
     Args:
@@ -58,14 +58,14 @@ def warm_up(
     """
     colours = _first_colours(model)
     if guessed_costs is not None:
-        return Warmth(colours, TickCost(guessed_costs, guessed=True), max(guessed_costs))
+        return WarmUpResult(colours, TickCost(guessed_costs, guessed=True), max(guessed_costs))
     samples = time_forwards(model, max_rows)
     timed = ", ".join(f"{rows}: {1000 * seconds:.1f}" for rows, seconds in samples.items())
     log.info("%s: ms per forward pass, by rows: %s", model.facts.name, timed)
-    return Warmth(colours, TickCost(samples), max(samples))
+    return WarmUpResult(colours, TickCost(samples), max(samples))
 
 
-def warm_up_beside_ticks(model: HostedModel) -> Warmth:
+def warm_up_beside_ticks(model: HostedModel) -> WarmUpResult:
     """Run each network of a model that is not the engine's yet, in the caller's thread.
 
     Raises:
@@ -73,10 +73,10 @@ def warm_up_beside_ticks(model: HostedModel) -> Warmth:
     """
     # Only a guess, since the times include other work on the device.
     colours, samples = _first_colours(model), time_forwards(model, MAX_QUICK_WARM_UP_ROWS)
-    return Warmth(colours, TickCost(samples, guessed=True), max(samples))
+    return WarmUpResult(colours, TickCost(samples, guessed=True), max(samples))
 
 
-def common_fixed_rows(models: Iterable[Warmth]) -> int:
+def common_fixed_rows(models: Iterable[WarmUpResult]) -> int:
     """Fewest rows of a pass with most of the best throughput, and not too many for any model.
 
     A single image waits for all rows of its passes, so fewer are better for it. More rows than were

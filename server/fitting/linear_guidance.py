@@ -30,7 +30,7 @@ from server.requests.resolve import make_plan, resolve
 from server.requests.schema import GenerateRequest, ResolvedRequest, split
 from server.settings import Limits
 
-__all__ = ["FitOrder", "Runs", "fit", "fulfil"]
+__all__ = ["FitOrder", "Runs", "fit", "run_order"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,13 +67,13 @@ class FitOrder:
     prompts: Path | None = None
 
 
-def fulfil(order: FitOrder, tell: Callable[[str, int, int], None]) -> Path:
+def run_order(order: FitOrder, on_progress: Callable[[str, int, int], None]) -> Path:
     """Fit coefficients and write them to a file.
 
     Args:
         order: order from the command line.
-        tell: callback for progress, called with the name of the stage, the number done, and the
-            total.
+        on_progress: callback for progress, called with the name of the stage, the number done, and
+            the total.
 
     Raises:
         WeftError: the order cannot be fulfilled, with a sentence for the user.
@@ -81,7 +81,7 @@ def fulfil(order: FitOrder, tell: Callable[[str, int, int], None]) -> Path:
     prompts = prompts_for(order.folder, order.prompts)
     model = load_model(order.folder, name=order.folder.name, device=order.device, dtype="auto")
     resolved = resolve(order.request, model, Limits(), None)
-    return store(model, order.folder, resolved, prompts, order.runs, tell)
+    return store(model, order.folder, resolved, prompts, order.runs, on_progress)
 
 
 def store(
@@ -90,7 +90,7 @@ def store(
     resolved: ResolvedRequest,
     prompts: Sequence[str],
     runs: Runs,
-    tell: Callable[[str, int, int], None],
+    on_progress: Callable[[str, int, int], None],
 ) -> Path:
     """Fit to the sampler, spacing, steps and rule of a request, and write the file.
 
@@ -123,7 +123,7 @@ def store(
         policy,
         prompts,
         runs,
-        lambda done: tell("runs", done, runs.count),
+        lambda done: on_progress("runs", done, runs.count),
         kept,
     )
     made.save(file)
@@ -143,7 +143,7 @@ def fit(
     policy: Policy,
     prompts: Sequence[str],
     runs: Runs,
-    tell: Callable[[int], None],
+    on_progress: Callable[[int], None],
     kept: KeptSums | None = None,
 ) -> LinearFit:
     """Fit coefficients of a plan and a rule by least squares over runs, branch by branch.
@@ -157,7 +157,7 @@ def fit(
         policy: policy whose period determines which stages are evaluated.
         prompts: prompts, taken in turn; there is no negative prompt.
         runs: number and choice of the runs.
-        tell: callback, called with the number of runs that are done.
+        on_progress: callback, called with the number of runs that are done.
         kept: sums of an earlier, interrupted fit of the same.
 
     Raises:
@@ -173,7 +173,7 @@ def fit(
         part = np.stack([moments(cond, other, evaluated) for other in others])
         sums = part if sums is None else sums + part
         kept.keep(numbers.stop, sums)
-        tell(numbers.stop)
+        on_progress(numbers.stop)
     if sums is None:
         raise InvalidRequest("runs", "runs is 0; at least 1 is needed.")
     coefficients = [solve(branch) for branch in sums]

@@ -25,7 +25,7 @@ from server.models.hosted import HostedModel
 from server.models.loading import load_model
 from server.output_files import check_name
 
-__all__ = ["Order", "Size", "fulfil", "make_statistics", "mixture_of"]
+__all__ = ["Order", "Size", "make_statistics", "mixture_of", "run_order"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,13 +70,13 @@ class Order:
     out: Path | None = None
 
 
-def fulfil(order: Order, tell: Callable[[str, int, int], None]) -> list[Path]:
+def run_order(order: Order, on_progress: Callable[[str, int, int], None]) -> list[Path]:
     """Make statistics files, resuming an interrupted run.
 
     Args:
         order: order from the command line.
-        tell: callback for progress, called with the name of the stage, the number done, and the
-            total.
+        on_progress: callback for progress, called with the name of the stage, the number done, and
+            the total.
 
     Returns:
         The files, in the order of the scales.
@@ -86,7 +86,7 @@ def fulfil(order: Order, tell: Callable[[str, int, int], None]) -> list[Path]:
     """
     files = _files(order)
     model = load_model(order.folder, name=order.folder.name, device=order.device, dtype="float32")
-    samples = _samples(model, order, tell)
+    samples = _samples(model, order, on_progress)
     checkpoint = files[0].with_suffix(".sums")
     try:
         made = make_statistics(
@@ -95,7 +95,7 @@ def fulfil(order: Order, tell: Callable[[str, int, int], None]) -> list[Path]:
             order.scales,
             order.size,
             checkpoint=checkpoint,
-            tell=lambda progress: tell("statistics", progress.done, progress.total),
+            on_progress=lambda progress: on_progress("statistics", progress.done, progress.total),
         )
     except ValueError as refusal:
         raise InvalidRequest(None, str(refusal)) from None
@@ -121,7 +121,7 @@ def make_statistics(
     size: Size,
     *,
     checkpoint: Path | None = None,
-    tell: Callable[[SamplesDone], None] | None = None,
+    on_progress: Callable[[SamplesDone], None] | None = None,
 ) -> list[Statistics]:
     """Compute statistics of a model at some guidance scales, which share most of the cost.
 
@@ -131,7 +131,7 @@ def make_statistics(
         scales: scales of classifier-free guidance; 1 for none.
         size: amount of computation.
         checkpoint: see ``samplers.compute_statistics``.
-        tell: see ``samplers.compute_statistics``.
+        on_progress: see ``samplers.compute_statistics``.
 
     Raises:
         ValueError: see ``samplers.compute_statistics``.
@@ -151,7 +151,7 @@ def make_statistics(
         chunk=size.chunk,
         seed=size.seed,
         checkpoint=checkpoint,
-        tell=tell,
+        tell=on_progress,
     )
 
 
@@ -166,7 +166,9 @@ def _files(order: Order) -> list[Path]:
     return [order.out]
 
 
-def _samples(model: HostedModel, order: Order, tell: Callable[[str, int, int], None]) -> Samples:
+def _samples(
+    model: HostedModel, order: Order, on_progress: Callable[[str, int, int], None]
+) -> Samples:
     count, chunk = order.size.samples, order.size.chunk
     if order.data is not None:
         return read_pictures(model, order.data, count, chunk)
@@ -177,7 +179,7 @@ def _samples(model: HostedModel, order: Order, tell: Callable[[str, int, int], N
         scale=min(order.scales),
         steps=order.steps,
         chunk=chunk,
-        tell=lambda done: tell("samples", done, count),
+        on_progress=lambda done: on_progress("samples", done, count),
     )
 
 

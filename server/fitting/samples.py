@@ -134,7 +134,7 @@ def draw(
     scale: float,
     steps: int,
     chunk: int,
-    tell: Callable[[int], None],
+    on_progress: Callable[[int], None],
 ) -> Samples:
     """Let the model draw its own samples, at its own size, with DPM-Solver++ 2M.
 
@@ -145,7 +145,7 @@ def draw(
         scale: guidance scale, 1 for none.
         steps: number of steps of the sampler.
         chunk: number of samples drawn at once.
-        tell: callback, called with the number of samples that are done.
+        on_progress: callback, called with the number of samples that are done.
     """
     facts = model.facts
     shape = model.default_shape
@@ -158,7 +158,7 @@ def draw(
         noise = torch.stack([start_noise(k, shape) for k in rows]).to(model.device)
         denoise = _guided(model, schedule, [chosen[k] for k in rows], scale)
         drawn.append(integrate(plan, denoise, plan.start_scale * noise))
-        tell(rows[-1] + 1)
+        on_progress(rows[-1] + 1)
     return Samples(torch.cat(drawn), chosen)
 
 

@@ -25,7 +25,7 @@ from server.http.automatic1111 import weights as automatic1111_weights
 from server.http.automatic1111.checkpoints import Checkpoints
 from server.http.automatic1111.jobs import ClientJobs
 from server.http.body import Bodies
-from server.http.drain import Farewell
+from server.http.drain import DrainMiddleware
 from server.http.gate import Gate, RequestId, needs_key
 from server.http.head import HeadAsGet
 from server.http.headers import SafeHeaders
@@ -158,7 +158,7 @@ def _middleware(settings: Settings) -> list[Middleware]:
         Middleware(HeadAsGet),
         Middleware(SafeHeaders),
         Middleware(RequestId),
-        Middleware(Farewell, answer=errors.answer),
+        Middleware(DrainMiddleware, answer=errors.answer),
     ]
     if not settings.allowed_origins:
         return [*outer, gate]

@@ -80,7 +80,7 @@ class Bodies:
             )
         self.held += count
 
-    def give_back(self, count: int) -> None:
+    def release(self, count: int) -> None:
         """Release `count` bytes; once none are held, memory is returned to the system."""
         self.held -= count
         if count and not self.held and self._tidying is None:
@@ -115,21 +115,21 @@ class Share:
         self._bodies.take(count)
         self._held += count
 
-    def give_back(self, count: int) -> None:
+    def release(self, count: int) -> None:
         """Release `count` bytes."""
         count = min(count, self._held)
         self._held -= count
-        self._bodies.give_back(count)
+        self._bodies.release(count)
 
     def upload(self, data: str | bytes) -> Upload:
         """Return an upload for a picture of the body; its bytes are released when it is decoded."""
-        return Upload(data, partial(self.give_back, len(data)))
+        return Upload(data, partial(self.release, len(data)))
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.give_back(self._held)
+        self.release(self._held)
 
 
 class JsonRoute(APIRoute):

@@ -18,7 +18,7 @@ from server.errors import NotReady, WeftError
 from server.service.service import Service
 from server.settings import Settings
 
-__all__ = ["CLOSE_S", "RESPONSE_GRACE_S", "DrainingServer", "Farewell"]
+__all__ = ["CLOSE_S", "RESPONSE_GRACE_S", "DrainMiddleware", "DrainingServer"]
 
 log = logging.getLogger("weft")
 
@@ -84,7 +84,7 @@ class DrainingServer(uvicorn.Server):
         return True
 
 
-class Farewell:
+class DrainMiddleware:
     """Middleware that answers requests which are cut off by the shutdown with a proper error.
 
     It is for requests that nothing else can end, such as one whose body has not arrived.

@@ -19,7 +19,7 @@ from server.errors import (
     Unauthorized,
     WeftError,
 )
-from server.http.headers import make_safe
+from server.http.headers import set_security_headers
 from server.requests.messages import explain
 
 __all__ = ["AUTOMATIC1111", "CHALLENGE", "ErrorBody", "answer", "body_of", "install"]
@@ -113,7 +113,7 @@ def install(app: FastAPI) -> None:
         # This response is made outside of all other middleware.
         response = answer(error, request.url.path)
         response.headers["x-request-id"] = request.state.request_id
-        make_safe(response.headers)
+        set_security_headers(response.headers)
         return response
 
 

@@ -7,7 +7,7 @@ from typing import Final
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-__all__ = ["SafeHeaders", "make_safe"]
+__all__ = ["SafeHeaders", "set_security_headers"]
 
 STRICT_POLICY: Final = "default-src 'none'; frame-ancestors 'none'"
 """Content security policy of responses that are not pages: if shown as a page, they can load and
@@ -16,7 +16,7 @@ run nothing."""
 STARTS: Final = ("http.response.start", "websocket.http.response.start")
 
 
-def make_safe(headers: MutableHeaders) -> None:
+def set_security_headers(headers: MutableHeaders) -> None:
     """Forbid content sniffing, and set the strictest policy unless the response has its own."""
     headers["x-content-type-options"] = "nosniff"
     headers.setdefault("content-security-policy", STRICT_POLICY)
@@ -33,7 +33,7 @@ class SafeHeaders:
 
         async def send_safely(message: Message) -> None:
             if message["type"] in STARTS:
-                make_safe(MutableHeaders(scope=message))
+                set_security_headers(MutableHeaders(scope=message))
             await send(message)
 
         await self._app(scope, receive, send_safely)

@@ -12,8 +12,8 @@ import sys
 import threading
 from typing import Any, Final, NoReturn
 
-from server.errors import CannotListen
-from server.heap import kept_for_good
+from server.errors import BindError
+from server.heap import gc_frozen
 from server.settings import Settings
 
 __all__ = ["end_process", "listen", "run"]
@@ -36,12 +36,12 @@ def listen(host: str, port: int) -> list[socket.socket]:
     Connections that arrive during start-up wait until the server answers.
 
     Raises:
-        CannotListen: the name has no address of this machine, or the port is taken.
+        BindError: the name has no address of this machine, or the port is taken.
     """
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except OSError:
-        raise CannotListen("host", f"host is {host!r}, which names no address.") from None
+        raise BindError("host", f"host is {host!r}, which names no address.") from None
     listeners: list[socket.socket] = []
     absent: OSError | None = None
     for family, kind, protocol, _, address in dict.fromkeys(found):
@@ -56,7 +56,7 @@ def listen(host: str, port: int) -> list[socket.socket]:
                 opened.close()
             raise _unusable(port, address, error) from None
     if absent is not None and not listeners:
-        raise CannotListen("host", f"host is {host!r}, which is not an address of this machine.")
+        raise BindError("host", f"host is {host!r}, which is not an address of this machine.")
     return listeners
 
 
@@ -74,9 +74,9 @@ def _listener(family: int, kind: int, protocol: int, address: Any) -> socket.soc
     return listener
 
 
-def _unusable(port: int, address: Any, error: OSError) -> CannotListen:
+def _unusable(port: int, address: Any, error: OSError) -> BindError:
     reason = (error.strerror or str(error)).lower()
-    return CannotListen(
+    return BindError(
         "port",
         f"port is {port}, which cannot be used on {address[0]}: {reason}; choose another with "
         "--port or WEFT_PORT.",
@@ -97,7 +97,7 @@ def run(settings: Settings, listeners: list[socket.socket]) -> int:
     sys.setswitchinterval(GIL_SWITCH_INTERVAL_S)
     _allow_open_files(settings.max_connections + OTHER_FILES)
 
-    with kept_for_good():
+    with gc_frozen():
         import uvicorn
 
         from server.http.app import create_app
@@ -111,7 +111,7 @@ def run(settings: Settings, listeners: list[socket.socket]) -> int:
         failed.append(True)
         server.should_exit = True
 
-    app = create_app(settings, on_failure=give_up, while_loading=kept_for_good)
+    app = create_app(settings, on_failure=give_up, while_loading=gc_frozen)
     config = uvicorn.Config(
         app,
         http=connections(settings),

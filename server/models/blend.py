@@ -63,9 +63,9 @@ def conditioning_of(prompt: TextPrompt, encoded: Mapping[str | None, Conditionin
     """
     if not isinstance(prompt, Blend):
         return encoded[prompt]
-    weighty = [(part, weight) for part, weight in prompt.parts if weight > 0]
-    parts = [conditioning_of(part, encoded) for part, _ in weighty]
-    weights = [weight for _, weight in weighty]
+    weighted = [(part, weight) for part, weight in prompt.parts if weight > 0]
+    parts = [conditioning_of(part, encoded) for part, _ in weighted]
+    weights = [weight for _, weight in weighted]
     mix = _mean if prompt.kind == "linear" else _along_arcs
     return Conditioning(
         {

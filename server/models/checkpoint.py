@@ -102,7 +102,10 @@ CONVERTERS: Final = ("checkpoint", "checkpoint_prediction", "scaled_weights")
 
 
 def converted(
-    file: Path, cache: Path, templates: Path | None = None, tell: Callable[[], None] | None = None
+    file: Path,
+    cache: Path,
+    templates: Path | None = None,
+    on_convert: Callable[[], None] | None = None,
 ) -> Path:
     """Convert a checkpoint, unless it has been converted before, and return the folder.
 
@@ -110,7 +113,7 @@ def converted(
         file: ``.safetensors`` file with the names of the original Stable Diffusion 1.x, 2.x or XL.
         cache: folder in which converted checkpoints are kept.
         templates: folder with the configs of each kind; by default those that ship with Weft.
-        tell: called if the checkpoint has to be converted.
+        on_convert: called if the checkpoint has to be converted.
 
     Raises:
         ModelMismatch: the file is of another kind, or has tensors that belong to no network.
@@ -126,8 +129,8 @@ def converted(
     folder = cache / f"{file.stem}-{sha256(identity.encode()).hexdigest()[:16]}"
     if (folder / INDEX).is_file():
         return folder
-    if tell is not None:
-        tell()
+    if on_convert is not None:
+        on_convert()
     cache.mkdir(parents=True, exist_ok=True)
     with unfinished(cache) as made:
         _convert(file, made, templates)

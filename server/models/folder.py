@@ -197,14 +197,14 @@ def weights_in(folder: Path) -> list[Path]:
     return sorted(file for file in found if not file.is_relative_to(derived))
 
 
-def revisions_of(folder: Path, tell: Callable[[int, int], None] | None = None) -> Revisions:
+def revisions_of(folder: Path, on_progress: Callable[[int, int], None] | None = None) -> Revisions:
     """Compute the revisions of a folder's weights.
 
     Files that Weft derived from them, in the subfolder ``weft``, do not count.
 
     Args:
         folder: model folder.
-        tell: called with the number of bytes read so far, and with that of all weights.
+        on_progress: called with the number of bytes read so far, and with that of all weights.
 
     Raises:
         ModelMismatch: there are no safetensors or GGUF files.
@@ -229,6 +229,6 @@ def revisions_of(folder: Path, tell: Callable[[int, int], None] | None = None) -
             for digest in concerned:
                 digest.update(chunk)
             done += len(chunk)
-            if tell is not None:
-                tell(done, total)
+            if on_progress is not None:
+                on_progress(done, total)
     return Revisions(weights.hexdigest()[:16], denoiser.hexdigest()[:16])

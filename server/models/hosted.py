@@ -268,7 +268,9 @@ class HostedModel(ABC):
         """
         return stack_alike(rows)
 
-    def levelled(self, texts: Mapping[TextPrompt, Conditioning]) -> dict[TextPrompt, Conditioning]:
+    def equalize_lengths(
+        self, texts: Mapping[TextPrompt, Conditioning]
+    ) -> dict[TextPrompt, Conditioning]:
         """Bring the conditioning of one image to the lengths with which its rows are stacked.
 
         Args:
@@ -276,7 +278,7 @@ class HostedModel(ABC):
         """
         return dict(texts)
 
-    def referring(self, text: Conditioning, references: Sequence[Tensor]) -> Conditioning:
+    def add_references(self, text: Conditioning, references: Sequence[Tensor]) -> Conditioning:
         """Add reference images to the conditioning of a prompt.
 
         Args:

@@ -71,7 +71,7 @@ def fetch(
     *,
     half: bool,
     check: Callable[[Path], object],
-    tell: Callable[[int, int], None] | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
     replaced: Collection[str] = (),
 ) -> Path:
     """Download a model into the hub's cache unless it is there, and return its folder.
@@ -83,7 +83,7 @@ def fetch(
         model: model of the hub at ``HF_ENDPOINT``, accessed with the token ``HF_TOKEN`` if set.
         half: whether weights are wanted in half precision.
         check: refuses a folder by its ``model_index.json``, before its weights are downloaded.
-        tell: called with the number of bytes downloaded so far, and with that of all files.
+        on_progress: called with the number of bytes downloaded so far, and with that of all files.
         replaced: parts whose weights are replaced by others and need not be downloaded.
 
     Raises:
@@ -92,11 +92,11 @@ def fetch(
     from huggingface_hub.errors import EntryNotFoundError
 
     try:
-        return _snapshot(model, half, check, tell, replaced, cached=True)
+        return _snapshot(model, half, check, on_progress, replaced, cached=True)
     except (EntryNotFoundError, OSError):
         log.info("fetching %s from the hub", model)
     try:
-        folder = _snapshot(model, half, check, tell, replaced, cached=False)
+        folder = _snapshot(model, half, check, on_progress, replaced, cached=False)
     except ModelMismatch:
         raise
     except Exception as error:
@@ -137,7 +137,7 @@ def _snapshot(
     model: HubModel,
     half: bool,
     check: Callable[[Path], object],
-    tell: Callable[[int, int], None] | None,
+    on_progress: Callable[[int, int], None] | None,
     replaced: Collection[str],
     *,
     cached: bool,
@@ -167,7 +167,9 @@ def _snapshot(
     for file in damaged:
         hf_hub_download(**here, filename=file, force_download=True)
     return Path(
-        download(**here, allow_patterns=files, local_files_only=cached, tqdm_class=_progress(tell))
+        download(
+            **here, allow_patterns=files, local_files_only=cached, tqdm_class=_progress(on_progress)
+        )
     )
 
 
@@ -191,13 +193,13 @@ def _has_weights(folder: Path, parts: Iterable[str]) -> bool:
     return True
 
 
-def _progress(tell: Callable[[int, int], None] | None) -> Any:
+def _progress(on_progress: Callable[[int, int], None] | None) -> Any:
     """A progress bar class without output, which passes on the client's counts of bytes."""
     from tqdm.std import tqdm
 
     bar: Any = tqdm
 
-    class Told(bar):
+    class ProgressBar(bar):
         monitor_interval = 0
 
         def __init__(self, *given: Any, **named: Any) -> None:
@@ -205,11 +207,11 @@ def _progress(tell: Callable[[int, int], None] | None) -> Any:
 
         def update(self, n: float | None = 1) -> bool | None:
             shown = super().update(n)
-            if tell is not None and self.unit == "B":
-                tell(int(self.n), int(self.total or self.n))
+            if on_progress is not None and self.unit == "B":
+                on_progress(int(self.n), int(self.total or self.n))
             return shown
 
-    return Told
+    return ProgressBar
 
 
 class _Nowhere:

@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from server.models.controls.row_controls import ControlForm
     from server.models.edit_values import EditPlaces
     from server.models.hosted import HostedModel
-    from server.models.image_prompts.row_image_prompts import AlikeForm
+    from server.models.image_prompts.row_image_prompts import EqualLengthForm
 
-__all__ = ["Gone", "InputsForm", "form_of", "tensors_of"]
+__all__ = ["InputsForm", "StaleInputs", "form_of", "tensors_of"]
 
 TEXT = "text"
 AGAINST = "against"
@@ -38,7 +38,7 @@ PICTURE = "picture"
 Found = TypeVar("Found")
 
 
-class Gone(Exception):
+class StaleInputs(Exception):
     """Something that a forward pass reads besides its tensors no longer exists."""
 
 
@@ -58,7 +58,7 @@ class InputsForm:
     adapters: ref[object] | None = None
     edits: EditPlaces | None = None
     controls: tuple[ControlForm, ...] = ()
-    pictures: tuple[AlikeForm, ...] = ()
+    pictures: tuple[EqualLengthForm, ...] = ()
 
     @property
     def alive(self) -> bool:
@@ -91,7 +91,7 @@ class InputsForm:
             tensors: x, t and the tensors of the inputs, by the names of :func:`tensors_of`.
 
         Raises:
-            Gone: the form is no longer alive.
+            StaleInputs: the form is no longer alive.
         """
         return model.evaluate(tensors["x"], tensors["t"], self.inputs(tensors))
 
@@ -102,7 +102,7 @@ class InputsForm:
             tensors: tensors by the names of :func:`tensors_of`.
 
         Raises:
-            Gone: the form is no longer alive.
+            StaleInputs: the form is no longer alive.
         """
         texts, against = (StackedConditioning(_of(part, tensors)) for part in (TEXT, AGAINST))
         rows = len(texts)
@@ -171,7 +171,7 @@ def tensors_of(inputs: RowInputs) -> dict[str, Tensor]:
 
 def _there(one: Found | None) -> Found:
     if one is None:
-        raise Gone
+        raise StaleInputs
     return one
 
 

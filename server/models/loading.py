@@ -98,7 +98,7 @@ def load_model(
     dtype: str,
     placement: Placement | None = None,
     vae: Path | None = None,
-    tell: Callable[[int, int], None] | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
 ) -> HostedModel:
     """Load a diffusers-format folder: weights only from safetensors or GGUF files, and no code.
 
@@ -111,7 +111,8 @@ def load_model(
         placement: how its networks are kept; by default without further quantization, on the
             device.
         vae: safetensors file or diffusers folder of an autoencoder whose weights replace its own.
-        tell: called with the number of bytes of weights read so far, and with that of all weights.
+        on_progress: called with the number of bytes of weights read so far, and with that of all
+            weights.
 
     Raises:
         ModelMismatch: the folder is not a model that can be hosted; the sentence says why.
@@ -131,7 +132,7 @@ def load_model(
             family,
         )
     before = _stamps(folder)
-    revisions = revisions_of(folder, tell)
+    revisions = revisions_of(folder, on_progress)
     if vae is not None:
         revisions = with_autoencoder(revisions, vae)
     try:

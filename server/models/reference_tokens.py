@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["referring", "tokens_beside", "with_references"]
+__all__ = ["add_references", "tokens_beside", "with_references"]
 
 
-def referring(text: Conditioning, pictures: Sequence[Tensor]) -> Conditioning:
+def add_references(text: Conditioning, pictures: Sequence[Tensor]) -> Conditioning:
     """Add reference images to the conditioning of a prompt.
 
     Args:

@@ -10,7 +10,7 @@ from guidance.edits import SkippedBlocks
 from server.errors import ModelMismatch
 from server.models.autoencoder import Autoencoder
 from server.models.hosted import HostedModel, ModelFacts
-from server.models.reference_tokens import referring
+from server.models.reference_tokens import add_references
 from server.models.row_changes import RowChanges
 from server.models.text_options import AS_USUAL
 
@@ -174,10 +174,10 @@ class TransformerModel(HostedModel):
         return super().stack(rows) if self._stack is None else self._stack(rows, fixed=fixed)
 
     @override
-    def referring(self, text: Conditioning, references: Sequence[Tensor]) -> Conditioning:
+    def add_references(self, text: Conditioning, references: Sequence[Tensor]) -> Conditioning:
         if self._picture_tokens is None:
-            return super().referring(text, references)
-        return referring(text, [self._picture_tokens(one) for one in references])
+            return super().add_references(text, references)
+        return add_references(text, [self._picture_tokens(one) for one in references])
 
     @override
     def in_tensors(self, inputs: RowInputs) -> RowInputs:

@@ -156,7 +156,9 @@ class UNetModel(HostedModel):
         return stack_alike([_laid_out(row) for row in rows])
 
     @override
-    def levelled(self, texts: Mapping[TextPrompt, Conditioning]) -> dict[TextPrompt, Conditioning]:
+    def equalize_lengths(
+        self, texts: Mapping[TextPrompt, Conditioning]
+    ) -> dict[TextPrompt, Conditioning]:
         # Attention to a text that is repeated as a whole equals attention to the text.
         common = lcm(*(one.length for one in texts.values()))
         return {prompt: _repeated(one, common // one.length) for prompt, one in texts.items()}

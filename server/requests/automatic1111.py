@@ -14,7 +14,7 @@ from server.decoding.picture import MaskForm
 from server.errors import InvalidRequest
 from server.models.embeddings.naming import named
 from server.models.emphasis import is_long, is_weighted
-from server.requests.automatic1111_controlnet import ControlNetUnit, steering
+from server.requests.automatic1111_controlnet import ControlNetUnit, translate_units
 from server.requests.automatic1111_hires import (
     MIN_STEPS,
     HiresFields,
@@ -347,7 +347,7 @@ def translated(
     picture = body.picture()
     start = picture.get("image"), picture.get("resize_mode")
     acting = {"cuts": body.padding is not None, "enlarges": _enlarges(body)}
-    steered = steering(body.controlnet, *start, controls, image_prompts, **acting)
+    steered = translate_units(body.controlnet, *start, controls, image_prompts, **acting)
     given: dict[str, Any] = {
         "prompt": tags.prompt,
         "negative_prompt": negative.prompt or None,

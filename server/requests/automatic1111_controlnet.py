@@ -22,10 +22,10 @@ from server.requests.upload import Upload
 __all__ = [
     "MODULES",
     "ControlNetUnit",
-    "Steering",
+    "TranslatedUnits",
     "is_controlnet",
     "module_of",
-    "steering",
+    "translate_units",
     "units_in",
 ]
 
@@ -188,8 +188,8 @@ def units_in(scripts: Any) -> list[dict[str, Any]]:
     """
     if scripts and not isinstance(scripts, dict):
         raise InvalidRequest("alwayson_scripts", "alwayson_scripts must be an object.")
-    told = [one for name, one in scripts.items() if is_controlnet(name)] if scripts else []
-    arguments = told[0].get("args") if told and isinstance(told[0], dict) else None
+    found = [one for name, one in scripts.items() if is_controlnet(name)] if scripts else []
+    arguments = found[0].get("args") if found and isinstance(found[0], dict) else None
     sent = arguments if isinstance(arguments, list) else [arguments]
     units = [one for one in sent if isinstance(one, dict) and one]
     return [_narrowed(i, one) for i, one in enumerate(units) if _is_on(one.get("enabled", True))]
@@ -202,8 +202,8 @@ def _is_on(enabled: Any) -> bool:
 
 def _narrowed(place: int, sent: Mapping[str, Any]) -> dict[str, Any]:
     # If a field is sent by two names, a null value of one is ignored.
-    told = {name: value for name, value in sent.items() if value is not None}
-    unit = {_OTHER_NAMES.get(name, name): value for name, value in told.items()}
+    present = {name: value for name, value in sent.items() if value is not None}
+    unit = {_OTHER_NAMES.get(name, name): value for name, value in present.items()}
     image = unit.get("image")
     if isinstance(image, list) and len(image) == 2 and all(isinstance(one, str) for one in image):
         image = dict(zip(("image", "mask"), image, strict=True))
@@ -230,7 +230,7 @@ def module_of(name: str) -> str | None:
 
 
 @dataclass(frozen=True, slots=True)
-class Steering:
+class TranslatedUnits:
     """The translation of units.
 
     Attributes:
@@ -242,7 +242,7 @@ class Steering:
     ignored: Sequence[str]
 
 
-def steering(
+def translate_units(
     units: Sequence[ControlNetUnit],
     start: Upload | None,
     start_mode: ResizeMode | None,
@@ -251,7 +251,7 @@ def steering(
     *,
     cuts: bool,
     enlarges: bool,
-) -> Steering:
+) -> TranslatedUnits:
     """Translate units into fields of Weft's request.
 
     Args:
@@ -301,7 +301,7 @@ def steering(
         inverted = "invert" if module == "invert" else None
         how = {"resize_mode": own_mode, "preprocessor": inverted, "precedence": unit.control_mode}
         fields["controls"].append(chosen | how)
-    return Steering({name: chosen for name, chosen in fields.items() if chosen}, ignored)
+    return TranslatedUnits({name: chosen for name, chosen in fields.items() if chosen}, ignored)
 
 
 def _named(

@@ -32,12 +32,12 @@ def read_infotext(text: str) -> dict[str, str]:
         lines, fields = [*lines, last], []
     prompt: list[str] = []
     negative: list[str] = []
-    told = prompt
+    section = prompt
     for line in map(str.strip, lines):
         if line.startswith(_NEGATIVE):
-            told = negative
+            section = negative
             line = line.removeprefix(_NEGATIVE).strip()
-        told.append(line)
+        section.append(line)
     found = {"Prompt": "\n".join(prompt), "Negative prompt": "\n".join(negative)}
     for spaced, value in fields:
         name, plain = spaced.strip(), _unquoted(value)

@@ -17,7 +17,7 @@ from samplers.other_names import CFG_PLUS_PLUS
 from server.requests.choice import name_of
 from server.requests.foreign_names import fields_of, sampler_of, schedule_of, shown
 
-__all__ = ["LIKE", "RESIZE_MODES", "SAME", "SCALES", "Readable", "Reading", "in_our_words"]
+__all__ = ["LIKE", "RESIZE_MODES", "SAME", "SCALES", "Readable", "Reading", "translate_fields"]
 
 SAME: Final[Mapping[str, str]] = MappingProxyType(
     {
@@ -132,11 +132,11 @@ class Readable(BaseModel):
     def _read(cls, given: Any, validate: ModelWrapValidatorHandler[Self]) -> Self:
         if not isinstance(given, dict):
             return validate(given)
-        fields, reading = in_our_words(given, cls.model_fields if cls.renamed else ())
+        fields, reading = translate_fields(given, cls.model_fields if cls.renamed else ())
         return validate(fields).read_as(reading)
 
 
-def in_our_words(
+def translate_fields(
     given: Mapping[str, Any], known: Collection[str]
 ) -> tuple[dict[str, Any], Reading]:
     """Translate the fields and names of a request into this server's own.

@@ -80,7 +80,7 @@ class Generation:
         self.warnings: tuple[str, ...] = ()
         self.notes: tuple[str, ...] = ()
         self.begun_at: float | None = None
-        self._born = time.monotonic()
+        self._created_at = time.monotonic()
         self._loop = loop
         self._line = line
         self._ticket = line.join()
@@ -129,7 +129,7 @@ class Generation:
     @property
     def elapsed_s(self) -> float:
         """Seconds since the request arrived."""
-        return time.monotonic() - self._born
+        return time.monotonic() - self._created_at
 
     async def news(self, within_s: float | None = None) -> list[Progress]:
         """Return progress since the last call; wait for some, at most `within_s`.

@@ -16,7 +16,7 @@ import torch
 
 from server.engine.engine import Engine
 from server.errors import ModelMismatch, ModelTooLarge
-from server.heap import collection_paused
+from server.heap import gc_paused
 from server.lookup import Lookup
 from server.models.checkpoint import converted
 from server.models.compiling.compiler import BlockCompiler, missing_compiler
@@ -47,7 +47,7 @@ OFFLOADED: Final = {
     "they run, which is slow",
 }
 
-Tell: TypeAlias = Callable[[str, int, int], None]
+ProgressCallback: TypeAlias = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +63,7 @@ def host(
     settings: Settings,
     on_failure: Callable[[], None] | None = None,
     guessed_costs: Mapping[int, float] | None = None,
-    tell: Tell | None = None,
+    on_progress: ProgressCallback | None = None,
 ) -> Hosted:
     """Load the models and start the engine; takes seconds to minutes.
 
@@ -76,8 +76,8 @@ def host(
             good.
         guessed_costs: seconds of a tick by number of rows, used instead of measuring them at
             start-up.
-        tell: callback for progress, called with what is being loaded, how much of it is done, and
-            of how much, in MB.
+        on_progress: callback for progress, called with what is being loaded, how much of it is
+            done, and of how much, in MB.
 
     Raises:
         ModelMismatch: a folder does not hold a supported model or may not be read, a model of the
@@ -90,7 +90,9 @@ def host(
         _check_readable(settings.models_folder)
     _check_names(settings, places)
     with _cache_written_to(settings.cache.expanduser()):
-        folders = {name: _folder_of(name, place, settings, tell) for name, place in places.items()}
+        folders = {
+            name: _folder_of(name, place, settings, on_progress) for name, place in places.items()
+        }
     if settings.models_folder is not None and folders == embedded:
         log.warning(
             "%s has no model folder with a model_index.json: only the embedded models are hosted",
@@ -118,9 +120,13 @@ def host(
             )
         if on_host > host_free:
             raise ModelTooLarge.on_host(name, on_host, host_free)
-        told = None if tell is None else partial(_in_megabytes, tell, f"loading {name} (MB)")
-        with collection_paused():
-            models[name] = source.load_from_folder(name, told)
+        report = (
+            None
+            if on_progress is None
+            else partial(_in_megabytes, on_progress, f"loading {name} (MB)")
+        )
+        with gc_paused():
+            models[name] = source.load_from_folder(name, report)
     engine = Engine(
         models,
         row_budget=settings.row_budget,
@@ -187,9 +193,9 @@ class _Folders:
         allowed = self.settings.memory_bytes
         return Room(int(min(free, allowed - loaded_bytes)), int(min(max_bytes, allowed)))
 
-    def load(self, name: str, tell: Callable[[int, int], None]) -> HostedModel:
+    def load(self, name: str, on_progress: Callable[[int, int], None]) -> HostedModel:
         with self._told_to_clients(name):
-            return self.load_from_folder(name, tell)
+            return self.load_from_folder(name, on_progress)
 
     def bytes_of(self, name: str) -> int:
         """Like :meth:`needs`, with a sentence for the operator if it is not a model."""
@@ -218,7 +224,9 @@ class _Folders:
         dtype = choose_dtype(self.settings.dtype, choose_device(self.settings.device))
         return bytes_in_memory(self._folder(name), dtype, placement)
 
-    def load_from_folder(self, name: str, tell: Callable[[int, int], None] | None) -> HostedModel:
+    def load_from_folder(
+        self, name: str, on_progress: Callable[[int, int], None] | None
+    ) -> HostedModel:
         """Load a model, with weights that requests may name, from its own folder and the server's.
 
         Raises:
@@ -232,7 +240,7 @@ class _Folders:
             dtype=self.settings.dtype,
             placement=(placement := self.placement(name)),
             vae=(vae := self.settings.vae_of(name)),
-            tell=tell,
+            on_progress=on_progress,
         )
         log.info(
             "%s: attention by %s, memory format %s", name, model.attention, model.memory_format
@@ -372,10 +380,12 @@ def _cache_written_to(cache: Path) -> Generator[None]:
         ) from None
 
 
-def _folder_of(name: str, place: Path | HubModel, settings: Settings, tell: Tell | None) -> Path:
+def _folder_of(
+    name: str, place: Path | HubModel, settings: Settings, on_progress: ProgressCallback | None
+) -> Path:
     """The folder of a model, with a replaced denoiser if the settings name one."""
     denoiser = settings.denoiser_of(name)
-    folder = _own_folder_of(place, settings, tell, () if denoiser is None else DENOISERS)
+    folder = _own_folder_of(place, settings, on_progress, () if denoiser is None else DENOISERS)
     if denoiser is None:
         return folder
     log.info("%s: denoiser from %s", name, denoiser)
@@ -383,7 +393,10 @@ def _folder_of(name: str, place: Path | HubModel, settings: Settings, tell: Tell
 
 
 def _own_folder_of(
-    place: Path | HubModel, settings: Settings, tell: Tell | None, replaced: Collection[str]
+    place: Path | HubModel,
+    settings: Settings,
+    on_progress: ProgressCallback | None,
+    replaced: Collection[str],
 ) -> Path:
     """The folder of a model: fetched if it is on the hub, converted if it is a single file.
 
@@ -393,27 +406,27 @@ def _own_folder_of(
         return converted(
             place,
             settings.cache.expanduser(),
-            tell=lambda: log.info("converting %s to a folder in the diffusers layout", place),
+            on_convert=lambda: log.info("converting %s to a folder in the diffusers layout", place),
         )
     if isinstance(place, Path):
         return place
     half = choose_dtype(settings.dtype, choose_device(settings.device)).itemsize < FLOAT32
-    told = partial(_in_megabytes, tell or _logged(), f"fetching {place} (MB)")
-    return fetch(place, half=half, check=family_of, tell=told, replaced=replaced)
+    report = partial(_in_megabytes, on_progress or _logged(), f"fetching {place} (MB)")
+    return fetch(place, half=half, check=family_of, on_progress=report, replaced=replaced)
 
 
-def _logged() -> Tell:
+def _logged() -> ProgressCallback:
     """Return a callback that logs progress every few seconds."""
     due = monotonic() + LOG_INTERVAL_S
 
-    def tell(stage: str, done: int, total: int) -> None:
+    def on_progress(stage: str, done: int, total: int) -> None:
         nonlocal due
         if monotonic() >= due:
             due = monotonic() + LOG_INTERVAL_S
             log.info("%s: %d of %d", stage, done, total)
 
-    return tell
+    return on_progress
 
 
-def _in_megabytes(tell: Tell, stage: str, done: int, total: int) -> None:
-    tell(stage, done // 2**20, total // 2**20)
+def _in_megabytes(on_progress: ProgressCallback, stage: str, done: int, total: int) -> None:
+    on_progress(stage, done // 2**20, total // 2**20)

@@ -82,7 +82,7 @@ class Source(Protocol):
         """Bytes for weights, given those of the loaded models and their CUDA graphs."""
         ...
 
-    def load(self, name: str, tell: Callable[[int, int], None]) -> HostedModel:
+    def load(self, name: str, on_progress: Callable[[int, int], None]) -> HostedModel:
         """Load a model; raises ModelMismatch with a sentence for clients."""
         ...
 
@@ -117,15 +117,15 @@ class ModelState:
 class Lease:
     """A loaded model that stays loaded until the lease is released, for example by ``with``."""
 
-    def __init__(self, model: HostedModel, give_back: Callable[[], None]) -> None:
+    def __init__(self, model: HostedModel, on_release: Callable[[], None]) -> None:
         self.model = model
-        self._give_back: Callable[[], None] | None = give_back
+        self._release: Callable[[], None] | None = on_release
 
     def release(self) -> None:
         """Allow the model to be unloaded; does nothing the second time."""
-        give_back, self._give_back = self._give_back, None
-        if give_back is not None:
-            give_back()
+        on_release, self._release = self._release, None
+        if on_release is not None:
+            on_release()
 
     def __enter__(self) -> Self:
         return self
@@ -135,7 +135,7 @@ class Lease:
 
 
 @dataclass(slots=True, eq=False)
-class _Place:
+class _ShelfEntry:
     """State that the shelf keeps for one model.
 
     Attributes:
@@ -163,7 +163,7 @@ class _Place:
     live: int = 0
     used_at: float = 0.0
     turn_until: float = 0.0
-    gives_way_to: _Place | None = None
+    gives_way_to: _ShelfEntry | None = None
     given_way: Future[WeftError | None] = field(default_factory=Future[WeftError | None])
     wanted_at: float = 0.0
     loading: Future[WeftError | None] | None = None
@@ -210,10 +210,10 @@ class ModelShelf:
         self._source = source
         self._patience_s = patience_s
         self._default = next(iter(models))
-        self._places: dict[str, _Place] = {}
+        self._places: dict[str, _ShelfEntry] = {}
         self._wake = Condition()
-        self._jobs: list[_Place] = []
-        self._unwanted: list[tuple[_Place, Future[WeftError | None]]] = []
+        self._jobs: list[_ShelfEntry] = []
+        self._unwanted: list[tuple[_ShelfEntry, Future[WeftError | None]]] = []
         self._closed: WeftError | None = None
         self._thread: Thread | None = None
         for name, model in models.items():
@@ -278,7 +278,7 @@ class ModelShelf:
         except BaseException:
             self._leave(place)
             raise
-        return Lease(model, lambda: self._give_back(place, live=live))
+        return Lease(model, lambda: self._release(place, live=live))
 
     async def unload(self, name: str | None) -> None:
         """Unload a model by name, None for the default one; requests load it again.
@@ -327,7 +327,7 @@ class ModelShelf:
             place = self._places.get(name)
             return place is not None and place.model is not None
 
-    def _withdraws(self, place: _Place, unloading: Future[WeftError | None]) -> bool:
+    def _withdraws(self, place: _ShelfEntry, unloading: Future[WeftError | None]) -> bool:
         """Withdraw an unload that has not begun; return whether that succeeded."""
         with self._wake:
             waits = (place, unloading) in self._unwanted
@@ -335,7 +335,7 @@ class ModelShelf:
                 self._unwanted.remove((place, unloading))
             return waits
 
-    async def _leased(self, place: _Place, *, live: bool) -> HostedModel:
+    async def _leased(self, place: _ShelfEntry, *, live: bool) -> HostedModel:
         until = time.monotonic() + self._patience_s
         while True:
             with self._wake:
@@ -354,7 +354,7 @@ class ModelShelf:
                 # A copy: each waiting task raises it, which adds to the traceback.
                 raise copy(error)
 
-    def _wanted(self, place: _Place) -> Future[WeftError | None]:
+    def _wanted(self, place: _ShelfEntry) -> Future[WeftError | None]:
         """Outcome of the load that is under way, or of a new one."""
         if place.loading is not None:
             return place.loading
@@ -376,7 +376,7 @@ class ModelShelf:
             self._thread.start()
         self._wake.notify_all()
 
-    def _late(self, place: _Place) -> str:
+    def _late(self, place: _ShelfEntry) -> str:
         waited = f"after {self._patience_s:.0f} s"
         if place.gives_way_to is not None:
             return (
@@ -390,13 +390,13 @@ class ModelShelf:
             )
         return f"Model {place.name!r} is still being loaded {waited}; send the request again."
 
-    def _give_back(self, place: _Place, *, live: bool) -> None:
+    def _release(self, place: _ShelfEntry, *, live: bool) -> None:
         with self._wake:
             place.leases -= 1
             place.live -= live
         self._leave(place)
 
-    def _leave(self, place: _Place) -> None:
+    def _leave(self, place: _ShelfEntry) -> None:
         with self._wake:
             place.users -= 1
             place.used_at = time.monotonic()
@@ -424,7 +424,7 @@ class ModelShelf:
             with self._wake:
                 self._wake.wait(RETRY_S)
 
-    def _attempt(self, place: _Place) -> bool:
+    def _attempt(self, place: _ShelfEntry) -> bool:
         """Load a model if there is room; return whether its job is finished."""
         with self._wake:
             if place.loading is None:
@@ -451,15 +451,15 @@ class ModelShelf:
         self._settle(place, refusal)
         return True
 
-    def _load(self, place: _Place) -> None:
+    def _load(self, place: _ShelfEntry) -> None:
         source = self._required_source()
         log.info("loading model %s", place.name)
         began = time.monotonic()
 
-        def tell(done: int, total: int) -> None:
+        def on_progress(done: int, total: int) -> None:
             place.progress = done / total if total else 0.0
 
-        model = source.load(place.name, tell)
+        model = source.load(place.name, on_progress)
         self._engine.add_model(model)
         with self._wake:
             place.hold(model, time.monotonic() - began)
@@ -470,7 +470,7 @@ class ModelShelf:
             time.monotonic() - began,
         )
 
-    def _make_room(self, place: _Place) -> bool:
+    def _make_room(self, place: _ShelfEntry) -> bool:
         """Unload others until a model fits; return False while models in use leave no room."""
         source = self._required_source()
         needed = source.needs(place.name)
@@ -499,7 +499,7 @@ class ModelShelf:
             if not self._unload(idle[0]):
                 return False
 
-    def _ask_to_give_way(self, place: _Place, lacking: int) -> None:
+    def _ask_to_give_way(self, place: _ShelfEntry, lacking: int) -> None:
         """Lend models in use no more until another has been loaded, if they have had their turn.
 
         Args:
@@ -518,7 +518,7 @@ class ModelShelf:
                 for one in others
                 if one.model is not None and one.users and not one.live and one.turn_until <= now
             ]
-            chosen: list[_Place] = []
+            chosen: list[_ShelfEntry] = []
             for one in sorted(able, key=lambda one: one.turn_until):
                 if lacking > 0 and one.gives_way_to is None:
                     chosen.append(one)
@@ -529,7 +529,7 @@ class ModelShelf:
                 log.info("model %s gives way to model %s", one.name, place.name)
                 one.gives_way_to, one.given_way = place, Future()
 
-    def _make_room_on_host(self, place: _Place) -> bool:
+    def _make_room_on_host(self, place: _ShelfEntry) -> bool:
         """Unload others until host memory suffices for a model; return False if it must wait."""
         source = self._required_source()
         needed = source.needs_on_host(place.name)
@@ -542,18 +542,18 @@ class ModelShelf:
                 return False
         return True
 
-    def _offloaded(self) -> list[_Place]:
+    def _offloaded(self) -> list[_ShelfEntry]:
         """Loaded models with weights in host memory beside their device."""
         with self._wake:
             return [one for one in self._places.values() if one.offloaded_bytes]
 
-    def _idle(self) -> list[_Place]:
+    def _idle(self) -> list[_ShelfEntry]:
         """Loaded models without users, least recently used first."""
         with self._wake:
             idle = [one for one in self._places.values() if one.is_idle]
             return sorted(idle, key=lambda one: one.used_at)
 
-    def _unloaded(self, place: _Place) -> WeftError | None:
+    def _unloaded(self, place: _ShelfEntry) -> WeftError | None:
         """Unload a model on request; return why it stays, or None if it is not loaded now."""
         if place.model is None and not place.users:
             return None
@@ -566,7 +566,7 @@ class ModelShelf:
             sentence = f"Model {place.name!r} could not be unloaded; the server's log says why."
             return NotReady(sentence)
 
-    def _unload(self, place: _Place) -> bool:
+    def _unload(self, place: _ShelfEntry) -> bool:
         with self._wake:
             if place.model is None or not place.is_idle:
                 return False
@@ -592,7 +592,7 @@ class ModelShelf:
             log.info("model %s is unloaded", place.name)
         return removed
 
-    def _settle(self, place: _Place, error: WeftError | None) -> None:
+    def _settle(self, place: _ShelfEntry, error: WeftError | None) -> None:
         with self._wake:
             loading, place.loading = place.loading, None
             if place in self._jobs:
@@ -626,9 +626,9 @@ class ModelShelf:
     def _created(self) -> Mapping[str, int]:
         return {} if self._source is None else self._source.created()
 
-    def _place(self, name: str) -> _Place:
+    def _place(self, name: str) -> _ShelfEntry:
         with self._wake:
-            return self._places.setdefault(name, _Place(name))
+            return self._places.setdefault(name, _ShelfEntry(name))
 
     def _state(self, name: str, created: int) -> ModelState:
         place = self._place(name)
@@ -648,12 +648,12 @@ class ModelShelf:
             )
 
 
-def _locked_at_most(places: Iterable[_Place]) -> int:
+def _locked_at_most(places: Iterable[_ShelfEntry]) -> int:
     """Maximum host memory that unloading frees: torch locks it in powers of two."""
     return 2 * sum(one.offloaded_bytes for one in places)
 
 
-def _believed(place: _Place) -> WeftError | None:
+def _believed(place: _ShelfEntry) -> WeftError | None:
     """The error of a recent failed load, while it is assumed to hold."""
     if place.refusal is None or place.refusal[1] < time.monotonic():
         return None

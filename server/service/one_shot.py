@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-from server.heap import kept_for_good
+from server.heap import gc_frozen
 from server.models.folder import embedded_folders
 from server.requests.schema import GenerateRequest
 from server.service.generation import Progress
-from server.service.hosting import Hosted, Tell, host
+from server.service.hosting import Hosted, ProgressCallback, host
 from server.service.pictures import Pictures
 from server.service.service import Service
 from server.settings import Settings
@@ -26,16 +26,16 @@ GUESSED_COSTS = {1: 0.05, 64: 0.5}
 async def generate(
     settings: Settings,
     request: GenerateRequest,
-    tell: Callable[[Progress], None],
-    tell_loading: Tell,
+    on_progress: Callable[[Progress], None],
+    on_loading: ProgressCallback,
 ) -> Pictures:
     """Load the request's model, generate its images, and stop.
 
     Args:
         settings: settings with the models and the device.
         request: request for images.
-        tell: callback for the progress of images.
-        tell_loading: callback for progress before, called with what is being loaded, how much of it
+        on_progress: callback for the progress of images.
+        on_loading: callback for progress before, called with what is being loaded, how much of it
             is done, and of how much.
 
     Raises:
@@ -46,11 +46,11 @@ async def generate(
     guessed = None if measured else GUESSED_COSTS
     # Compiled programs pay off for many images: loading them takes longer than drawing one without.
     one = _of_one_model(settings, request.model).model_copy(update={"compile": False})
-    with kept_for_good():
-        hosted = await asyncio.to_thread(host, one, guessed_costs=guessed, tell=tell_loading)
+    with gc_frozen():
+        hosted = await asyncio.to_thread(host, one, guessed_costs=guessed, on_progress=on_loading)
     try:
-        tell_loading("warming up", 0, 0)
-        return await _follow(hosted, settings, request, tell)
+        on_loading("warming up", 0, 0)
+        return await _follow(hosted, settings, request, on_progress)
     finally:
         await asyncio.to_thread(hosted.engine.stop, ENGINE_STOP_S)
 
@@ -69,18 +69,18 @@ async def _follow(
     hosted: Hosted,
     settings: Settings,
     request: GenerateRequest,
-    tell: Callable[[Progress], None],
+    on_progress: Callable[[Progress], None],
 ) -> Pictures:
     service = Service(settings.limits, decode_processes=1)
     service.open(hosted.engine, hosted.models)
     try:
-        return await _served(service, request, tell)
+        return await _served(service, request, on_progress)
     finally:
         service.close()
 
 
 async def _served(
-    service: Service, request: GenerateRequest, tell: Callable[[Progress], None]
+    service: Service, request: GenerateRequest, on_progress: Callable[[Progress], None]
 ) -> Pictures:
     while not service.ready and service.broken is None:  # noqa: ASYNC110 - a thread's state
         await asyncio.sleep(POLL_S)
@@ -88,7 +88,7 @@ async def _served(
     try:
         while not generation.done:
             for progress in await generation.news():
-                tell(progress)
+                on_progress(progress)
         return await service.pictures(generation)
     finally:
         service.release(generation)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, cast
 
-from benchmarks.compiled_blocks import Hurried
+from benchmarks.compiled_blocks import DeadlineCompiler
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -21,15 +21,15 @@ class ByHand:
         self.asked: dict[str, tuple[Callable[..., None], Callable[[], bool]]] = {}
 
     def ask(
-        self, job: BlockJob, identity: str, tell: Callable[..., None], wanted: Callable[[], bool]
+        self, job: BlockJob, identity: str, on_done: Callable[..., None], wanted: Callable[[], bool]
     ) -> None:
         del job
-        self.asked[identity] = tell, wanted
+        self.asked[identity] = on_done, wanted
 
 
 def test_what_is_not_compiled_in_time_is_told_once_and_no_longer_wanted() -> None:
     by_hand, heard = ByHand(), list[tuple[str, Any]]()
-    hurried = Hurried(by_hand)
+    hurried = DeadlineCompiler(by_hand)
     for name in ("in time", "late"):
         hurried.ask(JOB, name, lambda *told, name=name: heard.append((name, told[0])))
     in_time, late = by_hand.asked["in time"], by_hand.asked["late"]

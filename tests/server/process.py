@@ -30,10 +30,10 @@ import json
 import os
 import sys
 
-from server.heap import kept_for_good
+from server.heap import gc_frozen
 
 # The collector would copy all that a fork shares with this process.
-with kept_for_good():
+with gc_frozen():
     import server.cli
     import server.http.app
     from embedded import MODEL_FOLDER

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from server.heap import collect_all, collection_paused, kept_for_good
+from server.heap import collect_all, gc_frozen, gc_paused
 
 
 class Cycle:
@@ -32,7 +32,7 @@ def kept_as_before() -> Iterator[None]:
 
 
 def test_nothing_is_collected_while_collection_is_paused_and_everything_after() -> None:
-    with collection_paused():
+    with gc_paused():
         cycles = many_cycles()
         assert all(cycle() for cycle in cycles)
     gc.collect()
@@ -40,26 +40,26 @@ def test_nothing_is_collected_while_collection_is_paused_and_everything_after() 
 
 
 def test_a_pause_within_a_pause_and_an_error_leave_the_collector_as_it_was() -> None:
-    with collection_paused():
-        with collection_paused():
+    with gc_paused():
+        with gc_paused():
             pass
         assert not gc.isenabled()
     assert gc.isenabled()
-    with pytest.raises(ValueError, match="while it starts"), collection_paused():
+    with pytest.raises(ValueError, match="while it starts"), gc_paused():
         raise ValueError("while it starts")
     assert gc.isenabled()
 
 
 def test_the_collector_never_looks_at_what_is_kept_for_good() -> None:
     before = gc.get_freeze_count()
-    with kept_for_good():
+    with gc_frozen():
         kept = [Cycle() for _ in range(100)]
     assert gc.get_freeze_count() >= before + len(kept)
     assert not any(seen is kept[0] for seen in gc.get_objects())
 
 
 def test_collecting_everything_frees_what_was_kept_for_good_and_keeps_the_rest() -> None:
-    with kept_for_good():
+    with gc_frozen():
         cycle, kept = weakref.ref(Cycle()), Cycle()
     gc.collect()
     assert cycle() is not None

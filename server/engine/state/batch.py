@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from server.engine.guidance_plan import Acting
+    from server.engine.guidance_plan import ActiveTerm
     from server.engine.state.compiled import CompiledPlan
     from server.engine.state.lane import Lane
     from server.engine.state.sequence import Sequence
@@ -42,7 +42,7 @@ class StackedTerms:
     rows: list[tuple[int, ...]] = field(default_factory=list[tuple[int, ...]])
     states: list[Any] = field(default_factory=list[Any])
 
-    def add(self, position: int, sequence: Sequence, acting: Acting, first: int) -> None:
+    def add(self, position: int, sequence: Sequence, acting: ActiveTerm, first: int) -> None:
         """Add a term of an image whose further rows, after the prompt's, begin at ``first``."""
         self.positions.append(position)
         self.indices.append(acting.index)

@@ -56,7 +56,7 @@ class Pool:
             tensor[row].zero_()
         return self._free.pop()
 
-    def give_back(self, row: int) -> None:
+    def release(self, row: int) -> None:
         """Return the row of an image that is done."""
         self._free.append(row)
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from server.engine.guidance_plan import Ask, GuidancePlan
+    from server.engine.guidance_plan import GuidancePlan, StagePredictions
     from server.engine.state.compiled import CompiledPlan
     from server.engine.state.lane import Lane
     from server.engine.state.submission import Submission
@@ -30,11 +30,11 @@ if TYPE_CHECKING:
     from server.models.blend import TextPrompt
     from server.models.conditioning import Conditioning
     from server.models.controls.control import ControlUse
-    from server.models.image_prompts.image_prompt import ImagePromptUse, Shown
+    from server.models.image_prompts.image_prompt import ImagePromptKV, ImagePromptUse
 
 __all__ = [
     "ImageResult",
-    "Known",
+    "InpaintingData",
     "Listener",
     "Sequence",
 ]
@@ -90,7 +90,7 @@ class Listener(Protocol):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Known:
+class InpaintingData:
     """Data of inpainting: latents and start noise ``[C, h, w]``, and where to repaint."""
 
     latents: Tensor
@@ -136,10 +136,10 @@ class Sequence:
     denoised_at: float = 0.0
     conditioning: Mapping[TextPrompt, Conditioning] = field(default_factory=dict)
     compiled: CompiledPlan | None = None
-    known: Known | None = None
+    known: InpaintingData | None = None
     channels: Tensor | None = None
     hints: tuple[Tensor, ...] = ()
-    shown: tuple[Shown, ...] = ()
+    shown: tuple[ImagePromptKV, ...] = ()
     recollection: Recollection = field(default_factory=Recollection)
     term_states: list[Any] = field(default_factory=list[Any])
     ancestor: int = field(init=False)
@@ -173,7 +173,7 @@ class Sequence:
         return self.task.group is not None and self.task.group is other.task.group
 
     @property
-    def ask(self) -> Ask:
+    def ask(self) -> StagePredictions:
         """Predictions that the next stage needs besides the prompt's."""
         guidance = self.guidance
         return (guidance.settled if self.settled else guidance.asks)[self.stage]

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from server.models.image_prompts.image_prompt import Shown
+    from server.models.image_prompts.image_prompt import ImagePromptKV
 
 __all__ = ["Submission"]
 
@@ -48,7 +48,7 @@ class Submission:
         self.latents: dict[int, Tensor | Exception] = {}
         self.channels: dict[tuple[int, int, int], Tensor | None] = {}
         self.hints: dict[int, Tensor] = {}
-        self.shown: dict[int, Shown | Exception] = {}
+        self.shown: dict[int, ImagePromptKV | Exception] = {}
         self._left = images
         self._cancelled = False
         self._lock = Lock()

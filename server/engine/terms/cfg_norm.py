@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class KeptLengths(Term):
+class CFGNormTerm(Term):
     """Rescales the output of the rule and earlier terms, at the stages in the window.
 
     Attributes:

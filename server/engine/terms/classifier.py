@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class UpGradient(Term):
+class ClassifierGradientTerm(Term):
     """``D + strength grad``, with the gradient of the classifier's objective.
 
     Attributes:
@@ -74,7 +74,7 @@ class UpGradient(Term):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class AwayFromChosen(Term):
+class ReferenceGuidanceTerm(Term):
     """``D + strength (Dc - Dr)``, where Dr has the prompt, of several, that the classifier chooses.
 
     The state of an image is the strength that the classifier found at this stage, 0-dimensional.
@@ -177,7 +177,7 @@ def _strengths_of(setting: ClassifierGuidance, run: Run) -> tuple[float, ...]:
     return tuple((acts * setting.strengths(run.levels())).tolist())
 
 
-def _objective(terms: Sequence[UpGradient], logits: Mapping[str, Tensor]) -> Tensor:
+def _objective(terms: Sequence[ClassifierGradientTerm], logits: Mapping[str, Tensor]) -> Tensor:
     """Objective summed over the rows; the gradient of each row depends on its summand alone."""
     summands: list[Tensor] = []
     for kind, members in _by_kind(terms).items():
@@ -192,7 +192,7 @@ def _objective(terms: Sequence[UpGradient], logits: Mapping[str, Tensor]) -> Ten
 
 def _of(
     members: Sequence[int],
-    terms: Sequence[UpGradient] | Sequence[AwayFromChosen],
+    terms: Sequence[ClassifierGradientTerm] | Sequence[ReferenceGuidanceTerm],
     logits: Mapping[str, Tensor],
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Logits ``[members, classes]`` of each attribute, and the target classes ``[members]``."""
@@ -205,7 +205,9 @@ def _of(
     return own, dict(zip(logits, targets.unbind(1), strict=True))
 
 
-def _by_kind(terms: Sequence[UpGradient] | Sequence[AwayFromChosen]) -> dict[Any, list[int]]:
+def _by_kind(
+    terms: Sequence[ClassifierGradientTerm] | Sequence[ReferenceGuidanceTerm],
+) -> dict[Any, list[int]]:
     kinds: dict[Any, list[int]] = {}
     for i, term in enumerate(terms):
         kinds.setdefault(type(term.guidance), []).append(i)

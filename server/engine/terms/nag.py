@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class AgainstNegative(Term):
+class NAGTerm(Term):
     """Changes the cross-attention of the prompt's own prediction.
 
     Attributes:

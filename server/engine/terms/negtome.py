@@ -29,7 +29,7 @@ class AvoidedLatents(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class KeptApart(Term):
+class NegToMeTerm(Term):
     """Changes the rows of an image so that they move away from another row.
 
     With a picture, the image requests one more row, which is evaluated at the picture with the

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class ChangedRows(Term):
+class NetworkChangeTerm(Term):
     """Applies the same change to all rows of an image, at every stage.
 
     Attributes:

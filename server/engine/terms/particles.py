@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class ResampledParticles(Term):
+class FeynmanKacTerm(Term):
     """Resamples the images of a group by Feynman-Kac weights after every stage but the last.
 
     It requires the rule ``cfg`` evaluated at every stage, steps of the reverse SDE, and no other

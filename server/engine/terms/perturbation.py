@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Disturbed(Term):
+class PerturbationTerm(Term):
     """``D + strength (Dc - Dp)``, with one row for Dp at each stage in the window.
 
     Attributes:

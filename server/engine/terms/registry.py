@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from server.engine.terms.cfg_norm import KeptLengths
-from server.engine.terms.classifier import AwayFromChosen, UpGradient
-from server.engine.terms.nag import AgainstNegative
-from server.engine.terms.negtome import KeptApart
-from server.engine.terms.network_change import ChangedRows
-from server.engine.terms.particles import ResampledParticles
-from server.engine.terms.perturbation import Disturbed
+from server.engine.terms.cfg_norm import CFGNormTerm
+from server.engine.terms.classifier import ClassifierGradientTerm, ReferenceGuidanceTerm
+from server.engine.terms.nag import NAGTerm
+from server.engine.terms.negtome import NegToMeTerm
+from server.engine.terms.network_change import NetworkChangeTerm
+from server.engine.terms.particles import FeynmanKacTerm
+from server.engine.terms.perturbation import PerturbationTerm
 from server.plugin_faults import containing_exits
 
 if TYPE_CHECKING:
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
     from server.engine.terms.term import Run, Term
 
 TERMS: tuple[type[Term], ...] = (
-    ChangedRows,
-    AgainstNegative,
-    Disturbed,
-    KeptApart,
-    AwayFromChosen,
-    UpGradient,
-    KeptLengths,
-    ResampledParticles,
+    NetworkChangeTerm,
+    NAGTerm,
+    PerturbationTerm,
+    NegToMeTerm,
+    ReferenceGuidanceTerm,
+    ClassifierGradientTerm,
+    CFGNormTerm,
+    FeynmanKacTerm,
 )
 """One class per class of settings other than a rule; a new term is added here."""
 

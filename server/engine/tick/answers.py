@@ -41,7 +41,7 @@ def answering(part: Answerer, device: torch.device) -> Generator[None]:
     """
     try:
         yield
-    except Unfit as unfit:
+    except InvalidAnswer as unfit:
         raise RowFailed(f"{_named(part)} {unfit}.") from None
     except FAILURES as error:
         if is_out_of_memory(error) or lost_device(error, device) is not None:
@@ -62,15 +62,17 @@ def expect(answer: object, kind: type[Guided | Filled], *like: Tensor) -> None:
         like: tensors with the expected shapes and dtypes of its fields, in their order.
 
     Raises:
-        Unfit: a field, a shape or a dtype differs.
+        InvalidAnswer: a field, a shape or a dtype differs.
     """
     if not isinstance(answer, kind):
-        raise Unfit(f"returned {type(answer).__name__}, not {kind.__name__}")
+        raise InvalidAnswer(f"returned {type(answer).__name__}, not {kind.__name__}")
     for name, found, wanted in zip(answer._fields, answer, like, strict=True):
         if found.shape != wanted.shape:
-            raise Unfit(f"returned {name} of shape {list(found.shape)}, not {list(wanted.shape)}")
+            raise InvalidAnswer(
+                f"returned {name} of shape {list(found.shape)}, not {list(wanted.shape)}"
+            )
         if found.dtype != wanted.dtype:
-            raise Unfit(f"returned {name} of type {found.dtype}, not {wanted.dtype}")
+            raise InvalidAnswer(f"returned {name} of type {found.dtype}, not {wanted.dtype}")
 
 
 def expect_flags(answer: object, name: str, count: int) -> None:
@@ -82,18 +84,18 @@ def expect_flags(answer: object, name: str, count: int) -> None:
         count: number of rows.
 
     Raises:
-        Unfit: it is not.
+        InvalidAnswer: it is not.
     """
     if not isinstance(answer, Tensor):
-        raise Unfit(f"returned {type(answer).__name__} from {name}, not Tensor")
+        raise InvalidAnswer(f"returned {type(answer).__name__} from {name}, not Tensor")
     if answer.dtype != torch.bool or answer.shape != (count,):
-        raise Unfit(
+        raise InvalidAnswer(
             f"returned {name} of type {answer.dtype} and shape {list(answer.shape)}, not "
             f"{torch.bool} and [{count}]"
         )
 
 
-class Unfit(Exception):
+class InvalidAnswer(Exception):
     """An answer does not fit; the message is the end of a sentence."""
 
 

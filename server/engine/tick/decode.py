@@ -82,8 +82,8 @@ class Decoder:
         turns: service received by the clients of ordinary images, to which decoding is charged.
         fixed: whether to decode the same number of pictures in every call, so that a picture's bits
             do not depend on how many finished with it.
-        give_back: function that frees memory which is not needed, and returns whether there was
-            any.
+        free_unused_memory: function that frees memory which is not needed, and returns whether
+            there was any.
         decoder_of: function that returns the function that decodes latents of a model, by its tiny
             autoencoder or its own; it replaces ``HostedModel.decode``.
         interrupted: function that waits for other work, at most a number of seconds, and returns
@@ -98,7 +98,7 @@ class Decoder:
         self,
         device: torch.device,
         turns: Turns,
-        give_back: Callable[[], bool],
+        free_unused_memory: Callable[[], bool],
         decoder_of: Callable[[HostedModel, bool], Callable[[Tensor], Tensor]],
         interrupted: Callable[[float], bool],
         *,
@@ -107,7 +107,7 @@ class Decoder:
         self.seconds = 0.0
         self.live_s = 0.0
         self._device = device
-        self._give_back = give_back
+        self._free_unused_memory = free_unused_memory
         self._decoder_of = decoder_of
         self._interrupted = interrupted
         self._fixed = fixed
@@ -224,7 +224,7 @@ class Decoder:
         if is_out_of_memory(made):
             beside_others = bool(self._in_flight) and not retried
             self._settle()
-            if self._give_back() or beside_others:
+            if self._free_unused_memory() or beside_others:
                 self._start(some, retried=True)
                 return
         if len(some) == 1:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from server.engine.state.sequence import Sequence
     from server.models.hosted import HostedModel
-    from server.models.image_prompts.image_prompt import ImagePromptUse, IPAdapter, Shown
+    from server.models.image_prompts.image_prompt import ImagePromptKV, ImagePromptUse, IPAdapter
     from server.models.image_prompts.unet_image_prompts import UNetImagePrompts
 
 __all__ = ["ImagePromptCache", "shown_to"]
@@ -118,7 +118,7 @@ class ImagePromptCache:
         use: ImagePromptUse,
         tokens: Mapping[bytes, Tensor | Exception],
         size: tuple[int, int],
-    ) -> Shown | Exception:
+    ) -> ImagePromptKV | Exception:
         """Tokens that rows of latents of a given size attend to for one image prompt."""
         nothing = tokens[NO_IMAGE_KEY]
         pictures: list[Tensor] = []
@@ -131,7 +131,7 @@ class ImagePromptCache:
             log.error("no picture could be encoded", exc_info=nothing)
             return nothing
 
-        def make() -> Shown:
+        def make() -> ImagePromptKV:
             both = torch.cat(pictures), nothing.repeat(len(pictures), 1)
             return attention.shown(use.adapter, *both, self._region(use, size))
 
@@ -144,7 +144,7 @@ class ImagePromptCache:
         return {queries: part.to(self._model.dtype) for queries, part in found.items()}
 
 
-def shown_to(sequence: Sequence) -> tuple[Shown, ...]:
+def shown_to(sequence: Sequence) -> tuple[ImagePromptKV, ...]:
     """Tokens that rows of an image attend to for each of its image prompts, once encoded.
 
     Raises:
@@ -155,7 +155,7 @@ def shown_to(sequence: Sequence) -> tuple[Shown, ...]:
     )
 
 
-def _without_error(shown: Shown | Exception) -> Shown:
+def _without_error(shown: ImagePromptKV | Exception) -> ImagePromptKV:
     if isinstance(shown, Exception):
         raise shown
     return shown

@@ -13,7 +13,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from server.engine.faults import attempt
 from server.engine.state.noise import start_noise, varied_noise
 from server.engine.state.prompt_cache import PromptCache
-from server.engine.state.sequence import Known
+from server.engine.state.sequence import InpaintingData
 from server.engine.tick.image_prompts import ImagePromptCache, shown_to
 from server.engine.tick.pictures import encode_pictures, latents_of
 from server.models.blend import conditioning_of, texts_of
@@ -148,11 +148,11 @@ class Admission:
     ) -> dict[TextPrompt, Conditioning]:
         """All conditioning of an image, in equal lengths, combined with its reference images."""
         model, task = self._models[sequence.task.model], sequence.task
-        levelled = model.levelled(texts)
+        levelled = model.equalize_lengths(texts)
         if not task.references:
             return levelled
         references = [latents_of(sequence, one) for one in task.references]
-        return {prompt: model.referring(text, references) for prompt, text in levelled.items()}
+        return {prompt: model.add_references(text, references) for prompt, text in levelled.items()}
 
 
 def _known(conditioning: Conditioning | Exception) -> Conditioning:
@@ -188,7 +188,7 @@ def _start(sequence: Sequence, lane: Lane) -> Start:
     if task.mask is not None:
         repaint = _latent_mask(task.mask, lane)
         if sequence.channels is None:
-            sequence.known = Known(latents, noise, repaint)
+            sequence.known = InpaintingData(latents, noise, repaint)
         latents = _repainted(task, latents, repaint)
     return Start(float(plan.alpha[0]) * latents + float(plan.sigma[0]) * noise, latents)
 

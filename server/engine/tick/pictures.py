@@ -31,7 +31,7 @@ MIN_PIXELS = 64 * 64
 """Number of pixels whose encoding costs about as much as that of a prompt."""
 
 
-class PicturesOfATick:
+class TickPictures:
     """The pictures to encode before one tick; the tick waits for them."""
 
     def __init__(self) -> None:

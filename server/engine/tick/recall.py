@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from server.engine.state.batch import Batch
 
-__all__ = ["Foresight", "foresee", "keep", "recall"]
+__all__ = ["CacheDecision", "decide_caches", "keep", "recall"]
 
 
 class NewNumbers(NamedTuple):
@@ -39,7 +39,7 @@ class NewNumbers(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Foresight:
+class CacheDecision:
     """What the step caches of a tick have seen and decided.
 
     Attributes:
@@ -54,7 +54,7 @@ class Foresight:
     rows: Evaluation | None
 
 
-class AsVelocity(NamedTuple):
+class VelocityFactors(NamedTuple):
     """Factors that turn each row into one of a velocity network, ``[rows, 1, 1, 1]``.
 
     Attributes:
@@ -86,7 +86,7 @@ def recall(batch: Batch) -> Evaluated:
     return Evaluated(x, form.skip * x + form.out * velocity)
 
 
-def foresee(batch: Batch, stage: Evaluated, state: Tensor) -> Foresight:
+def decide_caches(batch: Batch, stage: Evaluated, state: Tensor) -> CacheDecision:
     """Let the step caches decide about the next stages of their images.
 
     Args:
@@ -99,7 +99,7 @@ def foresee(batch: Batch, stage: Evaluated, state: Tensor) -> Foresight:
         if sequence.task.cache is not None:
             by_kind.setdefault(type(sequence.task.cache), []).append(i)
     if not by_kind:
-        return Foresight(None, [], None)
+        return CacheDecision(None, [], None)
     recalls = torch.zeros(len(batch.sequences), dtype=torch.bool, device=state.device)
     rows = _as_velocity(batch).seen(stage)
     new: list[NewNumbers] = []
@@ -107,10 +107,10 @@ def foresee(batch: Batch, stage: Evaluated, state: Tensor) -> Foresight:
         decided, numbers = _decided(batch, kind, members, rows, state)
         recalls.index_copy_(0, batch.lane.indices(members), decided)
         new.append(NewNumbers(members, numbers))
-    return Foresight(recalls, new, rows)
+    return CacheDecision(recalls, new, rows)
 
 
-def keep(batch: Batch, foresight: Foresight) -> None:
+def keep(batch: Batch, foresight: CacheDecision) -> None:
     """Store what caches keep of the stage; called only once all else has succeeded."""
     for new in foresight.numbers:
         for i, numbers in zip(new.positions, new.numbers.unbind(), strict=True):
@@ -161,10 +161,10 @@ def _decided(
     return decision.recalls[: len(members)], decision.numbers[: len(members)]
 
 
-def _as_velocity(batch: Batch) -> AsVelocity:
+def _as_velocity(batch: Batch) -> VelocityFactors:
     stages = [sequence.stage for sequence in batch.sequences]
     scalars = [batch.plans[i].as_velocity[stages[i]] for i in batch.owners]
-    return AsVelocity(*_factors(batch, scalars).unbind(1))
+    return VelocityFactors(*_factors(batch, scalars).unbind(1))
 
 
 def _scale_ahead(batch: Batch, i: int) -> float:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from server.engine.state.batch import Batch
     from server.engine.state.lane import Lane
     from server.engine.state.sequence import Sequence
-    from server.engine.tick.recall import Foresight
+    from server.engine.tick.recall import CacheDecision
     from server.engine.tick.resampling import Resampling
     from server.engine.tick.weave import Evaluated, GuidedImages
 
@@ -114,7 +114,7 @@ class _Step:
     evaluated: Evaluated
     guidance: GuidedImages
     state: Tensor
-    foresight: Foresight
+    foresight: CacheDecision
 
 
 class _HostValues(NamedTuple):
@@ -135,7 +135,7 @@ def _by_lane(chosen: list[Sequence]) -> dict[Lane, list[Sequence]]:
 def _step(batch: Batch, evaluated: Evaluated) -> _Step:
     guidance = weave.guide(batch, evaluated.denoised)
     state = weave.step(batch, guidance)
-    return _Step(batch, evaluated, guidance, state, recall.foresee(batch, evaluated, state))
+    return _Step(batch, evaluated, guidance, state, recall.decide_caches(batch, evaluated, state))
 
 
 def _read_to_host(steps: list[_Step]) -> list[_HostValues]:

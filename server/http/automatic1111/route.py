@@ -64,10 +64,10 @@ def _acting(scripts: Any) -> list[str]:
     if not isinstance(scripts, dict):
         return []
     acting: list[str] = []
-    for name, told in scripts.items():
+    for name, script in scripts.items():
         if is_controlnet(name):
             continue
-        arguments = told.get("args") if isinstance(told, dict) else told
+        arguments = script.get("args") if isinstance(script, dict) else script
         first = arguments[0] if isinstance(arguments, list) and arguments else arguments
         if first and not (isinstance(first, dict) and first.get("enabled") is False):
             acting.append(str(name)[:60])

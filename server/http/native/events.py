@@ -63,10 +63,10 @@ class GenerationStream(EventSourceResponse):
 
     async def _events(self) -> AsyncIterator[bytes]:
         generation = self._generation
-        told = queued(generation)
-        yield _event("queued", told)
+        shown = queued(generation)
+        yield _event("queued", shown)
         try:
-            async for event in self._of_the_queue(told.queue_position):
+            async for event in self._of_the_queue(shown.queue_position):
                 yield event
             while not generation.done:
                 news = await generation.news(PING_S)
@@ -80,12 +80,12 @@ class GenerationStream(EventSourceResponse):
         except WeftError as error:
             yield format_sse_event(event="error", data_str=json.dumps(body_of(error)))
 
-    async def _of_the_queue(self, told: int | None) -> AsyncIterator[bytes]:
+    async def _of_the_queue(self, shown: int | None) -> AsyncIterator[bytes]:
         """Yield an event at each change of the position in the queue, until it leaves the queue."""
         spoke = time.monotonic()
         while (position := self._generation.queue_position) is not None:
-            if position != told:
-                told, spoke = position, time.monotonic()
+            if position != shown:
+                shown, spoke = position, time.monotonic()
                 yield _event("position", PositionEvent(queue_position=position))
             elif time.monotonic() - spoke > PING_S:
                 spoke = time.monotonic()

@@ -34,13 +34,13 @@ class PredictionStream(EventSourceResponse):
 
 
 async def _events(jobs: Jobs, job: Job) -> AsyncIterator[bytes]:
-    told: tuple[str, int | None] | None = None
+    shown: tuple[str, int | None] | None = None
     spoke = time.monotonic()
     with jobs.watches.on(job.id) as watch:
         while True:
             position = (await jobs.positions([job])).get(job.id)
-            if told != (job.status, position):
-                told = job.status, position
+            if shown != (job.status, position):
+                shown = job.status, position
                 spoke = time.monotonic()
                 yield _event("status", predicted(job, position))
             if job.ended or jobs.leaving.is_set():

@@ -19,7 +19,7 @@ from server.errors import AdapterMismatch
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["CONVERTERS", "PARTS", "StandIn", "converted"]
+__all__ = ["CONVERTERS", "PARTS", "TrackedTensor", "converted"]
 
 PARTS: Final = ("unet", "transformer", "text_encoder", "text_encoder_2")
 """Networks that the converters support, with whose names converted names begin."""
@@ -38,7 +38,7 @@ CONVERTERS: Final[Mapping[str, str]] = {
 SAME_NUMBERS: Final = (Tensor.reshape, Tensor.float, Tensor.flatten)
 
 
-class StandIn(Tensor):
+class TrackedTensor(Tensor):
     """A tensor on the meta device that tracks the tensors of a file from which it was derived.
 
     Attributes:
@@ -50,7 +50,7 @@ class StandIn(Tensor):
     kept: bool
 
     @classmethod
-    def of(cls, name: str, shape: tuple[int, ...]) -> StandIn:
+    def of(cls, name: str, shape: tuple[int, ...]) -> TrackedTensor:
         """Create the stand-in of a tensor of the file."""
         made = torch.empty(shape, device="meta").as_subclass(cls)
         made.sources, made.kept = frozenset([name]), True

@@ -18,7 +18,7 @@ from server.models.adapters.naming import MOVED_BIAS, NORM_BIAS, NORM_WEIGHT, li
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from server.models.adapters.conversion import StandIn
+    from server.models.adapters.conversion import TrackedTensor
 
 __all__ = ["NormChange", "PlacedNorm", "is_norm", "norm_of"]
 
@@ -87,7 +87,7 @@ def is_norm(module: nn.Module) -> TypeGuard[nn.LayerNorm | nn.GroupNorm | nn.RMS
 
 
 def norm_of(
-    own: Mapping[str, StandIn], where: str, weight: tuple[int, ...], model: str
+    own: Mapping[str, TrackedTensor], where: str, weight: tuple[int, ...], model: str
 ) -> PlacedNorm | None:
     """Find the change of a norm; None if the layer is no norm, or the file does not change it.
 

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from server.errors import AdapterMismatch
-from server.models.adapters.conversion import CONVERTERS, StandIn, converted
+from server.models.adapters.conversion import CONVERTERS, TrackedTensor, converted
 from server.models.adapters.lycoris import as_low_rank
 from server.models.adapters.naming import (
     DOWN,
@@ -248,14 +248,14 @@ def place(header: Header, target: Target) -> PlacedChanges:
     for part, what in UNSUPPORTED.items():
         if names := [name for name in header.shapes if part in name]:
             raise AdapterMismatch(f"{what} ({listed(names)}), which is not supported")
-    stand_ins: dict[str, Tensor] = {
-        name: StandIn.of(name, shape) for name, shape in header.shapes.items()
+    tracked: dict[str, Tensor] = {
+        name: TrackedTensor.of(name, shape) for name, shape in header.shapes.items()
     }
-    stand_ins |= {name: torch.tensor(value) for name, value in header.alphas.items()}
+    tracked |= {name: torch.tensor(value) for name, value in header.alphas.items()}
     placed: dict[str, dict[str, Placed]] = {}
     norms: dict[str, dict[str, PlacedNorm]] = {}
     used: set[str] = set()
-    for part, layer, own in _by_layer(target.converted(stand_ins)):
+    for part, layer, own in _by_layer(target.converted(tracked)):
         if not {DOWN, UP} & own.keys():
             if norm := _norm(target, part, layer, own):
                 norms.setdefault(part, {})[layer] = norm
@@ -280,19 +280,21 @@ def place(header: Header, target: Target) -> PlacedChanges:
         placed.setdefault(part, {})[layer] = change
         used |= _sources(own, change)
     used |= {alpha_of(name) for name in used} & header.alphas.keys()
-    if unused := [name for name in stand_ins if name not in used]:
+    if unused := [name for name in tracked if name not in used]:
         raise AdapterMismatch(f"has tensors that are not understood: {listed(unused)}")
     if not placed and not norms:
         raise AdapterMismatch("has no tensors")
     return PlacedChanges(placed, norms)
 
 
-def _norm(target: Target, part: str, layer: str, own: Mapping[str, StandIn]) -> PlacedNorm | None:
+def _norm(
+    target: Target, part: str, layer: str, own: Mapping[str, TrackedTensor]
+) -> PlacedNorm | None:
     weight = target.layers.get(part, {}).get(layer, ())
     return norm_of(own, f"{layer} of {part}", weight, target.model)
 
 
-def _sources(own: Mapping[str, StandIn], change: Placed | PlacedNorm) -> frozenset[str]:
+def _sources(own: Mapping[str, TrackedTensor], change: Placed | PlacedNorm) -> frozenset[str]:
     """Names of the tensors of a file that a change uses."""
     return frozenset[str]().union(*(own[ending].sources for ending in change.endings))
 
@@ -316,13 +318,13 @@ def _shaped(factor: Tensor, name: str, layers: Mapping[str, tuple[int, ...]]) ->
 
 def _by_layer(
     state: Mapping[str, Mapping[str, Tensor]],
-) -> Iterator[tuple[str, str, dict[str, StandIn]]]:
+) -> Iterator[tuple[str, str, dict[str, TrackedTensor]]]:
     """Network, layer, and its tensors by the endings of their names."""
     for part, tensors in state.items():
-        layers: dict[str, dict[str, StandIn]] = {}
+        layers: dict[str, dict[str, TrackedTensor]] = {}
         for name, tensor in tensors.items():
             match = NAMED.fullmatch(name)
-            if match and isinstance(tensor, StandIn):
+            if match and isinstance(tensor, TrackedTensor):
                 layers.setdefault(match["layer"], {})[match["ending"]] = tensor
         for layer, own in layers.items():
             yield part, layer, own
@@ -351,7 +353,7 @@ def _check(
         )
 
 
-def _scale(header: Header, config: PeftConfig, layer: str, down: StandIn, rank: int) -> float:
+def _scale(header: Header, config: PeftConfig, layer: str, down: TrackedTensor, rank: int) -> float:
     """Alpha / rank: from a tensor in kohya's files, from the config in peft's, otherwise 1.
 
     A converter that created new factors has already multiplied it into them.

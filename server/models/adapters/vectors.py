@@ -12,7 +12,7 @@ from server.models.adapters.naming import FACTOR_BIAS, MOVED_BIAS, SIZE, SIZE_BL
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from server.models.adapters.conversion import StandIn
+    from server.models.adapters.conversion import TrackedTensor
     from server.models.adapters.magnitude import Axis
 
 __all__ = ["PlacedBias", "PlacedMagnitude", "bias_of", "magnitude_of"]
@@ -49,7 +49,7 @@ class PlacedBias:
 
 
 def magnitude_of(
-    own: Mapping[str, StandIn], where: str, weight: tuple[int, ...], model: str
+    own: Mapping[str, TrackedTensor], where: str, weight: tuple[int, ...], model: str
 ) -> PlacedMagnitude | None:
     """Find the magnitudes of a layer; None if the file has none.
 
@@ -81,7 +81,12 @@ def magnitude_of(
 
 
 def bias_of(
-    own: Mapping[str, StandIn], where: str, weight: tuple[int, ...], model: str, *, scale: float
+    own: Mapping[str, TrackedTensor],
+    where: str,
+    weight: tuple[int, ...],
+    model: str,
+    *,
+    scale: float,
 ) -> PlacedBias | None:
     """Find the change of a layer's bias; None if the file has none.
 

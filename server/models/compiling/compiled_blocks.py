@@ -60,7 +60,7 @@ class Compiler(Protocol):
         self,
         job: BlockJob,
         identity: str,
-        tell: Callable[[Callable[..., Sequence[Tensor]] | None, str], None],
+        on_done: Callable[[Callable[..., Sequence[Tensor]] | None, str], None],
         wanted: Callable[[], bool],
     ) -> None:
         """See ``BlockCompiler.ask``."""
@@ -213,7 +213,7 @@ class CompiledBlocks:
             self._called_at[key] = self._forward_at
         heard = WeakMethod(self._hear)
 
-        def tell(run: Callable[..., Sequence[Tensor]] | None, said: str) -> None:
+        def on_done(run: Callable[..., Sequence[Tensor]] | None, said: str) -> None:
             # A model that has been unloaded in the meantime is not notified.
             hear = heard()
             if hear is not None:
@@ -222,7 +222,7 @@ class CompiledBlocks:
 
         job = BlockJob(skeleton, template, layout, self._device)
         identity = repr((key, template, layout))
-        self._compiler.ask(job, identity, tell, lambda: heard() is not None)
+        self._compiler.ask(job, identity, on_done, lambda: heard() is not None)
 
     @property
     def _known(self) -> tuple[Collection[Hashable], ...]:

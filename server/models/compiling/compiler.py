@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from server.models.compiling.program import BlockJob
 
     Program = Callable[..., Sequence[Tensor]]
-    Told = Callable[[Program | None, str], None]
+    OnDone = Callable[[Program | None, str], None]
 
 __all__ = ["BlockCompiler", "key_of", "missing_compiler"]
 
@@ -52,7 +52,7 @@ class _Asked(NamedTuple):
 
     job: BlockJob
     identity: str
-    tell: Told
+    on_done: OnDone
     wanted: Callable[[], bool]
 
     @property
@@ -106,20 +106,24 @@ class BlockCompiler:
         atexit.register(self._jobs.clear)
 
     def ask(
-        self, job: BlockJob, identity: str, tell: Told, wanted: Callable[[], bool] = lambda: True
+        self,
+        job: BlockJob,
+        identity: str,
+        on_done: OnDone,
+        wanted: Callable[[], bool] = lambda: True,
     ) -> None:
         """Queue a block for compilation.
 
         Args:
             job: block to compile.
             identity: equal for jobs that lead to the same program.
-            tell: called in a compiler thread with the program, or with None and the reason why
+            on_done: called in a compiler thread with the program, or with None and the reason why
                 there is none.
             wanted: whether the program is still needed when its turn comes; if not, nothing is
-                compiled and ``tell`` is not called.
+                compiled and ``on_done`` is not called.
         """
         with self._lock:
-            self._jobs.append(_Asked(job, identity, tell, wanted))
+            self._jobs.append(_Asked(job, identity, on_done, wanted))
             if self._threads < self._max_processes:
                 self._threads += 1
                 Thread(target=self._run, name="weft-compile", daemon=True).start()
@@ -128,16 +132,16 @@ class BlockCompiler:
         process: CompilingProcess | None = None
         while (asked := self._next(process)) is not None:
             file = self._folder / f"{key_of(asked.identity, asked.job.device)}.program"
-            told = _known(file)
-            if told is None and process is None and not self._claims_process(asked):
+            note = _known(file)
+            if note is None and process is None and not self._claims_process(asked):
                 return
             try:
-                if told is None:
+                if note is None:
                     process = process or CompilingProcess(self._folder)
-                    told = _compiled(process, asked.job, file)
-                self._hand_over(told, file, asked.tell)
+                    note = _compiled(process, asked.job, file)
+                self._hand_over(note, file, asked.on_done)
             except Exception as error:  # noqa: BLE001 - other blocks wait for this thread
-                asked.tell(None, f"it cannot be sent to a compiler: {error}")
+                asked.on_done(None, f"it cannot be sent to a compiler: {error}")
             self._at_work.discard(asked.program)
         if process is not None:
             process.end()
@@ -166,9 +170,9 @@ class BlockCompiler:
             self._processes += 1
             return True
 
-    def _hand_over(self, told: dict[str, Any], file: Path, tell: Told) -> None:
-        if "reason" in told:
-            tell(None, told["reason"])
+    def _hand_over(self, note: dict[str, Any], file: Path, on_done: OnDone) -> None:
+        if "reason" in note:
+            on_done(None, note["reason"])
             return
         try:
             # Loading changes global state of inductor.
@@ -176,21 +180,21 @@ class BlockCompiler:
                 program = _loaded(file)
         except Exception as error:  # noqa: BLE001 - a damaged file must not end the thread
             _note(file).unlink(missing_ok=True)
-            tell(None, f"its program cannot be loaded: {error}")
+            on_done(None, f"its program cannot be loaded: {error}")
             return
-        tell(program, f"{told['program_ms']:.2f} ms instead of {told['block_ms']:.2f}")
+        on_done(program, f"{note['program_ms']:.2f} ms instead of {note['block_ms']:.2f}")
 
 
 def _compiled(process: CompilingProcess, job: BlockJob, file: Path) -> dict[str, Any]:
     """Compile a block in a process, and write down the result if it is final."""
-    told = process.compile(job, file)
-    if told is None:
+    note = process.compile(job, file)
+    if note is None:
         return {"reason": "the process that compiled it ended or took too long"}
-    if "reason" not in told or told["lasting"]:
+    if "reason" not in note or note["lasting"]:
         before = _read(file) or {}
         measured = {"measurements": before.get("measurements", 0) + 1}
-        _note(file).write_text(json.dumps(told | measured))
-    return told
+        _note(file).write_text(json.dumps(note | measured))
+    return note
 
 
 def _loaded(file: Path) -> Program:
@@ -207,30 +211,30 @@ def _note(file: Path) -> Path:
 def _read(file: Path) -> dict[str, Any] | None:
     """Content of a note; None if it does not exist or is unusable."""
     try:
-        told = json.loads(_note(file).read_bytes())
+        note = json.loads(_note(file).read_bytes())
     except (OSError, ValueError, RecursionError):
         return None
-    return told if isinstance(told, dict) and _is_usable(told) else None
+    return note if isinstance(note, dict) and _is_usable(note) else None
 
 
-def _is_usable(told: dict[str, Any]) -> bool:
+def _is_usable(note: dict[str, Any]) -> bool:
     """Whether the JSON has the form that this module writes."""
-    if "reason" in told:
-        says = isinstance(told["reason"], str)
+    if "reason" in note:
+        says = isinstance(note["reason"], str)
     else:
-        says = all(isinstance(told.get(name), float) for name in ("block_ms", "program_ms"))
-    return says and isinstance(told.get("measurements", 1), int)
+        says = all(isinstance(note.get(name), float) for name in ("block_ms", "program_ms"))
+    return says and isinstance(note.get("measurements", 1), int)
 
 
 def _known(file: Path) -> dict[str, Any] | None:
     """Result noted for a block; None if the block should be compiled."""
-    told = _read(file)
-    return None if told is None or _may_gain(told, file) else told
+    note = _read(file)
+    return None if note is None or _may_gain(note, file) else note
 
 
-def _may_gain(told: dict[str, Any], file: Path) -> bool:
+def _may_gain(note: dict[str, Any], file: Path) -> bool:
     """Whether a program that seemed to gain nothing should be timed again."""
-    if not told.get("slow") or told.get("measurements", 1) >= MAX_MEASUREMENTS:
+    if not note.get("slow") or note.get("measurements", 1) >= MAX_MEASUREMENTS:
         return False
     try:
         return time() - _note(file).stat().st_mtime > REMEASURE_AFTER_S

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from server.models.controls.row_controls import RowControls, SameControl
+    from server.models.controls.row_controls import ControlGroup, RowControls
 
 __all__ = ["FluxControl"]
 
@@ -121,7 +121,7 @@ class FluxControl:
             controls: controls of each row.
         """
 
-        def evaluate(same: SameControl) -> Sequence[Tensor | None]:
+        def evaluate(same: ControlGroup) -> Sequence[Tensor | None]:
             network = same.control.network
             conditioning = {name: one.index_select(0, same.rows) for name, one in rows.items()}
             guided = network.config.guidance_embeds

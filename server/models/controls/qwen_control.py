@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from server.models.controls.row_controls import RowControls, SameControl
+    from server.models.controls.row_controls import ControlGroup, RowControls
 
 __all__ = ["QwenControl"]
 
@@ -98,7 +98,7 @@ class QwenControl:
             controls: controls of each row.
         """
 
-        def evaluate(same: SameControl) -> Sequence[Tensor | None]:
+        def evaluate(same: ControlGroup) -> Sequence[Tensor | None]:
             blocks = same.control.network(
                 **{name: one.index_select(0, same.rows) for name, one in rows.items()},
                 img_shapes=[[shape]] * len(same.rows),

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from server.models.controls.control import Control
 
-__all__ = ["ControlForm", "RowControl", "RowControls", "SameControl", "summed"]
+__all__ = ["ControlForm", "ControlGroup", "RowControl", "RowControls", "summed"]
 
 FADE: Final = 0.825
 """Factor by which a ControlNet that gives way to the prompt adds less at each earlier place."""
@@ -45,7 +45,7 @@ class RowControl:
 
 @dataclass(frozen=True, slots=True)
 class ControlForm:
-    """The non-tensor parts of :class:`SameControl`, and its numbers of rows.
+    """The non-tensor parts of :class:`ControlGroup`, and its numbers of rows.
 
     Attributes:
         control: weak reference to the ControlNet.
@@ -57,18 +57,18 @@ class ControlForm:
     rows: int
     onto: int
 
-    def together(self, tensors: Mapping[str, Tensor]) -> SameControl | None:
-        """Rebuild the :class:`SameControl` of this form; None if the ControlNet no longer exists.
+    def together(self, tensors: Mapping[str, Tensor]) -> ControlGroup | None:
+        """Rebuild the :class:`ControlGroup` of this form; None if the ControlNet no longer exists.
 
         Args:
             tensors: tensors by the names in ``SameControl.tensors``.
         """
         control = self.control()
-        return None if control is None else SameControl(control, **tensors)
+        return None if control is None else ControlGroup(control, **tensors)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class SameControl:
+class ControlGroup:
     """The rows of a forward pass that one ControlNet acts on, each once.
 
     Attributes:
@@ -129,14 +129,14 @@ class RowControls:
     rows: tuple[tuple[RowControl, ...], ...]
     prompts: tuple[int, ...]
     fixed: bool = False
-    together: tuple[SameControl, ...] = ()
+    together: tuple[ControlGroup, ...] = ()
 
     def __bool__(self) -> bool:
         """Whether any ControlNet acts on any row."""
         return any(self.rows)
 
     @classmethod
-    def of_tensors(cls, rows: int, together: Sequence[SameControl]) -> RowControls:
+    def of_tensors(cls, rows: int, together: Sequence[ControlGroup]) -> RowControls:
         """Build one for this many rows from the collected rows of each ControlNet."""
         return cls(((),) * rows, tuple(range(rows)), together=tuple(together))
 
@@ -162,7 +162,7 @@ class RowControls:
         missing: tuple[tuple[RowControl, ...], ...] = ((),) * (count - here)
         return RowControls((*self.rows, *missing), (*self.prompts, *range(here, count)), fixed)
 
-    def by_control(self, *, once: bool) -> Sequence[SameControl]:
+    def by_control(self, *, once: bool) -> Sequence[ControlGroup]:
         """Collect the rows of each ControlNet, in an order independent of the other rows.
 
         A row that uses the same ControlNet twice, with two images, appears in two separate
@@ -182,7 +182,7 @@ class RowControls:
                 found.setdefault(key, {})[row] = one
         return [self._together(found[key], once=once) for key in sorted(found)]
 
-    def _together(self, found: dict[int, RowControl], *, once: bool) -> SameControl:
+    def _together(self, found: dict[int, RowControl], *, once: bool) -> ControlGroup:
         runs = {row: self.prompts[row] if once else row for row in found}
         rows = list(dict.fromkeys(runs.values()))
         places = {row: place for place, row in enumerate(rows)}
@@ -194,7 +194,7 @@ class RowControls:
             return torch.tensor(values, dtype=dtype).to(hints.device, non_blocking=True)
 
         fades = [FADE if one.gives_way else 1.0 for one in found.values()]
-        return SameControl(
+        return ControlGroup(
             found[rows[0]].control,
             sent(filled, torch.int64),
             hints,
@@ -207,7 +207,7 @@ class RowControls:
 
 def summed(
     controls: RowControls,
-    evaluate: Callable[[SameControl], Sequence[Tensor | None]],
+    evaluate: Callable[[ControlGroup], Sequence[Tensor | None]],
     *,
     once: bool,
 ) -> list[Tensor | None]:
@@ -237,7 +237,7 @@ def summed(
 
 
 def _sum(
-    count: int, each: Sequence[SameControl], residuals: Sequence[Tensor | None], place: int
+    count: int, each: Sequence[ControlGroup], residuals: Sequence[Tensor | None], place: int
 ) -> Tensor | None:
     """Sum the residuals of ControlNets for ``count`` rows at one place."""
     total: Tensor | None = None

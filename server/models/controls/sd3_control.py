@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from server.models.controls.row_controls import RowControls, SameControl
+    from server.models.controls.row_controls import ControlGroup, RowControls
 
 __all__ = ["SD3Control"]
 
@@ -109,7 +109,7 @@ class SD3Control:
             controls: controls of each row.
         """
 
-        def evaluate(same: SameControl) -> Sequence[Tensor | None]:
+        def evaluate(same: ControlGroup) -> Sequence[Tensor | None]:
             network = same.control.network
             reads_text = network.context_embedder is not None
             vectors = pooled.index_select(0, same.rows)

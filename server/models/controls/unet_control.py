@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from server.models.conditioning import StackedConditioning
-    from server.models.controls.row_controls import RowControls, SameControl
+    from server.models.controls.row_controls import ControlGroup, RowControls
     from server.models.hosted import ModelFacts
 
 __all__ = ["UNetControl"]
@@ -122,7 +122,7 @@ class UNetControl:
             controls: controls of each row.
         """
 
-        def evaluate(same: SameControl) -> Sequence[Tensor]:
+        def evaluate(same: ControlGroup) -> Sequence[Tensor]:
             added = dict(conditioning.select(same.rows).tensors)
             text = added.pop(TEXT)
             network = same.control.network

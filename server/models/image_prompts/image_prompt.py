@@ -17,7 +17,15 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["UNLOADED", "IPAdapter", "ImageEncoder", "ImagePromptUse", "Kind", "Shown", "Widths"]
+__all__ = [
+    "UNLOADED",
+    "IPAdapter",
+    "ImageEncoder",
+    "ImagePromptKV",
+    "ImagePromptUse",
+    "Kind",
+    "Widths",
+]
 
 Kind: TypeAlias = Literal["plain", "plus"]
 """`plain` adapters read an encoder's projected embedding, `plus` adapters the hidden states of all
@@ -84,7 +92,7 @@ UNLOADED = IPAdapter("", "plain", _NOTHING, None, _NOTHING, None, 0)
 """Placeholder for the adapter of images that are only counted."""
 
 
-class Shown(NamedTuple):
+class ImagePromptKV(NamedTuple):
     """Keys and values that the cross-attention layers read from the images of one image prompt.
 
     Attributes:

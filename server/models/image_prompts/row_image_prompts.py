@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["AlikeForm", "AlikeRows", "RowImagePrompt", "RowImagePrompts"]
+__all__ = ["EqualLengthForm", "EqualLengthRows", "RowImagePrompt", "RowImagePrompts"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -32,8 +32,8 @@ class RowImagePrompt:
 
 
 @dataclass(frozen=True, slots=True)
-class AlikeForm:
-    """The non-tensor parts of :class:`AlikeRows`.
+class EqualLengthForm:
+    """The non-tensor parts of :class:`EqualLengthRows`.
 
     Attributes:
         rows: number of rows over which attention runs.
@@ -45,8 +45,8 @@ class AlikeForm:
     onto: int
     regions: tuple[int, ...] | None
 
-    def together(self, tensors: Mapping[str, Tensor]) -> AlikeRows:
-        """Rebuild the :class:`AlikeRows` of this form.
+    def together(self, tensors: Mapping[str, Tensor]) -> EqualLengthRows:
+        """Rebuild the :class:`EqualLengthRows` of this form.
 
         Args:
             tensors: tensors by the names in ``AlikeRows.tensors``.
@@ -57,11 +57,11 @@ class AlikeForm:
         regions = None
         if self.regions is not None:
             regions = {queries: tensors[str(queries)] for queries in self.regions}
-        return AlikeRows(rows, attended, onto, scales, regions)
+        return EqualLengthRows(rows, attended, onto, scales, regions)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class AlikeRows:
+class EqualLengthRows:
     """Rows of a forward pass whose image prompts have the same number of tokens, each row once.
 
     Attributes:
@@ -81,10 +81,10 @@ class AlikeRows:
     regions: Mapping[int, Tensor] | None
 
     @property
-    def form(self) -> AlikeForm:
+    def form(self) -> EqualLengthForm:
         """Everything except the tensors."""
         regions = None if self.regions is None else tuple(self.regions)
-        return AlikeForm(len(self.rows), len(self.onto), regions)
+        return EqualLengthForm(len(self.rows), len(self.onto), regions)
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -111,14 +111,14 @@ class RowImagePrompts:
 
     rows: tuple[tuple[RowImagePrompt, ...], ...]
     fixed: bool = False
-    together: tuple[AlikeRows, ...] = ()
+    together: tuple[EqualLengthRows, ...] = ()
 
     def __bool__(self) -> bool:
         """Whether any row has an image prompt."""
         return any(self.rows)
 
     @classmethod
-    def of_tensors(cls, rows: int, together: Sequence[AlikeRows]) -> RowImagePrompts:
+    def of_tensors(cls, rows: int, together: Sequence[EqualLengthRows]) -> RowImagePrompts:
         """Build one for this many rows from collected rows."""
         return cls(((),) * rows, together=tuple(together))
 
@@ -135,7 +135,7 @@ class RowImagePrompts:
         missing: tuple[tuple[RowImagePrompt, ...], ...] = ((),) * (count - len(self.rows))
         return RowImagePrompts((*self.rows, *missing), fixed)
 
-    def alike(self) -> Sequence[AlikeRows]:
+    def alike(self) -> Sequence[EqualLengthRows]:
         """Collect the rows by number of tokens, in an order independent of the other rows.
 
         A row with several image prompts of the same number of tokens appears in as many separate
@@ -152,14 +152,14 @@ class RowImagePrompts:
                 found.setdefault((tokens, again), {})[row] = one
         return [self._together(found[key]) for key in sorted(found)]
 
-    def _together(self, found: dict[int, RowImagePrompt]) -> AlikeRows:
+    def _together(self, found: dict[int, RowImagePrompt]) -> EqualLengthRows:
         rows, own = list(found), list(found.values())
         filling = len(self.rows) - len(rows) if self.fixed else 0
         attended = torch.stack([one.attended for one in (*own, *own[:1] * filling)])
         where = torch.tensor([*rows, *rows[:1] * filling]).to(attended.device, non_blocking=True)
         scales = torch.tensor([one.scale for one in own], dtype=attended.dtype)
         scales = scales.to(attended.device, non_blocking=True).view(-1, 1, 1)
-        return AlikeRows(where, attended, where[: len(rows)], scales, _regions(own))
+        return EqualLengthRows(where, attended, where[: len(rows)], scales, _regions(own))
 
 
 def _regions(own: Sequence[RowImagePrompt]) -> Mapping[int, Tensor] | None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 
-from server.models.image_prompts.image_prompt import Shown, Widths
+from server.models.image_prompts.image_prompt import ImagePromptKV, Widths
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Mapping, Sequence
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from server.models.image_prompts.image_prompt import IPAdapter
-    from server.models.image_prompts.row_image_prompts import AlikeRows, RowImagePrompts
+    from server.models.image_prompts.row_image_prompts import EqualLengthRows, RowImagePrompts
 
 __all__ = ["UNetImagePrompts"]
 
@@ -88,20 +88,20 @@ class UNetImagePrompts:
         pictures: Tensor,
         nothing: Tensor,
         region: Mapping[int, Tensor] | None = None,
-    ) -> Shown:
+    ) -> ImagePromptKV:
         """Keys and values of all layers for the tokens of some images and for those of no image.
 
         Args:
             adapter: adapter for this U-Net.
             pictures: tokens of the images, ``[tokens, text width]``.
             nothing: tokens of no image, likewise.
-            region: where the images act, see :class:`Shown`; None for the whole image.
+            region: where the images act, see :class:`ImagePromptKV`; None for the whole image.
         """
         weights = adapter.keys_and_values
-        return Shown(F.linear(pictures, weights), F.linear(nothing, weights), region)
+        return ImagePromptKV(F.linear(pictures, weights), F.linear(nothing, weights), region)
 
     def shown_bytes(self, tokens: int, dtype: torch.dtype) -> int:
-        """Memory of a :class:`Shown` of this many tokens without a region, in bytes."""
+        """Memory of a :class:`ImagePromptKV` of this many tokens without a region, in bytes."""
         return 2 * tokens * 2 * sum(self.widths.layers) * dtype.itemsize
 
     @contextmanager
@@ -114,7 +114,7 @@ class UNetImagePrompts:
         alike = () if prompts is None else prompts.alike()
         handles: list[Any] = []
         for layer, bounds in zip(self._layers, self._bounds, strict=True) if alike else ():
-            attend = _Attending(layer, alike, bounds)
+            attend = _DecoupledAttention(layer, alike, bounds)
             # Registered after all other hooks: these hooks read the queries as adapters change
             # them, and add to the text attention as other hooks leave it.
             handles.append(layer.to_q.register_forward_hook(attend.remember))
@@ -126,7 +126,7 @@ class UNetImagePrompts:
                 handle.remove()
 
 
-class _Attending:
+class _DecoupledAttention:
     """The attention of one layer to image prompts.
 
     Args:
@@ -135,7 +135,9 @@ class _Attending:
         bounds: range of its keys and values among those of all layers.
     """
 
-    def __init__(self, layer: Any, alike: Sequence[AlikeRows], bounds: tuple[int, int]) -> None:
+    def __init__(
+        self, layer: Any, alike: Sequence[EqualLengthRows], bounds: tuple[int, int]
+    ) -> None:
         self._heads = layer.heads
         self._alike = alike
         self._bounds = bounds

@@ -30,7 +30,7 @@ from tests.server.models.adapters.low_rank import adapter, changes, norm_changes
 from tests.server.models.controls.tiny_controls import of_unet
 from tests.server.models.image_prompts.tiny_image_prompts import cross_attention
 
-Given: TypeAlias = tuple[Tensor, Tensor, RowInputs]
+ForwardInputs: TypeAlias = tuple[Tensor, Tensor, RowInputs]
 Edits: TypeAlias = tuple[Edit, ...]
 
 SIDE = 64
@@ -47,7 +47,7 @@ def told(model: HostedModel, rows: int, seed: int) -> StackedConditioning:
     return StackedConditioning({TEXT: drawn(model, 100 + seed, rows, 7, 128)})
 
 
-def given(model: HostedModel, rows: int, seed: int, **more: Any) -> Given:
+def given(model: HostedModel, rows: int, seed: int, **more: Any) -> ForwardInputs:
     """What a forward of some rows is given."""
     x = drawn(model, seed, rows, *model.latent_shape(SIDE, SIDE)).float()
     t = torch.full((rows,), 100.0 + seed, device=model.device)

@@ -32,7 +32,7 @@ from guidance import (
 from guidance.step_cache import Decision
 from server.engine.engine import Engine
 from server.engine.guidance_plan import plan_guidance
-from server.engine.terms.classifier import AwayFromChosen, UpGradient
+from server.engine.terms.classifier import ClassifierGradientTerm, ReferenceGuidanceTerm
 from server.engine.tick.answers import answering
 from server.errors import RowFailed, WeftError
 from server.requests.schema import GenerateRequest
@@ -238,12 +238,14 @@ class Classifying(Toy):
 @pytest.mark.parametrize(
     "term",
     [
-        UpGradient(Aimless(), (0,), (1.0,) * 6),
-        AwayFromChosen(Unread(), (0,), (1.0,) * 6, ("a star", "a circle")),
+        ClassifierGradientTerm(Aimless(), (0,), (1.0,) * 6),
+        ReferenceGuidanceTerm(Unread(), (0,), (1.0,) * 6, ("a star", "a circle")),
     ],
     ids=["gradient", "reference"],
 )
-def test_a_classifier_term_that_fails_is_named(term: UpGradient | AwayFromChosen) -> None:
+def test_a_classifier_term_that_fails_is_named(
+    term: ClassifierGradientTerm | ReferenceGuidanceTerm,
+) -> None:
     made = started(Classifying(), 8)
     heard = run(made, [task(), task(terms=(term,))])
     made.stop(0)

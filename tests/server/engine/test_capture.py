@@ -64,7 +64,7 @@ def test_what_recordings_hold_does_not_grow_as_others_come_and_go(
         passing.release()
         assert recorder.nbytes == POOL + given.nbytes
     kept.release()
-    recorder.begin_anew()
+    recorder.reset_pool()
     assert recorder.nbytes == 0
 
 
@@ -94,7 +94,7 @@ def test_a_recording_leaves_the_workspaces_of_other_streams_alone(
     here = gpu.current
     recorder = CudaRecorder(CPU)
     recorder.record(torch.neg, [torch.zeros(2)]).release()
-    recorder.begin_anew()
+    recorder.reset_pool()
     assert list(gpu.workspaces) == [here]
 
 

@@ -21,7 +21,7 @@ from server.engine.state.batch import Batch
 from server.engine.state.lane import Lane
 from server.engine.state.sequence import Sequence
 from server.engine.state.submission import Submission
-from server.engine.terms.classifier import AwayFromChosen, UpGradient
+from server.engine.terms.classifier import ClassifierGradientTerm, ReferenceGuidanceTerm
 from server.engine.tick import weave
 from server.errors import RowFailed
 from tests.server.by_hand import terms_for
@@ -62,16 +62,16 @@ def linear(model: Any) -> Iterator[Linear]:
     model.classifier = kept
 
 
-def elucd(*strengths: float, number: int = 2, **fields: Any) -> UpGradient:
-    return UpGradient(EluCD(**fields), (number, -1), strengths)
+def elucd(*strengths: float, number: int = 2, **fields: Any) -> ClassifierGradientTerm:
+    return ClassifierGradientTerm(EluCD(**fields), (number, -1), strengths)
 
 
-def minority(*strengths: float) -> UpGradient:
-    return UpGradient(Minority(), (-1, 1), strengths)
+def minority(*strengths: float) -> ClassifierGradientTerm:
+    return ClassifierGradientTerm(Minority(), (-1, 1), strengths)
 
 
-def reference(*strengths: float) -> AwayFromChosen:
-    return AwayFromChosen(GradientFree(), (0, -1), strengths, TOLD)
+def reference(*strengths: float) -> ReferenceGuidanceTerm:
+    return ReferenceGuidanceTerm(GradientFree(), (0, -1), strengths, TOLD)
 
 
 @pytest.fixture
@@ -170,10 +170,10 @@ def test_a_row_is_as_if_it_were_alone(model, packed, task, fixed):
     told = tuple(f"a small red {shape} on white" for shape in heads["shape"][1:])
     aims = [
         (),
-        (UpGradient(EluCD(), numbers(shapes, 2), (3.0, 0, 0)),),
-        (UpGradient(EluCD(joint_temperature=2), numbers(shapes, 1), (1.0, 0, 0)),),
-        (UpGradient(Minority(), numbers(rare, 9), (2.0, 0, 0)),),
-        (AwayFromChosen(GradientFree(), numbers(shapes, 0), (2.0, 0, 0), told),),
+        (ClassifierGradientTerm(EluCD(), numbers(shapes, 2), (3.0, 0, 0)),),
+        (ClassifierGradientTerm(EluCD(joint_temperature=2), numbers(shapes, 1), (1.0, 0, 0)),),
+        (ClassifierGradientTerm(Minority(), numbers(rare, 9), (2.0, 0, 0)),),
+        (ReferenceGuidanceTerm(GradientFree(), numbers(shapes, 0), (2.0, 0, 0), told),),
     ]
     rules = [CFG(), CFG(), CFGPlusPlus(), Unguided(), CFG()]
     tasks = [task(rule=rule, terms=aim) for rule, aim in zip(rules, aims, strict=True)]

@@ -63,7 +63,7 @@ def test_recordings_write_to_no_memory_that_went_with_others_of_their_stream() -
     recordings.pop(0).release()
     for one in others:
         one.release()
-    passing.begin_anew()
+    passing.reset_pool()
     reclaim(GPU)
     taken = [torch.full((2**23,), 7, dtype=torch.uint8, device=GPU) for _ in range(128)]
     for recording in recordings:
@@ -92,7 +92,7 @@ def test_products_of_another_thread_are_right_while_recordings_come_and_go() -> 
                 recording = product.recorded(recorder)
                 assert product.is_given_by(recording)
                 recording.release()
-                recorder.begin_anew()
+                recorder.reset_pool()
                 torch.cuda.empty_cache()
         finally:
             over.set()
@@ -140,7 +140,7 @@ def test_a_capture_that_fails_leaves_all_as_it_was(forward: Any, error: type[Exc
         for one in made:
             assert product.is_given_by(one)
             one.release()
-        recorder.begin_anew()
+        recorder.reset_pool()
         reclaim(GPU)
 
     # Once beforehand, since libraries keep memory for a stream.

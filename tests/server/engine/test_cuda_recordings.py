@@ -28,7 +28,7 @@ from server.models.inputs import RowInputs
 from server.models.loading import load_model
 from server.models.memory import reclaim
 from tests.server.engine.changed_rows import (
-    Given,
+    ForwardInputs,
     depth_of,
     edits_of_all_kinds,
     given,
@@ -41,7 +41,7 @@ from tests.server.engine.changed_rows import (
 
 pytestmark = pytest.mark.cuda
 
-Forward = Callable[[int], Given]
+Forward = Callable[[int], ForwardInputs]
 """The inputs of a forward, by seed."""
 
 
@@ -56,7 +56,7 @@ def without_gradients() -> Iterator[None]:
         yield
 
 
-def record(model: HostedModel, inputs: Given) -> Graphs:
+def record(model: HostedModel, inputs: ForwardInputs) -> Graphs:
     """The recordings of a model, with one of this forward."""
     graphs = Graphs(model, CudaRecorder(model.device))
     for _ in range(IDLE_THRESHOLD):
@@ -74,7 +74,7 @@ def adapted(model: HostedModel) -> Forward:
 
 def edited(number: int) -> Callable[[HostedModel], Forward]:
     def of(model: HostedModel) -> Forward:
-        def forward(seed: int) -> Given:
+        def forward(seed: int) -> ForwardInputs:
             edits = edits_of_all_kinds(model, 0.8 + seed, 0.5 + 0.1 * seed, 3.0 + seed)
             two = [edits[number], edits[0]]
             # Now each of these rows does what the other did.
@@ -98,7 +98,7 @@ def controlled(model: HostedModel) -> Forward:
 
 
 def pictured(model: HostedModel) -> Forward:
-    def forward(seed: int) -> Given:
+    def forward(seed: int) -> ForwardInputs:
         rows = (shown(model, seed, 4),), (), (shown(model, 10 + seed, 16),)
         return given(model, 3, seed, image_prompts=RowImagePrompts(rows))
 
@@ -108,7 +108,7 @@ def pictured(model: HostedModel) -> Forward:
 def all_at_once(model: HostedModel) -> Forward:
     depth, rows = depth_of(model), RowAdapters(((ink(model),), *[()] * 7))
 
-    def forward(seed: int) -> Given:
+    def forward(seed: int) -> ForwardInputs:
         return given(
             model,
             8,

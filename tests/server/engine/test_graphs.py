@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from guidance.edits import IdentityAttention
 from server.engine import graphs as graphs_module
 from server.engine.cost_model import TickCost
-from server.engine.graphs import BUSY_THRESHOLD, PIECE_FORWARDS, Graphs, pays_beside_ticks
+from server.engine.graphs import BUSY_THRESHOLD, PIECE_FORWARDS, Graphs, worth_recording
 from server.engine.preparation import Preparation
 from server.engine.row_sizes import ROW_SIZES
 from server.engine.task import Group
@@ -119,7 +119,7 @@ class Tape:
         self.made.append(Recording(self._model, evaluate, given, self._error))
         return self.made[-1]
 
-    def begin_anew(self) -> None:
+    def reset_pool(self) -> None:
         self.pools += 1
 
 
@@ -335,7 +335,7 @@ def test_while_memory_is_short_nothing_is_recorded(short, monkeypatch) -> None:
 def test_a_forward_is_recorded_between_ticks_once_it_has_run_often_and_if_pieces_are_short(
     runs: int, forward_s: float, max_s: float, pays: bool
 ) -> None:
-    assert pays_beside_ticks(runs, forward_s, max_s) == pays
+    assert worth_recording(runs, forward_s, max_s) == pays
 
 
 def often_run(model: Waiting, tape: Tape) -> Graphs:

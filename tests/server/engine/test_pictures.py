@@ -8,7 +8,7 @@ import torch
 
 from server.engine.state.sequence import Sequence
 from server.engine.state.submission import Submission
-from server.engine.tick.pictures import ENCODER_BATCH, MIN_PIXELS, PicturesOfATick
+from server.engine.tick.pictures import ENCODER_BATCH, MIN_PIXELS, TickPictures
 from server.models.controls.control import Control, ControlUse
 from server.models.image_prompts.image_prompt import UNLOADED, ImagePromptUse
 from tests.server.engine.conftest import SIDE
@@ -90,7 +90,7 @@ def test_a_tick_waits_for_one_large_picture_at_most(task, listen):
         one = task(rule="none", image=image, width=side, height=side, **uses)
         return Sequence(one, 0, listen(1), submission)
 
-    before = PicturesOfATick()
+    before = TickPictures()
     big, request = torch.zeros(3, 1024, 1024), Submission(2)
     first, sibling = of(request, big, 1024), of(request, big, 1024)
     assert before.take(first, due=True)
@@ -104,5 +104,5 @@ def test_a_tick_waits_for_one_large_picture_at_most(task, listen):
     beside = ImagePromptUse(UNLOADED, (torch.zeros(3, 64, 64),), 0)
     prompted = of(Submission(1), None, 64, image_prompts=(beside,))
     assert not before.take(prompted, due=True), "there is a picture beside its prompt"
-    assert not PicturesOfATick().take(first, due=False)
+    assert not TickPictures().take(first, due=False)
     assert before.parts([first, text]) == {first: 1024 * 1024, text: MIN_PIXELS}

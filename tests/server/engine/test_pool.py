@@ -29,7 +29,7 @@ def test_a_row_that_held_nan_is_clean_for_the_next_image():
     pool.columns[rows[0]] = torch.nan
     pool.rule_memory[rows[0]] = torch.nan
     pool.policy_memory[rows[0]] = torch.nan
-    pool.give_back(rows[0])
+    pool.release(rows[0])
     again = pool.take(1, 1, 1)
     assert again == rows[0]
     assert (pool.columns[again] == 0).all()
@@ -61,7 +61,7 @@ def test_a_pool_that_finds_no_memory_to_grow_in_stays_as_it_was(tensors):
         pool.take(FIRST_SLOTS + 2, 2, 3)
     assert len(pool.columns) == len(pool.rule_memory) == len(pool.policy_memory) == FIRST_CAPACITY
     assert (pool.columns[rows[0]] == 3).all()
-    pool.give_back(rows[1])
+    pool.release(rows[1])
     assert pool.take(1, 1, 1) == rows[1]
     assert pool.take(1, 1, 1) >= FIRST_CAPACITY
     assert len(pool.columns) == len(pool.rule_memory) == len(pool.policy_memory)

@@ -23,7 +23,7 @@ from server.models.hosted import HostedModel
 from server.models.image_prompts.row_image_prompts import RowImagePrompts
 from tests.server.engine.changed_rows import (
     Edits,
-    Given,
+    ForwardInputs,
     depth_of,
     edits_of_all_kinds,
     given,
@@ -54,7 +54,7 @@ def as_in_the_engine(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
 
 
-def recorded(graphs: Graphs, inputs: Given) -> None:
+def recorded(graphs: Graphs, inputs: ForwardInputs) -> None:
     """Run a forward often enough for it to be recorded, and record it."""
     for _ in range(IDLE_THRESHOLD):
         graphs.evaluate(*inputs, COST)
@@ -63,7 +63,9 @@ def recorded(graphs: Graphs, inputs: Given) -> None:
         graphs.record()
 
 
-def assert_replayed(graphs: Graphs, tape: OperationTape, model: HostedModel, inputs: Given) -> None:
+def assert_replayed(
+    graphs: Graphs, tape: OperationTape, model: HostedModel, inputs: ForwardInputs
+) -> None:
     """Check that a recording is replayed and gives the numbers of the forward itself."""
     calls = sum(one.calls for one in tape.made)
     ours = graphs.evaluate(*inputs, COST)
@@ -234,7 +236,7 @@ def test_memory_of_a_recording_whose_adapter_is_gone_before_it_is_made_is_given_
     model: HostedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tape, begun = OperationTape(), list[int]()
-    monkeypatch.setattr(tape, "begin_anew", lambda: begun.append(len(tape.made)))
+    monkeypatch.setattr(tape, "reset_pool", lambda: begun.append(len(tape.made)))
     graphs, passing = Graphs(model, tape), ink(model)
     ours = RowAdapters(((passing,),))
     for _ in range(BUSY_THRESHOLD):

@@ -18,7 +18,7 @@ from samplers import Statistics
 from samplers.statistics import schedule_fingerprint
 from server.cli import app
 from server.errors import InvalidRequest
-from server.fitting.model_statistics import Order, Size, _denoisers, fulfil, mixture_of
+from server.fitting.model_statistics import Order, Size, _denoisers, mixture_of, run_order
 from server.fitting.samples import PROMPTS, draw, prompts_for, read_pictures
 from server.models.folder import statistics_file
 from server.models.hosted import HostedModel
@@ -133,7 +133,7 @@ def test_a_model_draws_each_sample_whatever_its_chunk(model: HostedModel, scale:
             scale=scale,
             steps=3,
             chunk=chunk,
-            tell=told.append,
+            on_progress=told.append,
         )
         assert told[-1] == 3
         assert list(samples.prompts) == ["a red circle", "a blue star", "a red circle"]
@@ -157,7 +157,7 @@ def test_the_command_goes_on_where_it_was_stopped_and_leaves_nothing_but_the_fil
 
     order = Order(folder, [3.0, 1.5], Size(points=3, samples=3, chunk=2), "cpu", pictures)
     with pytest.raises(KeyboardInterrupt):
-        fulfil(order, stop)
+        run_order(order, stop)
     given = ["-m", str(folder), "--scale", "3", "--scale", "1.5", "--points", "3", "--chunk", "2"]
     # With another number of samples than in the kept sums, nothing is made.
     refused = weft(*given, "--data", str(pictures), "--samples", "2")

@@ -11,7 +11,7 @@ import pytest
 from fastapi.testclient import TestClient
 from httpx2 import ASGITransport, AsyncClient
 
-from server.errors import CannotListen, ModelMismatch
+from server.errors import BindError, ModelMismatch
 from server.http import app
 from server.http.serving import listen
 from server.settings import Settings
@@ -46,14 +46,14 @@ def test_a_port_is_taken_on_every_address_of_a_name_that_is_here(
     ],
 )
 def test_a_host_that_is_not_here_is_refused(host: str, reason: str) -> None:
-    with pytest.raises(CannotListen, match=reason):
+    with pytest.raises(BindError, match=reason):
         listen(host, 0)
 
 
 def test_a_port_that_listens_already_is_refused() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        with pytest.raises(CannotListen, match=f"port is {port}, which cannot be used on 127"):
+        with pytest.raises(BindError, match=f"port is {port}, which cannot be used on 127"):
             listen("127.0.0.1", port)
 
 

@@ -227,7 +227,7 @@ def test_a_text_that_is_repeated_is_attended_to_as_it_is_once(model: HostedModel
     """So rows with texts of different lengths share a forward without a mask."""
     short, long = model.encode_prompts(["a cat", EmphasizedPrompt("a BREAK b BREAK c")], 64, 64)
     [same] = model.encode_prompts([EmphasizedPrompt("a dog BREAK a cat")], 64, 64)
-    levelled = model.levelled({"a": short, "b": long, "c": same})
+    levelled = model.equalize_lengths({"a": short, "b": long, "c": same})
     assert {one.length for one in levelled.values()} == {6 * short.length}
     # The repetition takes no memory of its own.
     assert [one.nbytes for one in levelled.values()] == [

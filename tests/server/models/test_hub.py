@@ -44,7 +44,7 @@ for text in sys.argv[1:]:
             HubModel.of(text),
             half=True,
             check=check,
-            tell=lambda *read: told.append(read),
+            on_progress=lambda *read: told.append(read),
             replaced=os.environ["REPLACED"].split(),
         )
         print(json.dumps({"folder": str(folder), "told": told[-1:]}))

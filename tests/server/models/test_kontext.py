@@ -115,7 +115,7 @@ def test_a_recorded_forward_gives_the_numbers_of_other_reference_pictures(
         generator = torch.Generator().manual_seed(seed)
         pictures = torch.randn(2, *SHAPE, generator=generator)
         told = zip(texts, pictures, strict=True)
-        rows = [model.referring(text, [picture]) for text, picture in told]
+        rows = [model.add_references(text, [picture]) for text, picture in told]
         x = torch.randn(2, *SHAPE, generator=generator)
         return x, torch.full((2,), 0.5 + 0.1 * seed), RowInputs(model.stack(rows))
 

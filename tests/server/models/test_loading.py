@@ -124,7 +124,7 @@ def test_a_folder_that_changes_while_it_is_read_is_refused(folder, changed):
             copy.replace(file)
 
     with pytest.raises(ModelMismatch, match=r"changed while it was read; try again\.$"):
-        load_model(folder, name="m", device="cpu", dtype="auto", tell=replaced)
+        load_model(folder, name="m", device="cpu", dtype="auto", on_progress=replaced)
 
 
 def test_what_is_fitted_to_latents_outlives_another_decoder(folder):

@@ -283,17 +283,17 @@ def test_a_reference_is_encoded_by_each_image_s_own_autoencoder(
     add_tiny_autoencoder(model, saved(tiny(), tmp_path / "taef1"))
     picture = torch.rand(3, SIDE, SIDE, generator=torch.Generator().manual_seed(1)) * 2 - 1
     read: list[Tensor] = []
-    referring = model.referring
+    add_references = model.add_references
 
     def watched(text: Any, references: Any) -> Any:
         read.extend(references)
-        return referring(text, references)
+        return add_references(text, references)
 
     assert model.tiny is not None
     full, small = model.encode_image(picture[None])[0], model.tiny.encode(picture[None])[0]
     fields: dict[str, Any] = {"width": SIDE, "height": SIDE, "steps": 1, "prompt": PROMPT}
     engine = started(model, 16)
-    monkeypatch.setattr(model, "referring", watched)
+    monkeypatch.setattr(model, "add_references", watched)
     try:
         for name, expected in (("full", full), ("tiny", small), ("full", full)):
             task = task_of(model, autoencoder=name, **fields)

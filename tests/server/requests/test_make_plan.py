@@ -81,7 +81,7 @@ class Broken(Reluctant, frozen=True):
         raise KeyError("not told to clients")
 
 
-class Gone(Barren, frozen=True):
+class StaleInputs(Barren, frozen=True):
     @override
     def evaluated(self, schedule: Any, steps: int) -> Any:
         raise KeyError("not told to clients")
@@ -100,7 +100,7 @@ class Leaving(Reluctant, frozen=True):
     [
         (Broken(), Trailing(), "sampler 'reluctant' failed with KeyError"),
         (Leaving(), Trailing(), "sampler 'reluctant' failed with SystemExit"),
-        (DDIM(), Gone(), "spacing 'barren' failed with KeyError"),
+        (DDIM(), StaleInputs(), "spacing 'barren' failed with KeyError"),
     ],
     ids=["sampler", "exit", "spacing"],
 )

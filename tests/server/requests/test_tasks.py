@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from server.engine.terms.perturbation import Disturbed
+from server.engine.terms.perturbation import PerturbationTerm
 from server.errors import InvalidRequest
 from server.requests.resolve import make_plan, prepare, resolve
 from server.requests.schema import GenerateRequest
@@ -33,8 +33,8 @@ def test_an_adaptive_perturbation_weakens_with_the_timesteps_of_the_run() -> Non
     plan = make_plan(model.default_schedule, resolved.sampler, resolved.spacing, 8, None)
     [task] = tasks_of(prepare(resolved, model, plan), model)
     falling, constant = task.terms
-    assert isinstance(falling, Disturbed)
-    assert isinstance(constant, Disturbed)
+    assert isinstance(falling, PerturbationTerm)
+    assert isinstance(constant, PerturbationTerm)
     timesteps = plan.t[:-1]
     np.testing.assert_allclose(falling.strengths, np.maximum(0, 2 - 0.003 * (1000 - timesteps)))
     assert {*constant.strengths} <= {0.0, 2.8}

@@ -47,7 +47,7 @@ class Reading(Toy):
         return super().encode_prompts(prompts, width, height, adapters, told)
 
     @override
-    def referring(self, text: Conditioning, references: Sequence[Tensor]) -> Conditioning:
+    def add_references(self, text: Conditioning, references: Sequence[Tensor]) -> Conditioning:
         self.read.append([tuple(one.shape) for one in references])
         return text
 
@@ -59,7 +59,7 @@ class Full(Toy):
         super().__init__(references=ReferencesRead(3))
 
     @override
-    def referring(self, text: Conditioning, references: Sequence[Tensor]) -> Conditioning:
+    def add_references(self, text: Conditioning, references: Sequence[Tensor]) -> Conditioning:
         cells = sum(one.shape[1] * one.shape[2] for one in references)
         return replace(text, tensors={**text.tensors, "cells": torch.tensor(cells)}, company=cells)
 
@@ -85,7 +85,7 @@ class Seeing(Toy):
         return [replace(one, tensors={**one.tensors, "states": states}) for one in told]
 
     @override
-    def referring(self, text: Conditioning, references: Sequence[Tensor]) -> Conditioning:
+    def add_references(self, text: Conditioning, references: Sequence[Tensor]) -> Conditioning:
         return replace(text, tensors={**text.tensors, "read": references[0]})
 
 

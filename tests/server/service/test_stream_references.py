@@ -68,7 +68,7 @@ class Referring(Toy):
         ]
 
     @override
-    def referring(self, text: Conditioning, references: Sequence[Tensor]) -> Conditioning:
+    def add_references(self, text: Conditioning, references: Sequence[Tensor]) -> Conditioning:
         self.read += map(ref, references)
         read = [place * one.mean() for place, one in enumerate(references, start=1)]
         return replace(text, tensors={"shift": text.tensors["shift"] + torch.stack(read).sum()})

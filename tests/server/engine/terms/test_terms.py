@@ -9,7 +9,7 @@ from guidance import PAG, SEG, EluCD, FeynmanKac, GradientFree, NegToMe, SkipTun
 from guidance.parts import PARTS
 from samplers import Plan
 from samplers.ddim import DDIM
-from server.engine.terms.classifier import AwayFromChosen, UpGradient
+from server.engine.terms.classifier import ClassifierGradientTerm, ReferenceGuidanceTerm
 from server.engine.terms.levels import levels_of
 from server.engine.terms.registry import TERMS
 from server.engine.terms.term import RowSpec
@@ -62,7 +62,7 @@ def test_a_gradient_has_the_numbers_of_the_classes_and_acts_in_its_window(
 ) -> None:
     asked = EluCD(target={"colour": "blue"}, stop=0.5)
     [term] = terms_for((asked,), plan, model)
-    assert isinstance(term, UpGradient)
+    assert isinstance(term, ClassifierGradientTerm)
     assert term.targets == (-1, 2)
     expected = asked.strengths(levels_of(plan, SCHEDULE))
     assert np.array_equal(term.strengths, expected * [1, 1, 0, 0])
@@ -72,7 +72,7 @@ def test_a_gradient_has_the_numbers_of_the_classes_and_acts_in_its_window(
 def test_a_reference_comes_with_the_prompts_it_is_chosen_among(model: Toy, plan: Plan) -> None:
     asked = GradientFree(target={"shape": "star", "colour": "red"})
     [term] = terms_for((asked,), plan, model, prompt="a red star")
-    assert isinstance(term, AwayFromChosen)
+    assert isinstance(term, ReferenceGuidanceTerm)
     assert term.targets == (1, 0)
     assert term.texts == ("a red circle", "a green star", "a blue star")
     assert len(term.rows(0)) == 1

@@ -60,14 +60,14 @@ def test_a_prompt_may_be_about_pictures(klein: TestClient) -> None:
 
     alone = drawn(generate(width=24, height=16))
     answer = generate(file(1))
-    referring = drawn(answer)
-    assert referring.size == alone.size == (24, 16)
+    add_references = drawn(answer)
+    assert add_references.size == alone.size == (24, 16)
     both = drawn(generate(file(1), file(2, 8, 8)))
-    assert len({one.tobytes() for one in (alone, referring, both)}) == 3
+    assert len({one.tobytes() for one in (alone, add_references, both)}) == 3
     # If one side is given, the other follows from the picture's proportions.
     assert drawn(generate(file(1), width=48)).size == (48, 32)
-    assert "Reference images: 1," in referring.info["parameters"]
-    assert json.loads(referring.info["weft"])["reference_images"] == 1
+    assert "Reference images: 1," in add_references.info["parameters"]
+    assert json.loads(add_references.info["weft"])["reference_images"] == 1
     again = klein.post("/v1/generate", json=answer.json()["settings"])
     assert (again.status_code, again.json()["error"]["param"]) == (422, "reference_images")
     [entry] = klein.get("/v1/catalog").json()["models"]

@@ -70,7 +70,10 @@ def test_a_row_with_an_adapter_and_a_picture_is_that_of_diffusers_in_any_company
     x = torch.randn(1, *model.latent_shape(32, 32), generator=generator).repeat(4, 1, 1, 1)
     [picture] = model.encode_image(torch.rand(1, 3, 32, 32, generator=generator))
     [text] = model.encode_prompts(["a star"], 32, 32)
-    t, plain = torch.full((4,), 0.5), RowInputs(model.stack([model.referring(text, [picture])] * 4))
+    t, plain = (
+        torch.full((4,), 0.5),
+        RowInputs(model.stack([model.add_references(text, [picture])] * 4)),
+    )
     skipped = (SkippedBlocks(model.layers()[:1]),)
     inputs = replace(
         plain, edits=[(), skipped, skipped, ()], adapters=RowAdapters((own, own, (), ()))

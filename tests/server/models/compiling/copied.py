@@ -9,7 +9,7 @@ from torch import Tensor
 
 from server.models.compiling.program import BlockJob, FlatBlock
 
-Tell = Callable[[Callable[..., Sequence[Tensor]] | None, str], None]
+OnDone = Callable[[Callable[..., Sequence[Tensor]] | None, str], None]
 
 
 @dataclass
@@ -23,22 +23,24 @@ class Copied:
         fails: error that all programs raise.
     """
 
-    asked: list[tuple[BlockJob, str, Tell]] = field(default_factory=list)
+    asked: list[tuple[BlockJob, str, OnDone]] = field(default_factory=list)
     wanted: Callable[[], bool] = lambda: True
     ran: int = 0
     fails: Exception | None = None
 
-    def ask(self, job: BlockJob, identity: str, tell: Tell, wanted: Callable[[], bool]) -> None:
-        self.asked.append((job, identity, tell))
+    def ask(
+        self, job: BlockJob, identity: str, on_done: OnDone, wanted: Callable[[], bool]
+    ) -> None:
+        self.asked.append((job, identity, on_done))
         self.wanted = wanted
 
     def work(self) -> None:
-        for job, _, tell in self.asked:
-            tell(self._program(job), "copied")
+        for job, _, on_done in self.asked:
+            on_done(self._program(job), "copied")
 
     def refuse(self, reason: str) -> None:
-        for _, _, tell in self.asked:
-            tell(None, reason)
+        for _, _, on_done in self.asked:
+            on_done(None, reason)
 
     def _program(self, job: BlockJob) -> Callable[..., Sequence[Tensor]]:
         block = FlatBlock(job)

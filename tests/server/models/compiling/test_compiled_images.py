@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from server.engine.task import ImageTask
     from server.models.hosted import HostedModel
 
-    Given = tuple[HostedModel, list[ImageTask]]
+    ForwardInputs = tuple[HostedModel, list[ImageTask]]
 
 WIDTH, HEIGHT = 32, 24
 
@@ -57,7 +57,7 @@ def shown(task: ImageTask, *pictures: NDArray[np.uint8]) -> ImageTask:
     return replace(task, references=tuple(map(pixels_tensor, pictures)))
 
 
-def of_flux2(folder: Path) -> Given:
+def of_flux2(folder: Path) -> ForwardInputs:
     saved(tiny_flux2.make(distilled=False), folder / "m")
     model = load_model(folder / "m", name="m", device="cpu", dtype="float32")
     one, two = picture(1, 64), picture(2, 64)
@@ -65,7 +65,7 @@ def of_flux2(folder: Path) -> Given:
     return model, [shown(asked(model, seed), *them) for seed, them in enumerate(company)]
 
 
-def of_kontext(folder: Path) -> Given:
+def of_kontext(folder: Path) -> ForwardInputs:
     saved(tiny_flux1.make(tiny_flux1.DEV, guided=True, kind=FluxKontextPipeline), folder / "m")
     model = load_model(folder / "m", name="m", device="cpu", dtype="float32")
     one, small = picture(1, 32), picture(2, 16)
@@ -73,7 +73,7 @@ def of_kontext(folder: Path) -> Given:
     return model, [shown(asked(model, seed), *them) for seed, them in enumerate(company)]
 
 
-def of_qwen_image_edit(folder: Path) -> Given:
+def of_qwen_image_edit(folder: Path) -> ForwardInputs:
     # As in the 2511 release: its blocks get two times for each row.
     pipeline = tiny_qwen_image.make(QwenImageEditPlusPipeline, zero_cond_t=True)
     pipeline.save_pretrained(folder / "m")
@@ -89,7 +89,7 @@ def of_qwen_image_edit(folder: Path) -> Given:
     return model, tasks
 
 
-def of_controls(folder: Path) -> Given:
+def of_controls(folder: Path) -> ForwardInputs:
     pipeline = tiny_sd.make(BASE)
     pipeline.save_pretrained(folder / "m")
     tiny_controls.saved(tiny_controls.of_unet(pipeline.unet, 1), folder / "controls", "depth")
@@ -100,7 +100,7 @@ def of_controls(folder: Path) -> Given:
     return model, [replace(asked(model, i), controls=them) for i, them in enumerate(company)]
 
 
-def of_image_prompts(folder: Path) -> Given:
+def of_image_prompts(folder: Path) -> ForwardInputs:
     pipeline = tiny_sd.make(BASE)
     pipeline.save_pretrained(folder / "m")
     tiny_image_prompts.put_adapter(pipeline.unet, folder / "prompts", "plain", 1)
@@ -123,7 +123,7 @@ def of_image_prompts(folder: Path) -> Given:
     ],
 )
 def test_images_are_the_same_and_all_blocks_run_compiled_that_no_row_changes(
-    given: Callable[[Path], Given],
+    given: Callable[[Path], ForwardInputs],
     compiled: bool,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
