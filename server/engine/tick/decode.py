@@ -250,15 +250,16 @@ class Decoder:
             if latents.is_cuda:
                 # Else the allocator would give their memory to the next tick while they are read.
                 latents.record_stream(torch.cuda.current_stream(self._device))
+            # Before the decoder, for whose end a copy from the host would wait, and so would ticks.
+            kept = [_kept(sequence, latents) for sequence in some]
             with watch:
                 pictures = decode(latents)[: len(some)]
-            for i, sequence in enumerate(some):
-                task = sequence.task
-                kept = task.image if task.kept is None else task.kept
-                if kept is not None and (mask := task.mask) is not None:
+            for i, of_user in enumerate(kept):
+                if of_user is not None:
                     # Pixels that the user asked to keep are copied, not reconstructed by the
                     # autoencoder.
-                    pictures[i] = torch.lerp(kept.to(pictures), pictures[i], mask.to(pictures))
+                    pixels, mask = of_user
+                    pictures[i] = torch.lerp(pixels, pictures[i], mask)
             finite = pictures.flatten(1).sum(1).isfinite()
             # Outside the stopwatch, whose events have completed once the copy has arrived.
             copy = HostCopy(to_uint8(pictures), finite)
@@ -296,6 +297,15 @@ class Decoder:
 
 def _delivered(sequence: Sequence, picture: NDArray[np.uint8]) -> ImageResult:
     return sequence.result(picture.copy())
+
+
+def _kept(sequence: Sequence, like: Tensor) -> tuple[Tensor, Tensor] | None:
+    """The pixels ``[3, H, W]`` that an inpainted image keeps, and its mask; else None."""
+    task = sequence.task
+    pixels = task.image if task.kept is None else task.kept
+    if pixels is None or task.mask is None:
+        return None
+    return pixels.to(like), task.mask.to(like)
 
 
 def _pixels(sequence: Sequence) -> int:

@@ -11,6 +11,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 from guidance.unguided import Unguided
 from server.engine.engine import Engine
@@ -302,3 +303,31 @@ def test_a_picture_without_room_beside_one_that_is_decoded_waits_for_it(
     assert len(ear.results) == 2 - fails
     assert len(ear.errors) == fails
     assert not any(isinstance(error, OutOfMemory) for error in ear.errors.values())
+
+
+def test_pixels_that_are_kept_are_copied_to_the_device_before_the_decoder_is_launched() -> None:
+    """A copy from the host waits for all work before it, and the next tick would wait for it."""
+    order, image, mask = list[str](), torch.zeros(3, SIDE, SIDE), torch.ones(SIDE, SIDE)
+
+    class Noting(Toy):
+        def decode(self, latents: torch.Tensor) -> torch.Tensor:
+            order.append("decode")
+            return super().decode(latents)
+
+    class Copies(TorchFunctionMode):
+        def __torch_function__(
+            self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+        ) -> Any:
+            if func is torch.Tensor.to and any(args[0] is one for one in (image, mask)):
+                order.append("copy")
+            return func(*args, **(kwargs or {}))
+
+    engine = Engine({"toy": Noting()}, row_budget=4, guessed_costs={1: 0.01})
+    engine._warm_up()
+    order.clear()
+    ear = Ear(1)
+    engine.submit([toy_task(rule=Unguided(), steps=1, image=image, mask=mask)], ear)
+    with torch.inference_mode(), Copies():
+        engine._tick()
+    assert order == ["copy", "copy", "decode"]
+    assert not ear.errors
