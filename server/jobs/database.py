@@ -193,6 +193,9 @@ def of_url(url: str) -> Database:
         given.set(query={**PATIENCE, **given.query}),
         pool_size=CONNECTIONS,
         pool_pre_ping=True,
+        # PgBouncer may give each transaction another connection, which does not know statements
+        # that were prepared on the one before.
+        connect_args={"prepare_threshold": None},
         hide_parameters=True,
         json_deserializer=_stored,
     )
