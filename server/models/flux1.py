@@ -48,9 +48,8 @@ TEXT = "encoder_hidden_states"
 POOLED = "pooled_projections"
 
 LENGTH = 512
-LENGTH_UNGUIDED = 256
-"""Number of tokens of every prompt: for dev, and for schnell, which was trained on fewer (its model
-card)."""
+LENGTH_OF_SCHNELL = 256
+"""Number of tokens of every prompt; schnell was trained on fewer (its model card)."""
 
 KONTEXT_SIZES = tuple(
     (width, height)
@@ -199,7 +198,8 @@ def load_flux1(
         folder, "tokenizer", CLIPTokenizer, clip.config.max_position_embeddings
     )
     guided = bool(transformer.config.guidance_embeds)
-    t5 = T5.load(folder, "_2", LENGTH if guided else LENGTH_UNGUIDED, device, dtype)
+    length = LENGTH_OF_SCHNELL if _is_schnell(folder, guided=guided) else LENGTH
+    t5 = T5.load(folder, "_2", length, device, dtype)
     text = ClipAndT5(CLIP(clip, tokenizer, device), t5)
     latent_scale = 2 ** (len(vae.config.block_out_channels) - 1)
     multiple = PATCH * latent_scale
@@ -246,7 +246,12 @@ def _defaults_of(folder: Path, *, guided: bool, edits: bool) -> ModelDefaults | 
         return defaults_by("flux_kontext", "it is a FluxKontextPipeline")
     if guided:
         return defaults_by("flux_dev", "its transformer takes a guidance scale as an input")
-    if not scheduler.get("use_dynamic_shifting"):
+    if _is_schnell(folder, guided=guided):
         reason = "its transformer takes no guidance scale and its shift is the same for all sizes"
         return defaults_by("flux_schnell", reason)
     return None
+
+
+def _is_schnell(folder: Path, *, guided: bool) -> bool:
+    """Whether a model is schnell, and not a dev without a guidance scale as an input."""
+    return not guided and not read_json(folder, SCHEDULER).get("use_dynamic_shifting")

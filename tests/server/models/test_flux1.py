@@ -185,6 +185,17 @@ def test_schnell_follows_its_own_convention(tmp_path: Path) -> None:
     assert task.plan.t.tolist() == [1, 0.75, 0.5, 0.25, 0]
 
 
+@pytest.mark.parametrize(
+    ("scheduler", "guided", "tokens"), [(DEV, True, 511), (DEV, False, 511), (SCHNELL, False, 255)]
+)
+def test_only_schnell_reads_short_prompts(
+    scheduler: dict[str, Any], guided: bool, tokens: int, tmp_path: Path
+) -> None:
+    pipeline = make(scheduler, guided=guided)
+    pipeline.tokenizer_2.model_max_length = 512
+    assert load(saved(pipeline, tmp_path / "flux")).facts.max_tokens == tokens
+
+
 @pytest.mark.parametrize("blocks", ["transformer_blocks", "single_transformer_blocks"])
 def test_blocks_of_both_kinds_can_be_skipped(model: HostedModel, blocks: str) -> None:
     assert_skipped(model, start_noise(0, SHAPE), PROMPT, blocks)
