@@ -50,6 +50,8 @@ def _end(process: ForkProcess) -> None:
     if process.pid is not None:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
+        # It may not even have begun, and then leads no group.
+        process.kill()
     process.join()
 
 

@@ -13,9 +13,9 @@ from server.engine.scheduler import Priority
 from tests.server.by_hand import task
 from tests.server.toy_model import SIDE, Toy, run, started
 
-FRAMES = 5
+FRAMES = 7
 STAGES = 3
-DECODER_S = 0.02
+DECODER_S = 0.1
 
 
 class Slow(Toy):

@@ -17,6 +17,10 @@ if TYPE_CHECKING:
 TESTS = Path(__file__).parents[1]
 
 
+STARTS_WITHIN_S = (1, 10, 40)
+"""Seconds after which a process is cut off; on a loaded machine, it may begin only then."""
+
+
 def part(code: str) -> gpu.Part:
     return gpu.Part("A title", ("-c", "raise SystemExit(3)"), ("-c", code), 60)
 
@@ -45,15 +49,20 @@ def test_what_is_done_is_not_run_again_and_what_failed_is(
 def test_a_part_that_takes_too_long_is_ended(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    endless = gpu.Part("A title", (), ("-c", "print('begun'); import time; time.sleep(60)"), 1)
-    assert run(tmp_path, monkeypatch, one=endless) == 1
-    record = json.loads((tmp_path / "one.json").read_text())
-    assert record["code"] == gpu.CUT_OFF
-    assert record["seconds"] < 30
-    table = (tmp_path / "one.md").read_text()
-    assert "It was cut off there" in table
+    code, table = "print('begun'); import time; time.sleep(60)", ""
+    for within_s in STARTS_WITHIN_S:
+        folder = tmp_path / f"{within_s}"
+        endless = gpu.Part("A title", (), ("-c", code), within_s)
+        assert run(folder, monkeypatch, one=endless) == 1
+        record = json.loads((folder / "one.json").read_text())
+        assert record["code"] == gpu.CUT_OFF
+        assert record["seconds"] < 60
+        table = (folder / "one.md").read_text()
+        assert "It was cut off there" in table
+        assert "| [A title](one.md) | cut off |" in (folder / "index.md").read_text()
+        if "begun" in table:
+            break
     assert table.endswith("\n\nbegun\n")
-    assert "| [A title](one.md) | cut off |" in (tmp_path / "index.md").read_text()
 
 
 def test_what_a_part_says_of_its_progress_is_kept_and_shown_and_what_it_started_ends_with_it(
@@ -63,10 +72,15 @@ def test_what_a_part_says_of_its_progress_is_kept_and_shown_and_what_it_started_
         "import subprocess, sys, time; sys.stderr.write('1.0 s: begun\\n'); "
         "subprocess.Popen(['sleep', '60']); time.sleep(60)"
     )
-    began = monotonic()
-    assert gpu.run_shown([sys.executable, "-c", code], 1) == (gpu.CUT_OFF, "", "1.0 s: begun\n")
-    assert monotonic() - began < 30
-    assert capsys.readouterr().err == "1.0 s: begun\n"
+    began, progress, shown = monotonic(), "", ""
+    for within_s in STARTS_WITHIN_S:
+        status, told, progress = gpu.run_shown([sys.executable, "-c", code], within_s)
+        assert (status, told) == (gpu.CUT_OFF, "")
+        shown = capsys.readouterr().err
+        if progress:
+            break
+    assert progress == shown == "1.0 s: begun\n"
+    assert monotonic() - began < 60
 
 
 def test_a_benchmark_is_told_how_long_it_may_take(

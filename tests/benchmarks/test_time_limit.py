@@ -37,11 +37,21 @@ def test_a_measurement_says_what_it_found() -> None:
 def test_a_measurement_without_an_end_is_broken_and_killed_with_its_processes(
     tmp_path: Path,
 ) -> None:
+    began, started = time.monotonic(), tmp_path / "started"
+    # On a loaded machine, a process may begin only after a second.
+    for limit_s in (1, 10, 40):
+        outcome = within(limit_s, partial(endless, started), SERVER)
+        assert outcome == Outcome(f"no answer within {limit_s} s", kept=False, endless=True)
+        if started.exists() and started.read_text():
+            break
+    assert time.monotonic() - began < 60
+    assert not _runs(int(started.read_text()))
+
+
+def test_a_measurement_that_is_broken_off_before_it_begins_is_killed_too(tmp_path: Path) -> None:
     began = time.monotonic()
-    outcome = within(1, partial(endless, tmp_path / "started"), SERVER)
-    assert outcome == Outcome("no answer within 1 s", kept=False, endless=True)
-    assert time.monotonic() - began < 30
-    assert not _runs(int((tmp_path / "started").read_text()))
+    assert within(0, partial(endless, tmp_path / "started"), SERVER).endless
+    assert time.monotonic() - began < 50
 
 
 def test_a_measurement_that_fails_is_no_figure() -> None:

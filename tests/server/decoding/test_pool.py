@@ -7,12 +7,14 @@ import base64
 import gc
 import os
 import signal
+import subprocess
 import time
 import weakref
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from threading import Timer
+from typing import Any
 
 import numpy as np
 import pytest
@@ -38,6 +40,21 @@ def pool() -> Iterator[DecodePool]:
 
 def processes(pool: DecodePool) -> list[int]:
     return [worker._process.pid for worker in pool._idle]
+
+
+async def stopped(pool: DecodePool) -> subprocess.Popen[bytes]:
+    """The only process of a pool, which gets no time until it is told to go on."""
+    await pool.picture(RED, "image")
+    process = pool._idle[0]._process
+    process.send_signal(signal.SIGSTOP)
+    return process
+
+
+async def taken(pool: DecodePool) -> None:
+    """Wait until the process has been given a picture."""
+    async with asyncio.timeout(60):
+        while pool._idle:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
 
 
 def children() -> set[str]:
@@ -91,12 +108,14 @@ def test_a_refusal_names_the_field_and_keeps_the_process(pool: DecodePool) -> No
     assert processes(pool) == before
 
 
-def test_a_picture_that_takes_too_long_is_refused_and_its_process_replaced() -> None:
+def test_a_picture_that_takes_too_long_is_refused_and_its_process_replaced(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # On a loaded machine, the process may get its processor time late.
+    monkeypatch.setattr("server.decoding.pool.STARVATION_FACTOR", 600)
     pool = DecodePool(Limits(decode_s=0.1), processes=1, waiting=1)
-    began = time.monotonic()
     with pytest.raises(TooLarge, match=r"^image takes longer than 0.1 s to decode"):
         asyncio.run(pool.picture(SLOW, "image"))
-    assert time.monotonic() - began < 5
     assert processes(pool) == []
     pool._limits = Limits()
     assert asyncio.run(pool.picture(RED, "image")).shape == (16, 32, 3)
@@ -122,11 +141,10 @@ def test_a_process_that_was_killed_is_replaced_unnoticed(pool: DecodePool) -> No
 
 def test_a_process_that_dies_of_a_picture_blames_the_picture(pool: DecodePool) -> None:
     async def run() -> None:
-        await pool.picture(RED, "image")
-        worker = pool._idle[0]
-        decoding = asyncio.ensure_future(pool.picture(SLOW, "image"))
-        await asyncio.sleep(0.05)
-        worker._process.kill()
+        process = await stopped(pool)
+        decoding = asyncio.ensure_future(pool.picture(RED, "image"))
+        await taken(pool)
+        process.kill()
         with pytest.raises(InvalidRequest, match=r"^image is a damaged image file"):
             await decoding
 
@@ -153,7 +171,10 @@ def test_a_process_that_ends_while_it_starts_is_an_error_with_a_sentence(
         asyncio.run(pool.picture(RED, "image"))
 
 
-def test_a_picture_has_its_seconds_however_busy_the_processor_is() -> None:
+def test_a_picture_has_its_seconds_however_busy_the_processor_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("server.decoding.pool.STARVATION_FACTOR", 600)
     pool = DecodePool(Limits(decode_s=0.2), processes=1, waiting=1)
     asyncio.run(pool.picture(RED, "image"))
     process = pool._idle[0]._process
@@ -175,7 +196,7 @@ def test_a_process_that_gets_no_time_is_ended_and_its_picture_may_come_again(
     process = pool._idle[0]._process
     process.send_signal(signal.SIGSTOP)
     # Without a limit the test would end in another error, since the process is gone.
-    rescue = Timer(5, process.kill)
+    rescue = Timer(60, process.kill)
     rescue.start()
     with pytest.raises(Overloaded, match=r"^The processor was too busy to decode"):
         asyncio.run(pool.picture(picture, "image"))
@@ -188,8 +209,9 @@ def test_only_so_many_pictures_wait_and_one_whose_client_left_counts_until_it_is
     pool: DecodePool,
 ) -> None:
     async def run() -> None:
-        decoding = [asyncio.ensure_future(pool.picture(SLOW, "image")) for _ in range(2)]
-        await asyncio.sleep(0)
+        process = await stopped(pool)
+        decoding = [asyncio.ensure_future(pool.picture(RED, "image")) for _ in range(2)]
+        await taken(pool)
         with pytest.raises(Overloaded, match="Too many uploaded images"):
             await pool.picture(RED, "image")
         decoding[1].cancel()
@@ -200,6 +222,7 @@ def test_only_so_many_pictures_wait_and_one_whose_client_left_counts_until_it_is
         await asyncio.sleep(0.01)
         with pytest.raises(Overloaded):
             await pool.picture(RED, "image")
+        process.send_signal(signal.SIGCONT)
         assert (await waiting).shape == (16, 32, 3)
 
     asyncio.run(run())
@@ -209,13 +232,19 @@ def test_a_frame_of_a_stream_passes_the_uploads_that_wait_and_needs_no_room(
     pool: DecodePool,
 ) -> None:
     async def run() -> None:
-        uploads = [asyncio.ensure_future(pool.picture(SLOW, "image")) for _ in range(2)]
-        await asyncio.sleep(0.01)
+        process, ended = await stopped(pool), list[asyncio.Future[Any]]()
+        first, second = (asyncio.ensure_future(pool.picture(RED, "image")) for _ in range(2))
+        await taken(pool)
         with pytest.raises(Overloaded):
             await pool.picture(RED, "image")
-        assert (await pool.frame(RED, PictureTarget(8, 8))).shape == (8, 8, 3)
-        assert [upload.done() for upload in uploads] == [True, False]
-        await uploads[1]
+        frame = asyncio.ensure_future(pool.frame(RED, PictureTarget(8, 8)))
+        await asyncio.sleep(0)
+        for one in (first, second, frame):
+            one.add_done_callback(ended.append)
+        process.send_signal(signal.SIGCONT)
+        assert (await frame).shape == (8, 8, 3)
+        await second
+        assert ended == [first, frame, second]
 
     asyncio.run(run())
 
@@ -223,12 +252,14 @@ def test_a_frame_of_a_stream_passes_the_uploads_that_wait_and_needs_no_room(
 def test_whoever_waits_when_the_pool_is_closed_hears_of_it() -> None:
     async def run() -> None:
         pool = DecodePool(Limits(), processes=1, waiting=1)
-        uploads = [asyncio.ensure_future(pool.picture(SLOW, "image")) for _ in range(2)]
-        await asyncio.sleep(0.01)
+        process = await stopped(pool)
+        uploads = [asyncio.ensure_future(pool.picture(RED, "image")) for _ in range(2)]
+        await taken(pool)
         pool.close()
-        done, left = await asyncio.wait(uploads[1:], timeout=5)
+        done, left = await asyncio.wait(uploads[1:], timeout=60)
         assert not left
         assert all(one.cancelled() for one in done)
+        process.send_signal(signal.SIGCONT)
         await uploads[0]
 
     asyncio.run(run())
@@ -239,8 +270,9 @@ def test_a_picture_whose_client_left_before_its_turn_is_let_go_of(pool: DecodePo
         """A text that can be watched."""
 
     async def run() -> None:
-        first = asyncio.ensure_future(pool.picture(SLOW, "image"))
-        await asyncio.sleep(0.01)
+        process = await stopped(pool)
+        first = asyncio.ensure_future(pool.picture(RED, "image"))
+        await taken(pool)
         text = Text("no picture")
         watched = weakref.ref(text)
         waiting = asyncio.ensure_future(pool.picture(text, "image"))
@@ -252,6 +284,7 @@ def test_a_picture_whose_client_left_before_its_turn_is_let_go_of(pool: DecodePo
         gc.collect()
         assert watched() is None
         assert not first.done()
+        process.send_signal(signal.SIGCONT)
         await first
 
     asyncio.run(run())
@@ -262,7 +295,7 @@ def test_a_pool_that_nobody_closes_leaves_no_process() -> None:
     asyncio.run(pool.picture(RED, "image"))
     (process,) = processes(pool)
     del pool
-    until = time.monotonic() + 10
+    until = time.monotonic() + 60
     while Path(f"/proc/{process}").exists() and time.monotonic() < until:
         # Its thread may still be about to release it.
         time.sleep(0.01)

@@ -23,6 +23,7 @@ from server.models.autoencoder import Autoencoder
 from server.models.hosted import HostedModel
 from server.models.loading import load_model
 from tests.server.by_hand import task
+from tests.server.engine.conftest import PATIENCE_S
 from tests.server.engine.operation_tape import OperationTape, Repeated
 from tests.server.toy_model import SIDE, Toy, run, started
 
@@ -277,7 +278,7 @@ def engine_of(
     monkeypatch.setattr("server.engine.idle_work.QUIET_S", 0.01)
     monkeypatch.setattr("server.engine.idle_work.Preparation", lambda *_, **__: preparation)
     engine = started(model, 4, prepares=True)
-    until = monotonic() + 20
+    until = monotonic() + PATIENCE_S
     while not engine.settled:
         assert monotonic() < until
         sleep(0.01)

@@ -27,6 +27,7 @@ from server.models.hosted import HostedModel
 from server.models.inputs import RowInputs
 from server.models.placement import Placement
 from tests.server.by_hand import task
+from tests.server.engine.conftest import PATIENCE_S
 from tests.server.toy_model import SIDE, Toy, run, started
 
 SHAPE = (4, 4, 4)
@@ -480,7 +481,7 @@ def test_an_engine_replays_its_small_ticks_and_draws_the_same_images(monkeypatch
     preparation = Preparation(lambda _: tape)
     monkeypatch.setattr("server.engine.idle_work.Preparation", lambda *_, **__: preparation)
     engine = started(model, 16, prepares=True)
-    until = monotonic() + 20
+    until = monotonic() + PATIENCE_S
     while engine.prepared(model) != (tuple(SIZES), tuple(SIZES)):
         assert monotonic() < until
         sleep(0.01)
@@ -515,7 +516,7 @@ def test_a_deterministic_engine_replays_its_ticks_of_fixed_rows_and_draws_the_sa
     )
     engine = started(model, None, prepares=True, deterministic=True, guessed_costs=DEAR)
     run(engine, tasks)
-    until = monotonic() + 20
+    until = monotonic() + PATIENCE_S
     while engine.prepared(model) != ((8, 16), (8, 16)):
         assert monotonic() < until, engine.prepared(model)
         sleep(0.01)

@@ -28,6 +28,7 @@ from server.models.adapters.adapter import Adapter, RowAdapters, Weighted
 from server.models.conditioning import Conditioning
 from server.models.inputs import RowInputs
 from tests.server.by_hand import task
+from tests.server.engine.conftest import PATIENCE_S
 from tests.server.toy_model import FACTS, SIDE, Toy, run, started
 
 SHAPE = (4, 4, 4)
@@ -74,9 +75,16 @@ def sizes_of(model: Toy) -> set[int]:
 
 
 def wait_for(model: Busy, size: int) -> None:
-    until = monotonic() + 20
+    until = monotonic() + PATIENCE_S
     while size not in model.tried:
         assert monotonic() < until, sorted(set(model.tried))
+        Event().wait(0.005)
+
+
+def wait_until_settled(engine: Engine) -> None:
+    until = monotonic() + PATIENCE_S
+    while not engine.settled:
+        assert monotonic() < until
         Event().wait(0.005)
 
 
@@ -101,20 +109,14 @@ def test_an_engine_is_settled_when_nothing_is_left_to_prepare_and_nothing_waits(
                 self.heard = (*self.heard, self.engine.settled)
             return super().evaluate(x, t, inputs)
 
-    def wait_until_settled() -> None:
-        until = monotonic() + 20
-        while not engine.settled:
-            assert monotonic() < until
-            Event().wait(0.005)
-
     model = Asking()
     engine = begin(model)
-    wait_until_settled()
+    wait_until_settled(engine)
     assert set(model.tried) == {size for size in ROW_SIZES if size <= MAX_ROWS}
     model.engine = engine
     run(engine, [task()])
     assert set(model.heard) == {False}
-    wait_until_settled()
+    wait_until_settled(engine)
 
 
 def test_images_are_the_same_and_no_tick_is_the_first_of_its_size(begin):
@@ -188,7 +190,7 @@ def test_what_has_no_room_is_tried_once_and_the_server_goes_on(begin):
 def test_no_image_fails_for_rows_that_only_fill_up(begin):
     model = Busy()
     engine = begin(model)
-    wait_for(model, MAX_ROWS)
+    wait_until_settled(engine)
     # Since then others have taken the memory.
     model.room = 5
     before = len(model.tried)
@@ -228,10 +230,7 @@ def test_no_other_rows_are_prepared_than_a_deterministic_engines_forwards_have(m
     engine = started(model, 20, prepares=True, deterministic=True, guessed_costs={1: 0.01})
     model.seen.clear()
     run(engine, [replace(task(steps=2), width=64, height=64)])
-    until = monotonic() + 20
-    while not engine.settled:
-        assert monotonic() < until
-        Event().wait(0.005)
+    wait_until_settled(engine)
     engine.stop(0)
     assert sizes_of(model) == {24}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import signal
 from collections.abc import Iterator
 from time import monotonic, sleep
 from typing import Any
@@ -21,7 +22,8 @@ from server.service import service as module
 from server.service.pictures import Pictures
 from server.service.service import Service
 from server.settings import Limits
-from tests.server.decoding.files import repeated_scans, saved
+from tests.server.decoding.files import saved
+from tests.server.decoding.test_pool import stopped
 from tests.server.toy_model import Toy, started
 
 MAX_PENDING = 4
@@ -134,14 +136,22 @@ def test_a_refused_request_gives_its_room_back(
 
 
 def test_a_client_that_leaves_during_decoding_gives_its_room_back(
-    service: Service, engine: Engine
+    service: Service, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    slow = base64.b64encode(repeated_scans(2048, 2048, 20)).decode()
-    request = GenerateRequest.model_validate({"prompt": "x", "n": MAX_PENDING, "image": slow})
+    request = GenerateRequest.model_validate(
+        {"prompt": "x", "n": MAX_PENDING, "image": picture(64)}
+    )
+    decoding = asyncio.Event()
+
+    async def for_ever(*_: Any) -> None:
+        decoding.set()
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(DecodePool, "picture", for_ever)
 
     async def leave() -> None:
         admitting = asyncio.ensure_future(service.admit(request, "one"))
-        await asyncio.sleep(0.01)
+        await asyncio.wait_for(decoding.wait(), 60)
         assert engine.measurements.pending == MAX_PENDING
         admitting.cancel()
         await asyncio.wait([admitting])
@@ -153,7 +163,6 @@ def test_a_client_that_leaves_during_decoding_gives_its_room_back(
 def test_slow_uploads_do_not_delay_what_needs_no_upload(engine: Engine) -> None:
     service = Service(Limits(), decode_processes=1)
     service.open(engine, {"toy": Toy()})
-    slow = base64.b64encode(repeated_scans(2048, 2048, 20)).decode()
     body = {"prompt": "x", "steps": 2, "width": 32, "height": 32}
 
     async def post(identifier: str, **fields: Any) -> None:
@@ -165,10 +174,14 @@ def test_slow_uploads_do_not_delay_what_needs_no_upload(engine: Engine) -> None:
             service.release(generation)
 
     async def run() -> int:
-        uploads = [asyncio.ensure_future(post(f"{k}", image=slow)) for k in range(MAX_PENDING - 1)]
+        decoder = await stopped(service.decoding)
+        uploads = [
+            asyncio.ensure_future(post(f"{k}", image=picture(64))) for k in range(MAX_PENDING - 1)
+        ]
         await asyncio.sleep(0)
         await post("plain")
         left = sum(not upload.done() for upload in uploads)
+        decoder.send_signal(signal.SIGCONT)
         await asyncio.gather(*uploads)
         return left
 

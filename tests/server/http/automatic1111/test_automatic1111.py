@@ -259,6 +259,7 @@ def test_what_a_plain_prompt_s_text_is_read_back_as_draws_the_same_image(
     assert np.abs(other.astype(int) - array(file)).max() > 10
 
 
+@pytest.mark.usefixtures("slow_denoiser")
 def test_progress_shows_a_preview_and_an_interruption_returns_it(
     running: Running, api: WebUIApi
 ) -> None:
@@ -288,6 +289,7 @@ def test_progress_shows_a_preview_and_an_interruption_returns_it(
     assert api.skip() == {}
 
 
+@pytest.mark.usefixtures("slow_denoiser")
 def test_an_identifier_that_is_sent_twice_harms_neither_request(client: httpx2.Client) -> None:
     headers = {"x-request-id": "the-same"}
     answers: list[int] = []

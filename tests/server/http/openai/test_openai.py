@@ -180,6 +180,7 @@ def test_an_edit_in_json_is_the_edit_of_a_form(sdk: OpenAI) -> None:
     assert in_json.model_extra["warnings"] == []
 
 
+@pytest.mark.usefixtures("slow_denoiser")
 def test_an_image_is_decoded_only_if_the_queue_has_room(
     running: Running, client: httpx2.Client
 ) -> None:
