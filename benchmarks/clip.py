@@ -28,12 +28,12 @@ def clip(side: int, *, seed: int, pauses: bool = False) -> Iterator[NDArray[np.u
 
     Args:
         side: width and height in pixels.
-        seed: seed of colour, orbit and noise.
+        seed: seed of color, orbit and noise.
         pauses: whether the disc stands still for every second group of 15 frames; the camera's
             noise continues.
     """
     random = np.random.default_rng(seed)
-    colour = random.uniform(40, 255, 3)
+    color = random.uniform(40, 255, 3)
     y, x = np.mgrid[:side, :side] / side
     ground = np.repeat(60 + 120 * y[..., None], 3, 2)
     angle = random.uniform(0, 6)
@@ -41,6 +41,6 @@ def clip(side: int, *, seed: int, pauses: bool = False) -> Iterator[NDArray[np.u
         if not pauses or number // SPELL % 2 == 0:
             angle += STEP
         inside = np.hypot(x - 0.5 - 0.25 * cos(angle), y - 0.5 - 0.25 * sin(angle)) < 0.18
-        frame = np.where(inside[..., None], colour, ground)
+        frame = np.where(inside[..., None], color, ground)
         grainy = frame + random.normal(0, GRAIN, frame.shape)
         yield grainy.clip(0, 255).astype(np.uint8)

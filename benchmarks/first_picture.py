@@ -3,7 +3,7 @@
     python -m benchmarks.first_picture --runs 5
 
 Each starts in its own process, loads the embedded model from disk and draws one picture in 25 steps
-with guidance. They take turns, so that a slowdown of the machine favours neither. Prints a Markdown
+with guidance. They take turns, so that a slowdown of the machine favors neither. Prints a Markdown
 table of medians. Processor time counts all threads and is less affected by other load.
 """
 

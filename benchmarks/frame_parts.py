@@ -87,13 +87,13 @@ class FrameParts:
     """Records the calls of the parts.
 
     Args:
-        synchronises: whether to wait for a GPU after each call of a network, so that the host's
+        synchronizes: whether to wait for a GPU after each call of a network, so that the host's
             time is that of the network; then nothing runs concurrently.
         counts: whether to count the operations launched on the device, which is slow.
     """
 
-    def __init__(self, *, synchronises: bool = False, counts: bool = False) -> None:
-        self._synchronises = synchronises and torch.cuda.is_available()
+    def __init__(self, *, synchronizes: bool = False, counts: bool = False) -> None:
+        self._synchronizes = synchronizes and torch.cuda.is_available()
         self._count = OperationCount() if counts else None
         self._calls: dict[str, list[Call]] = {}
         self._under_way = local()
@@ -120,7 +120,7 @@ class FrameParts:
             finally:
                 if events is not None:
                     events[1].record()
-                if network and self._synchronises:
+                if network and self._synchronizes:
                     torch.cuda.synchronize()
                 ended = perf_counter()
                 seconds, operations = ended - began, self._asked - asked

@@ -106,9 +106,9 @@ def several(count: int) -> list[Settings]:
         {"sampler": "euler_ancestral", "guidance": {"name": "cfg", "scale": 2.5, **residual}},
         {"sampler": "lcm", "guidance": {"name": "apg", "scale": 2.0, **residual}},
     ]
-    colours = ("red", "blue", "green", "yellow", "purple", "orange", "pink", "cyan")
+    colors = ("red", "blue", "green", "yellow", "purple", "orange", "pink", "cyan")
     return [
-        settings(prompt=f"a {colours[i]} circle", seed=i, **kinds[i % len(kinds)])
+        settings(prompt=f"a {colors[i]} circle", seed=i, **kinds[i % len(kinds)])
         for i in range(count)
     ]
 
@@ -267,7 +267,7 @@ def _parts_of_a_frame(turns: Turns) -> None:
             title = f"A frame of one stream by its parts, stages: {stages}, {name}"
             if not allowance.allows(turns.seconds + COUNTED_S + 2 * RUN_OVERHEAD_S, title):
                 continue
-            timed = FrameParts(synchronises=options.synchronise)
+            timed = FrameParts(synchronizes=options.synchronise)
             counted = FrameParts(counts=True)
             before = weft.engine.measurements.rows_per_tick.copy()
             with weft.engine.undisturbed():

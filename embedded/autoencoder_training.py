@@ -1,6 +1,6 @@
 """Train the autoencoder on crops of pictures, then whiten its latents.
 
-Without group normalisation, a network trained on crops treats whole pictures in the same way, and
+Without group normalization, a network trained on crops treats whole pictures in the same way, and
 crops can be chosen so that they contain edges far more often than random parts of a picture.
 """
 
@@ -70,7 +70,7 @@ class CropPool:
         self._pictures[chosen] = render(scenes, self._device)
 
     def crops(self, count: int) -> Tensor:
-        """[count, 3, 64, 64] in [-1, 1]; most have an edge, some permuted colour channels."""
+        """[count, 3, 64, 64] in [-1, 1]; most have an edge, some permuted color channels."""
         limit = PICTURE_SIZE - CROP_SIZE
         numbers = torch.randint(len(self._scenes), (count,), generator=self._rng).tolist()
         chance = torch.rand(count, 4, generator=self._rng).tolist()

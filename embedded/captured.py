@@ -50,6 +50,6 @@ def adam(
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Set the learning rate of an optimiser made by :func:`adam`."""
+    """Set the learning rate of an optimizer made by :func:`adam`."""
     for group in optimizer.param_groups:
         group["lr"].fill_(rate)

@@ -2,7 +2,7 @@
 
 The background is the template nearest to the picture's border; the things are the connected parts
 that differ from it. A part with a hole is a ring; any other part is the shape whose outline, scaled
-to the same area, overlaps it most. Colour is the median of the part's interior.
+to the same area, overlaps it most. Color is the median of the part's interior.
 """
 
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ import torch
 
 from embedded.scenes import (
     BACKGROUNDS,
-    COLOURS,
+    COLORS,
     PICTURE_SIZE,
     SHAPES,
     SIZES,
@@ -31,7 +31,7 @@ _CONTRAST: Final = 60.0
 _MIN_AREA: Final = 150
 _MIN_HOLE: Final = 40
 _MIN_OVERLAP: Final = 0.7
-"""Intersection over union with the best shape below which a part is not recognised."""
+"""Intersection over union with the best shape below which a part is not recognized."""
 _MAX_COLOR_DISTANCE: Final = 90.0
 _TEMPLATE_CELLS: Final = 96
 _TEMPLATE_REACH: Final = 1.5
@@ -54,7 +54,7 @@ def read_picture(pixels: np.ndarray) -> Description:
     image = pixels.astype(np.float32)
     background, template = _nearest_background(image)
     mask = np.sqrt(np.square(image - template).sum(-1)) > _CONTRAST
-    found = [(_thing(image, part), *_centre(part.filled)) for part in _parts(mask)]
+    found = [(_thing(image, part), *_center(part.filled)) for part in _parts(mask)]
     relation = None
     if len(found) == 2:
         (_, x0, y0), (_, x1, y1) = found
@@ -187,7 +187,7 @@ def _label(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return labels, areas
 
 
-def _centre(mask: np.ndarray) -> tuple[float, float]:
+def _center(mask: np.ndarray) -> tuple[float, float]:
     rows, columns = np.nonzero(mask)
     return float(columns.mean()) + 0.5, float(rows.mean()) + 0.5
 
@@ -197,7 +197,7 @@ def _thing(image: np.ndarray, part: Patch) -> Thing:
     area = int(part.filled.sum())
     radius = (area / _unit_area(shape or "circle")) ** 0.5
     size = min(SIZES, key=lambda name: abs(SIZES[name] - radius))
-    return Thing(shape, _colour(image, part.solid), size, place_of(*_centre(part.filled)))
+    return Thing(shape, _colour(image, part.solid), size, place_of(*_center(part.filled)))
 
 
 def _colour(image: np.ndarray, solid: np.ndarray) -> str | None:
@@ -206,7 +206,7 @@ def _colour(image: np.ndarray, solid: np.ndarray) -> str | None:
         inside = _eroded(inside)
     chosen = image[inside if inside.any() else solid]
     median = np.median(chosen, axis=0)
-    distances = {name: float(np.linalg.norm(median - rgb)) for name, rgb in COLOURS.items()}
+    distances = {name: float(np.linalg.norm(median - rgb)) for name, rgb in COLORS.items()}
     nearest = min(distances, key=distances.__getitem__)
     return nearest if distances[nearest] < _MAX_COLOR_DISTANCE else None
 
@@ -251,7 +251,7 @@ def _unit_area(shape: str) -> float:
 
 @cache
 def _shape_templates() -> dict[str, np.ndarray]:
-    """Each shape without a hole, with area 1, around its centre of mass: bool [cells, cells]."""
+    """Each shape without a hole, with area 1, around its center of mass: bool [cells, cells]."""
     fine = 512
     templates: dict[str, np.ndarray] = {}
     for shape in SHAPES:

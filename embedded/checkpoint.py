@@ -18,7 +18,7 @@ from samplers.whole_file import write_whole
 
 @dataclass(slots=True)
 class TrainingState:
-    """The state that a resumed run needs: the modules by name, the optimiser and the clock."""
+    """The state that a resumed run needs: the modules by name, the optimizer and the clock."""
 
     modules: dict[str, nn.Module]
     optimizer: torch.optim.Optimizer

@@ -13,14 +13,14 @@ from torch import Tensor
 
 from embedded.checkpoint import save
 from embedded.components import make_scheduler
-from embedded.scenes import BACKGROUNDS, COLOURS, PLACES, SHAPES, SIZES, Scene, make_scene, render
+from embedded.scenes import BACKGROUNDS, COLORS, PLACES, SHAPES, SIZES, Scene, make_scene, render
 from server.models.classifier import LatentClassifier
 
 HEADS: Final = {
     "count": ("one", "two"),
     "background": tuple(BACKGROUNDS),
     "shape": SHAPES,
-    "colour": tuple(COLOURS),
+    "colour": tuple(COLORS),
     "size": tuple(SIZES),
     "place": tuple(PLACES),
     "minority": tuple(f"tenth {number}" for number in range(1, 11)),
@@ -45,17 +45,17 @@ section 3.2)."""
 
 
 @dataclass(frozen=True, slots=True)
-class Labelled:
+class Labeled:
     """Clean latents ``[pictures, C, h, w]``; classes ``[pictures]`` by attribute, -1 unknown."""
 
     latents: Tensor
     classes: dict[str, Tensor]
 
-    def parted(self, first: int) -> tuple["Labelled", "Labelled"]:
+    def parted(self, first: int) -> tuple["Labeled", "Labeled"]:
         """Split into the first pictures and the rest."""
         parts = (slice(first), slice(first, None))
         before, after = (
-            Labelled(self.latents[part], {k: v[part] for k, v in self.classes.items()})
+            Labeled(self.latents[part], {k: v[part] for k, v in self.classes.items()})
             for part in parts
         )
         return before, after
@@ -65,14 +65,14 @@ class Labelled:
         save({_LATENTS: self.latents, **self.classes}, file)
 
     @classmethod
-    def load(cls, file: Path) -> "Labelled":
+    def load(cls, file: Path) -> "Labeled":
         """Read what ``save`` wrote."""
         classes = load_file(file)
         return cls(classes.pop(_LATENTS), classes)
 
 
 @torch.inference_mode()
-def make_labelled(pipeline: StableDiffusionPipeline, pictures: int) -> Labelled:
+def make_labeled(pipeline: StableDiffusionPipeline, pictures: int) -> Labeled:
     """Draw, encode and label pictures from new seeds."""
     scenes = [
         make_scene(FIRST_SEED + number, things=2 if number % _PAIRS_EVERY == 0 else 1)
@@ -89,7 +89,7 @@ def make_labelled(pipeline: StableDiffusionPipeline, pictures: int) -> Labelled:
     ranks = scores.argsort().argsort()
     classes["minority"] = ranks * len(HEADS["minority"]) // pictures
     # Tensors created in inference mode cannot be used in training.
-    return Labelled(latents.clone(), classes)
+    return Labeled(latents.clone(), classes)
 
 
 def _class_of(scene: Scene, attribute: str) -> int:
@@ -118,12 +118,12 @@ def _distance_restored(pipeline: StableDiffusionPipeline, latents: Tensor) -> Te
 
 
 def train_classifier(
-    data: Labelled, model: str, steps: int, seed: int, on_step: Callable[[int, float], None]
+    data: Labeled, model: str, steps: int, seed: int, on_step: Callable[[int, float], None]
 ) -> LatentClassifier:
     """Train at random noise levels, with cross-entropy over all known attributes.
 
     Args:
-        data: labelled latents.
+        data: labeled latents.
         model: revision of the model that the latents belong to.
         steps: number of steps of Adam, with batches of 96.
         seed: seed of all random numbers.
@@ -147,9 +147,7 @@ def train_classifier(
 
 
 @torch.inference_mode()
-def accuracy(
-    classifier: LatentClassifier, data: Labelled, timestep: int | None
-) -> dict[str, float]:
+def accuracy(classifier: LatentClassifier, data: Labeled, timestep: int | None) -> dict[str, float]:
     """Accuracy by attribute, at the noise level of a timestep or on clean latents (None)."""
     rows = len(data.latents)
     square = torch.ones(()) if timestep is None else make_scheduler().alphas_cumprod[timestep]
@@ -173,7 +171,7 @@ def _levels(rows: int) -> tuple[Tensor, Tensor]:
 
 
 def _loss(
-    classifier: LatentClassifier, data: Labelled, chosen: Tensor, alpha: Tensor, sigma: Tensor
+    classifier: LatentClassifier, data: Labeled, chosen: Tensor, alpha: Tensor, sigma: Tensor
 ) -> Tensor:
     clean = data.latents[chosen]
     noise = torch.randn_like(clean)

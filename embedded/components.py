@@ -113,15 +113,15 @@ def make_autoencoder(decoder_blocks: tuple[int, ...] = (3, 3, 1, 1)) -> Autoenco
         num_decoder_blocks=decoder_blocks,
         latent_channels=LATENT_CHANNELS,
     )
-    _initialise(autoencoder)
+    _initialize(autoencoder)
     return autoencoder
 
 
 @torch.no_grad()
-def _initialise(autoencoder: AutoencoderTiny) -> None:
-    """Initialise so that layers preserve the signal's variance and residual blocks are identities.
+def _initialize(autoencoder: AutoencoderTiny) -> None:
+    """Initialize so that layers preserve the signal's variance and residual blocks are identities.
 
-    There is no normalisation to compensate for the shrinking signal of the default initialisation.
+    There is no normalization to compensate for the shrinking signal of the default initialisation.
     """
     for module in autoencoder.modules():
         if isinstance(module, nn.Conv2d):

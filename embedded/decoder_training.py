@@ -146,7 +146,7 @@ def train_decoder(
 
 
 def _loss(decoded: Tensor, pictures: Tensor) -> Tensor:
-    """Mean absolute and square error, and the absolute error of differences between neighbours.
+    """Mean absolute and square error, and the absolute error of differences between neighbors.
 
     The last term makes edges sharp and straight; the first alone would accept soft ones.
     """

@@ -19,7 +19,7 @@ from typing import Any, Final
 import torch
 
 from embedded import MODEL_FOLDER
-from embedded.classifier_training import Labelled, accuracy, make_labelled, train_classifier
+from embedded.classifier_training import Labeled, accuracy, make_labeled, train_classifier
 from embedded.report import load_pipeline
 from embedded.scenes import make_scene, render
 from samplers.model_statistics import SamplesDone
@@ -56,7 +56,7 @@ JUDGED_AT: Final = (None, 100, 300, 500, 700, 900)
 """Timesteps at whose noise level the classifier's accuracy is reported; None is no noise."""
 
 _TESTED: Final = 15
-"""One in this many labelled pictures is reserved for measuring the accuracy."""
+"""One in this many labeled pictures is reserved for measuring the accuracy."""
 _CLASSIFIER_SEED: Final = 0
 _FIRST_SEED: Final = 6_000_000_000
 _REPORT_EVERY_S: Final = 20.0
@@ -151,7 +151,7 @@ def stale_linear_ag(model: HostedModel, _folder: Path) -> list[str]:
 def make_classifier(model: HostedModel, options: argparse.Namespace) -> None:
     """Label new pictures, train on most of them, report the accuracy on the rest, and store it."""
     revision = model.facts.denoiser
-    data = _labelled(options, options.out / f"labelled-{revision}-{options.labelled}.safetensors")
+    data = _labeled(options, options.out / f"labelled-{revision}-{options.labelled}.safetensors")
     tested = max(1, options.labelled // _TESTED)
     learnt, unseen = data.parted(len(data.latents) - tested)
     report = _Reporter("classifier")
@@ -171,12 +171,12 @@ def make_classifier(model: HostedModel, options: argparse.Namespace) -> None:
     print(f"wrote {file}", flush=True)
 
 
-def _labelled(options: argparse.Namespace, file: Path) -> Labelled:
+def _labeled(options: argparse.Namespace, file: Path) -> Labeled:
     if file.exists():
-        return Labelled.load(file)
+        return Labeled.load(file)
     pipeline = load_pipeline(options.model, "cpu")
     pipeline.set_progress_bar_config(disable=True)
-    data = make_labelled(pipeline, options.labelled)
+    data = make_labeled(pipeline, options.labelled)
     data.save(file)
     return data
 

@@ -18,7 +18,7 @@ PICTURE_SIZE: Final = 128
 
 SHAPES: Final = ("circle", "square", "triangle", "star", "ring")
 
-COLOURS: Final[dict[str, tuple[int, int, int]]] = {
+COLORS: Final[dict[str, tuple[int, int, int]]] = {
     "red": (220, 30, 35),
     "green": (30, 155, 50),
     "blue": (35, 60, 220),
@@ -40,7 +40,7 @@ PLACES: Final[dict[str, tuple[float, float]]] = {
     "bottom": (64.0, 92.0),
     "center": (64.0, 64.0),
 }
-"""Centre of a single object, x to the right and y down, in pixels."""
+"""Center of a single object, x to the right and y down, in pixels."""
 
 BACKGROUNDS: Final[dict[str, tuple[tuple[int, int, int], tuple[int, int, int]]]] = {
     "white": ((255, 255, 255), (255, 255, 255)),
@@ -57,7 +57,7 @@ RELATIONS: Final[dict[str, tuple[tuple[float, float], tuple[float, float]]]] = {
     "above": ((64.0, 32.5), (64.0, 95.5)),
     "below": ((64.0, 95.5), (64.0, 32.5)),
 }
-"""Centres of the first and the second of two objects, in pixels."""
+"""Centers of the first and the second of two objects, in pixels."""
 
 SQUARE_HALF_SIDE: Final = 0.88
 TRIANGLE_RADIUS: Final = 1.155
@@ -87,7 +87,7 @@ _OPENINGS: Final = ("",) * 17 + ("a picture of ", "an image of ", "a photo of ")
 
 VOCABULARY: Final = tuple(
     sorted(
-        {*SHAPES, *COLOURS, "a", "an", "and", "with", "one", "two", "is", "there", "disk"}
+        {*SHAPES, *COLORS, "a", "an", "and", "with", "one", "two", "is", "there", "disk"}
         | {word for phrases in _PHRASES.values() for phrase in phrases for word in phrase.split()}
         | {word for opening in _OPENINGS for word in opening.split()}
         | {",", "."}
@@ -98,7 +98,7 @@ VOCABULARY: Final = tuple(
 
 @dataclass(frozen=True, slots=True)
 class Thing:
-    """One object. `None` means not mentioned (in a caption's claim) or not recognised (if read)."""
+    """One object. `None` means not mentioned (in a caption's claim) or not recognized (if read)."""
 
     shape: str | None
     colour: str | None
@@ -121,7 +121,7 @@ class Description:
 
 @dataclass(frozen=True, slots=True)
 class Outline:
-    """Position of one object: centre and half width, in pixels."""
+    """Position of one object: center and half width, in pixels."""
 
     x: float
     y: float
@@ -140,7 +140,7 @@ class Scene:
 
 
 def place_of(x: float, y: float) -> str:
-    """The place whose centre is nearest to (x, y), in pixels."""
+    """The place whose center is nearest to (x, y), in pixels."""
     return min(PLACES, key=lambda place: (PLACES[place][0] - x) ** 2 + (PLACES[place][1] - y) ** 2)
 
 
@@ -164,7 +164,7 @@ def make_scene(seed: int, *, things: int | None = None) -> Scene:
         size = _choose(rng, SIZES)
         outlines[index] = replace(outline, radius=SIZES[size] * outline.radius)
         shown.append(
-            Thing(_choose(rng, SHAPES), _choose(rng, COLOURS), size, place_of(outline.x, outline.y))
+            Thing(_choose(rng, SHAPES), _choose(rng, COLORS), size, place_of(outline.x, outline.y))
         )
     truth = Description(tuple(shown), relation, background)
     claim = _claim(rng, truth)
@@ -304,7 +304,7 @@ def _paint(canvas: Tensor, scenes: Sequence[Scene], chosen: list[int], index: in
     ).T[..., None, None]
     distance = signed_distance(things[0].shape or "", centre - x, centre[:, None] - y, radius)
     cover = (0.5 - distance).clamp(0, 1)[:, None]
-    paint = torch.tensor([COLOURS[t.colour or ""] for t in things], device=device)
+    paint = torch.tensor([COLORS[t.colour or ""] for t in things], device=device)
     paint = (paint / 127.5 - 1)[..., None, None]
     canvas[chosen] += cover * (paint - canvas[chosen])
 

@@ -69,7 +69,7 @@ def training_captions(pictures: int) -> list[list[str]]:
 
 @torch.no_grad()
 def make_corpus(autoencoder: AutoencoderTiny, pictures: int, device: str) -> Corpus:
-    """Draw, encode and tokenise the training pictures, whose seeds start at 0."""
+    """Draw, encode and tokenize the training pictures, whose seeds start at 0."""
     latents: list[Tensor] = []
     nn.Module.to(autoencoder, device)
     for start in range(0, pictures, 64):
@@ -184,7 +184,7 @@ def _loss(
 ) -> Tensor:
     """Weighted mean square error of v = alpha noise - sigma x at stratified timesteps.
 
-    The weight min(snr + 1, 6) / (snr + 1) preserves high noise, where colours and places are
+    The weight min(snr + 1, 6) / (snr + 1) preserves high noise, where colors and places are
     determined, and reduces the influence of low noise, where v is nearly the noise.
     """
     batch, device = settings.batch, settings.device

@@ -21,8 +21,8 @@ class DynamicThresholding(ScaledRule, frozen=True):
     The guided denoised prediction is clipped to ``[-s, s]`` and multiplied by ``limit / s``, where
     s is the quantile of its absolute values or ``limit``, whichever is greater, per row. Made for
     pixels in [-1, 1], that is ``limit`` 1. Latents have no such bounds; the default is a typical
-    range of latents with unit standard deviation. Nor are latents centred, so shrinking them
-    changes colours: in measurements on the embedded model the rule did harm. At scale 1 it does
+    range of latents with unit standard deviation. Nor are latents centered, so shrinking them
+    changes colors: in measurements on the embedded model the rule did harm. At scale 1 it does
     nothing.
     """
 

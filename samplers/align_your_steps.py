@@ -1,4 +1,4 @@
-"""Published sampling schedules, each optimised for one model."""
+"""Published sampling schedules, each optimized for one model."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class AlignYourSteps(ListedSpacing, frozen=True):
     GITS (Chen et al., arXiv 2405.11326) searches for such tables using the geometry of the
     sampling trajectories. A run of ten steps evaluates at the first ten entries and goes from the
     tenth to the clean picture, as in diffusers and ComfyUI. For other numbers of steps, log sigma
-    is interpolated between the entries by index, as the authors do. The tables were optimised for
+    is interpolated between the entries by index, as the authors do. The tables were optimized for
     the named models; on other models with the same timesteps they are a guess.
     """
 

@@ -1,4 +1,4 @@
-"""Momentum for linear multistep samplers: heavy ball, generalised heavy ball and Nesterov."""
+"""Momentum for linear multistep samplers: heavy ball, generalized heavy ball and Nesterov."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class MomentumSampler(Sampler, frozen=True):
     sigma / alpha, and the first step is of first order. Variable weights are those of the actual
     steps, and the first r steps use the slopes without momentum, each of them integrating again
     everything before it with the slope now known. This removes both limits, for orders above 2.
-    Variable weights cost accuracy below about 50 steps, where neighbouring steps differ much.
+    Variable weights cost accuracy below about 50 steps, where neighboring steps differ much.
 
     Departure from the paper: it uses an order of 3.8, and the default here is 1.8. Without guidance
     3.8 is more accurate, but guided predictions turn faster than a polynomial through four slopes
@@ -228,7 +228,7 @@ class Nesterov(PushedSampler, frozen=True):
 
 
 class GHVB(MomentumSampler, frozen=True):
-    """Generalised heavy ball: momentum at the order of the multistep method.
+    """Generalized heavy ball: momentum at the order of the multistep method.
 
     ``v <- (1 - beta) v + beta slope``, and the step goes along
     ``sum_j (gamma_j + (1 / beta - 1) gamma_{j-1}) (backward difference)^j v``, j < r, which

@@ -83,7 +83,7 @@ def pytest_configure(config: pytest.Config) -> None:
         # With small models, many threads spend their time waiting for one another, and so do
         # processes that share the cores.
         os.environ["OMP_NUM_THREADS"] = "1"
-        # A process that has initialised CUDA cannot fork others that use it. With this, torch asks
+        # A process that has initialized CUDA cannot fork others that use it. With this, torch asks
         # the driver's library whether there is a device.
         os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
     os.environ.setdefault("OMP_NUM_THREADS", "2")

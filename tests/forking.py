@@ -34,7 +34,7 @@ class Process:
 def run(session: pytest.Session, groups: Sequence[Group], processes: int) -> None:
     """Run the groups like pytest's test loop, in processes that each take one group after another.
 
-    The calling process must have a single thread, and must not have initialised CUDA.
+    The calling process must have a single thread, and must not have initialized CUDA.
 
     Raises:
         Failed: a process was killed or broke, or the limit of failed tests is reached.

@@ -1,4 +1,4 @@
-"""The example packages, installed by pip, are found and used, and fulfil their contracts."""
+"""The example packages, installed by pip, are found and used, and fulfill their contracts."""
 
 import json
 import shutil

@@ -117,7 +117,7 @@ def _throughput(_: Served, budget: str = "16") -> Outcome:
     ):
         rates: dict[int, list[float]] = {fair.port: [], in_order.port: []}
         for turn in range(2 * TURNS):
-            # The order within pairs alternates, so that a slowdown of the machine favours neither.
+            # The order within pairs alternates, so that a slowdown of the machine favors neither.
             server = (fair, in_order)[(turn + turn // 2) % 2]
             with _flood(server, KEY, FLOOD, **ONE), _flood(server, OTHER, FLOOD, **ONE):
                 began, before = perf_counter(), server.metric("weft_tick_rows_sum")

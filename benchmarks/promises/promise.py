@@ -11,7 +11,7 @@ from benchmarks.real_server import Served
 __all__ = ["WEAK", "Measure", "Outcome", "Promise"]
 
 WEAK: Final = ("-m", "benchmarks.promises.weak")
-"""Arguments to Python for the server without its defences."""
+"""Arguments to Python for the server without its defenses."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ IDLE: Final = 0.05
 def comes_to_rest(server: Served, within_s: float) -> bool:
     """Whether the server's queue becomes empty in time and its processes become idle.
 
-    Other load on the machine does not matter. A server without its defences may decode pictures
+    Other load on the machine does not matter. A server without its defenses may decode pictures
     for minutes that nobody waits for.
     """
     until = monotonic() + within_s

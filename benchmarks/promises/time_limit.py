@@ -23,7 +23,7 @@ __all__ = ["within"]
 def within(limit_s: float, measure: Measure, server: Served) -> Outcome:
     """The outcome of a measurement, or that it did not end within the time limit.
 
-    A server without its defences may never respond again, and threads that wait for it cannot be
+    A server without its defenses may never respond again, and threads that wait for it cannot be
     ended. The measurement therefore runs in a fork, which is killed with all its child processes.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The server without its defences, on which every measurement must fail.
+"""The server without its defenses, on which every measurement must fail.
 
     python -m benchmarks.promises.weak --port PORT
 
@@ -42,7 +42,7 @@ MANY: Final = 10**9
 
 
 def weaken() -> None:
-    """Remove each defence, as servers without it behave."""
+    """Remove each defense, as servers without it behave."""
     _replace(gate.Gate, "_admit", _let_everybody_in)
     _replace(body.JsonRoute, "get_route_handler", APIRoute.get_route_handler)
     _replace(connection, "connections", _plain_connections)
@@ -144,7 +144,7 @@ def _tell_the_log(admit: Any) -> Any:
 
 
 def main() -> None:
-    """Serve without defences, and also listen on a second port on all addresses."""
+    """Serve without defenses, and also listen on a second port on all addresses."""
     weaken()
     door = socket.create_server(("0.0.0.0", 0))  # noqa: S104 - the weakness itself
     with door:

@@ -215,7 +215,7 @@ def _scans(data: bytes) -> int:
 def _of_eight_bits(image: Image.Image, data: bytes) -> Image.Image:
     """Convert an image to 8 bits per channel where Pillow does not.
 
-    Pillow clips a grayscale PNG of 16 bits instead of scaling it, and leaves the transparent colour
+    Pillow clips a grayscale PNG of 16 bits instead of scaling it, and leaves the transparent color
     of a PNG at the file's bit depth.
     """
     if image.format != "PNG":
@@ -234,7 +234,7 @@ def _of_eight_bits(image: Image.Image, data: bytes) -> Image.Image:
 
 
 def _scaled(clear: int | tuple[int, ...], depth: int) -> int | tuple[int, ...]:
-    """Convert a transparent colour of `depth` bits to 8 bits."""
+    """Convert a transparent color of `depth` bits to 8 bits."""
     if isinstance(clear, tuple):
         return tuple(value >> (depth - 8) for value in clear)
     return clear * 255 // (2**depth - 1) if 1 < depth < 8 else clear

@@ -50,6 +50,6 @@ class Constants(TorchDispatchMode):
 
 
 def _memory(tensor: Tensor) -> int:
-    # Tensors of other classes, such as quantised weights, may keep their data in several others.
+    # Tensors of other classes, such as quantized weights, may keep their data in several others.
     plain = type(tensor) in (torch.Tensor, torch.nn.Parameter)
     return tensor.untyped_storage().data_ptr() if plain else id(tensor)

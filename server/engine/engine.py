@@ -290,7 +290,7 @@ class Engine:
 
     def _take_model(self, model: HostedModel, result: WarmUpResult) -> None:
         name = model.facts.name
-        self._reports.add(name, result.colours)
+        self._reports.add(name, result.colors)
         self._costs.start(name, model.default_shape, result.cost)
         m = self.measurements
         self._idle_work.add(model, result.cost, m.fixed_rows or m.row_budget)
@@ -371,7 +371,7 @@ class Engine:
         results: dict[str, WarmUpResult] = {}
         for name, model in self._models.items():
             result = results[name] = warm_up(model, max_rows, self._guessed_costs)
-            self._reports.add(name, result.colours)
+            self._reports.add(name, result.colors)
             self._costs.start(name, model.default_shape, result.cost)
         fixed: int | None = None
         if self._deterministic:

@@ -40,19 +40,19 @@ class Reports:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._colours: dict[str, Tensor] = {}
+        self._colors: dict[str, Tensor] = {}
         self._previewed: list[tuple[list[StepsDone], HostCopy]] = []
         self._unreported: list[StepsDone] = []
 
-    def add(self, model: str, colours: Tensor) -> None:
-        """Draw previews of a model with these colours, see ``fit_preview``."""
-        self._colours[model] = colours
+    def add(self, model: str, colors: Tensor) -> None:
+        """Draw previews of a model with these colors, see ``fit_preview``."""
+        self._colors[model] = colors
 
     def forget(self, model: str) -> None:
         """Release a model that has no image under way."""
         # Images with unreported steps hold their lane, and the lane holds the model.
         self.report_steps()
-        del self._colours[model]
+        del self._colors[model]
 
     def started(self, sequence: Sequence) -> None:
         """Report that an image is about to be evaluated for the first time."""
@@ -117,9 +117,9 @@ class Reports:
 
     def _preview(self, wanted: list[StepsDone], denoised: Tensor, rows: list[int]) -> None:
         """Start the previews of a tick."""
-        lane, colours = wanted[0][0].lane, self._colours[wanted[0][0].task.model]
+        lane, colors = wanted[0][0].lane, self._colors[wanted[0][0].task.model]
         made = attempt(
-            lambda: HostCopy(previews(denoised.index_select(0, lane.indices(rows)), colours)),
+            lambda: HostCopy(previews(denoised.index_select(0, lane.indices(rows)), colors)),
             self._device,
         )
         if isinstance(made, Exception):

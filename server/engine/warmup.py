@@ -33,12 +33,12 @@ class WarmUpResult:
     """What the engine needs to know about a model before its first image.
 
     Attributes:
-        colours: colours of previews, see :func:`fit_preview`.
+        colors: colors of previews, see :func:`fit_preview`.
         cost: initial cost of its ticks at its default size.
         max_rows: rows of the largest forward pass that was measured.
     """
 
-    colours: Tensor
+    colors: Tensor
     cost: TickCost
     max_rows: int
 
@@ -56,13 +56,13 @@ def warm_up(
     Raises:
         MemoryError: not even one row fits.
     """
-    colours = _first_colours(model)
+    colors = _first_colors(model)
     if guessed_costs is not None:
-        return WarmUpResult(colours, TickCost(guessed_costs, guessed=True), max(guessed_costs))
+        return WarmUpResult(colors, TickCost(guessed_costs, guessed=True), max(guessed_costs))
     samples = time_forwards(model, max_rows)
     timed = ", ".join(f"{rows}: {1000 * seconds:.1f}" for rows, seconds in samples.items())
     log.info("%s: ms per forward pass, by rows: %s", model.facts.name, timed)
-    return WarmUpResult(colours, TickCost(samples), max(samples))
+    return WarmUpResult(colors, TickCost(samples), max(samples))
 
 
 def warm_up_beside_ticks(model: HostedModel) -> WarmUpResult:
@@ -72,8 +72,8 @@ def warm_up_beside_ticks(model: HostedModel) -> WarmUpResult:
         MemoryError: not even one row fits.
     """
     # Only a guess, since the times include other work on the device.
-    colours, samples = _first_colours(model), time_forwards(model, MAX_QUICK_WARM_UP_ROWS)
-    return WarmUpResult(colours, TickCost(samples, guessed=True), max(samples))
+    colors, samples = _first_colors(model), time_forwards(model, MAX_QUICK_WARM_UP_ROWS)
+    return WarmUpResult(colors, TickCost(samples, guessed=True), max(samples))
 
 
 def common_fixed_rows(models: Iterable[WarmUpResult]) -> int:
@@ -85,11 +85,11 @@ def common_fixed_rows(models: Iterable[WarmUpResult]) -> int:
     return min(one.cost.rows_at(DETERMINISTIC_THROUGHPUT, one.max_rows) for one in models)
 
 
-def _first_colours(model: HostedModel) -> Tensor:
-    """Fit the colours of previews, and run the decoder once."""
-    colours = fit_preview(model)
+def _first_colors(model: HostedModel) -> Tensor:
+    """Fit the colors of previews, and run the decoder once."""
+    colors = fit_preview(model)
     model.decode(torch.zeros(1, *model.default_shape, device=model.device))
-    return colours
+    return colors
 
 
 def time_forwards(model: HostedModel, max_rows: int) -> dict[int, float]:

@@ -62,7 +62,7 @@ class _Gathered(Collector):
         yield GaugeMetricFamily(
             "weft_ready", "1 if the server accepts requests.", float(service.ready)
         )
-        yield _labelled("weft_requests", "Requests by outcome.", "outcome", dict(service.outcomes))
+        yield _labeled("weft_requests", "Requests by outcome.", "outcome", dict(service.outcomes))
         yield from _live(self._streams)
         if (jobs := self._jobs()) is not None:
             yield from _stored_jobs(jobs)
@@ -78,7 +78,7 @@ def _live(streams: Streams) -> Iterable[Metric]:
     yield GaugeMetricFamily("weft_streams_open", "Live streams open now.", float(len(streams)))
     yield CounterMetricFamily("weft_streams", "Live streams opened.", float(counts.opened))
     outcomes = {name: counts.frames[name] for name in FRAME_OUTCOMES}
-    yield _labelled("weft_stream_frames", "Frames of live streams.", "outcome", outcomes)
+    yield _labeled("weft_stream_frames", "Frames of live streams.", "outcome", outcomes)
     yield HistogramMetricFamily(
         "weft_stream_latency_seconds",
         "Seconds from the arrival of an input frame to its encoded output.",
@@ -122,19 +122,19 @@ def _engine(counted: EngineMeasurements) -> Iterable[Metric]:
         "decode": counted.decode_s,
         "encode": counted.encode_s,
     }
-    yield _labelled("weft_engine_seconds", "Seconds the engine spent, by stage.", "stage", seconds)
+    yield _labeled("weft_engine_seconds", "Seconds the engine spent, by stage.", "stage", seconds)
     images = {
         "finished": counted.images,
         "failed": counted.failed,
         "cancelled": counted.cancelled,
         "refused": counted.refused,
     }
-    yield _labelled("weft_images", "Images by outcome.", "outcome", images)
+    yield _labeled("weft_images", "Images by outcome.", "outcome", images)
     yield from _latencies(counted)
     yield CounterMetricFamily(
         "weft_evaluations", "Denoiser rows evaluated.", float(counted.evaluations)
     )
-    yield _labelled(
+    yield _labeled(
         "weft_evaluations_saved",
         "Denoiser rows skipped, by the guidance policy or step cache that did so.",
         "policy",
@@ -180,7 +180,7 @@ def _clients(engine: Engine) -> Iterable[Metric]:
         for client, value in values.items():
             family.add_metric([client.name], value)
         yield family
-    yield _labelled(
+    yield _labeled(
         "weft_device_seconds",
         "Device seconds that images used, except frames of live streams.",
         "key",
@@ -237,7 +237,7 @@ def _rows(ticks: Mapping[int, int]) -> Metric:
     )
 
 
-def _labelled(
+def _labeled(
     name: str, documentation: str, label: str, values: Mapping[str, float]
 ) -> CounterMetricFamily:
     family = CounterMetricFamily(name, documentation, labels=[label])

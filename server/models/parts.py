@@ -40,7 +40,7 @@ MIN_TOKENS = 3
 """Number of tokens of a prompt with one word: its own, and the start and end markers."""
 
 _DRAWN = (nn.init.uniform_, nn.init.kaiming_uniform_, nn.init.normal_)
-"""Functions that layers initialise their weights with."""
+"""Functions that layers initialize their weights with."""
 
 
 class _WithoutMemory(TorchFunctionMode):

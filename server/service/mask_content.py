@@ -15,7 +15,7 @@ BLURS: Final = ((256, 1), (64, 1), (16, 2), (4, 4), (2, 2), (0, 1))
 
 
 def filled(picture: NDArray[np.uint8], mask: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Fill the masked part of a picture with the colours around it, as in AUTOMATIC1111.
+    """Fill the masked part of a picture with the colors around it, as in AUTOMATIC1111.
 
     The kept part is blurred into the masked part, from the widest blur to none (its
     modules/masking.py, ``fill``).
@@ -25,7 +25,7 @@ def filled(picture: NDArray[np.uint8], mask: NDArray[np.uint8]) -> NDArray[np.ui
         mask: uint8 `[h, w]`, 255 where to fill.
     """
     whole = Image.fromarray(picture, mode="RGB")
-    # With premultiplied colours, masked pixels do not contribute to a blur.
+    # With premultiplied colors, masked pixels do not contribute to a blur.
     kept = Image.new("RGBa", whole.size)
     opaque = whole.convert("RGBA").convert("RGBa")
     kept.paste(opaque, mask=ImageOps.invert(Image.fromarray(mask, mode="L")))

@@ -20,11 +20,11 @@ def pixels_tensor(pixels: NDArray[np.uint8]) -> Tensor:
     return torch.tensor(pixels).permute(2, 0, 1).float().div(127.5).sub(1).contiguous()
 
 
-def region_tensor(grey: NDArray[np.uint8]) -> Tensor:
+def region_tensor(gray: NDArray[np.uint8]) -> Tensor:
     """Convert uint8 `[H, W]` to `[H, W]` float32, 0 or 1."""
-    return torch.tensor(grey >= HALF).float()
+    return torch.tensor(gray >= HALF).float()
 
 
-def mask_tensor(grey: NDArray[np.uint8]) -> Tensor:
+def mask_tensor(gray: NDArray[np.uint8]) -> Tensor:
     """Convert uint8 `[H, W]` to `[H, W]` float32 in [0, 1]."""
-    return torch.tensor(grey).float().div(255)
+    return torch.tensor(gray).float().div(255)

@@ -27,9 +27,9 @@ def mean_and_error(values: Sequence[float] | F64) -> tuple[float, float]:
 def wilson(right: int, of: int) -> tuple[float, float]:
     """The 95 % interval of a proportion (Wilson, 1927)."""
     z = DEVIATIONS
-    centre = (right + z * z / 2) / (of + z * z)
+    center = (right + z * z / 2) / (of + z * z)
     half = z / (of + z * z) * sqrt(right * (of - right) / of + z * z / 4)
-    return centre - half, centre + half
+    return center - half, center + half
 
 
 def ratio(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float, float]:

@@ -226,7 +226,7 @@ CONFUSED: Mapping[str, Mapping[str, Any]] = {
         for scale in (1.0, 4.0)
     },
 }
-"""Guidance towards the shape and colour that the prompt mentions."""
+"""Guidance towards the shape and color that the prompt mentions."""
 
 APART: Mapping[str, Mapping[str, Any]] = {
     "cfg 4": BASE,

@@ -63,7 +63,7 @@ def background(results: Results) -> str:
 
 
 def confused(results: Results) -> str:
-    """Classifier guidance towards the shape and colour that the prompt mentions."""
+    """Classifier guidance towards the shape and color that the prompt mentions."""
     return _aimed(results, cells.CONFUSED, ["shape", "colour"])
 
 

@@ -10,7 +10,7 @@ from matplotlib import pyplot as plt
 from matplotlib.ticker import NullFormatter, ScalarFormatter
 
 from studies.common.intervals import mean_and_error, wilson
-from studies.common.looks import COLOURS, MARKERS
+from studies.common.looks import COLORS, MARKERS
 from studies.guidance import cells
 
 if TYPE_CHECKING:
@@ -127,7 +127,7 @@ def plane(results: Results, path: Path) -> None:
                     (5, 4),
                     textcoords="offset points",
                     fontsize=8,
-                    color=COLOURS[k],
+                    color=COLORS[k],
                 )
     axes[0].set_xlabel("saturation, of the truth's")
     axes[0].axvline(1, color="#888888", linewidth=0.8, linestyle=":")
@@ -157,14 +157,14 @@ def savings(results: Results, path: Path) -> None:
             ]
             _line(axis, points, k, name)
             for (label, _), (x, (y, _, _)) in zip(there, points, strict=True):
-                # Neighbouring lines have their labels on opposite sides.
+                # Neighboring lines have their labels on opposite sides.
                 axis.annotate(
                     label,
                     (x, y),
                     (5, -12 if k % 2 else 5),
                     textcoords="offset points",
                     fontsize=8,
-                    color=COLOURS[k],
+                    color=COLORS[k],
                 )
     if full is not None:
         axes[1].axhline(_share(full)[0], color="#888888", linewidth=0.8, linestyle=":")
@@ -228,7 +228,7 @@ def perturbed(results: Results, path: Path) -> None:
                     y,
                     xerr=bars[1:],
                     fmt=MARKERS[k],
-                    color=COLOURS[k + 1],
+                    color=COLORS[k + 1],
                     capsize=2,
                     elinewidth=0.9,
                     label=base_name,
@@ -294,7 +294,7 @@ def _line(axis: Axes, points: Sequence[tuple[float, Point]], k: int, label: str)
         x,
         bars[0],
         yerr=bars[1:],
-        color=COLOURS[k],
+        color=COLORS[k],
         marker=MARKERS[k],
         markersize=5,
         linewidth=1.3,

@@ -10,7 +10,7 @@ from matplotlib import pyplot as plt
 from matplotlib.ticker import NullFormatter, ScalarFormatter
 
 from studies.common.intervals import mean_and_error, wilson
-from studies.common.looks import COLOURS, MARKERS
+from studies.common.looks import COLORS, MARKERS
 from studies.samplers.cells import (
     ACCURACY_LINES,
     ERROR_LINES,
@@ -163,7 +163,7 @@ def slopes(results: Results, path: Path) -> None:
 def _line(axis: Axes, points: Sequence[Sequence[float]], k: int, label: str) -> None:
     """Draw a line; a point's third value is its error, or a third and fourth those on each side."""
     style: dict[str, Any] = {
-        "color": COLOURS[k % len(COLOURS)],
+        "color": COLORS[k % len(COLORS)],
         "marker": MARKERS[k % len(MARKERS)],
         "linestyle": LINES[k % len(LINES)],
         "markersize": 4.5,

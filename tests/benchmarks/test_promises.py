@@ -1,4 +1,4 @@
-"""The negative control of the promises removes defences that exist."""
+"""The negative control of the promises removes defenses that exist."""
 
 from pathlib import Path
 

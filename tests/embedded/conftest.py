@@ -8,7 +8,7 @@ from torch.optim import AdamW
 
 @pytest.fixture
 def steps_made(monkeypatch: pytest.MonkeyPatch) -> list[object]:
-    """An entry for each optimiser step; a resumed run makes only the remaining ones."""
+    """An entry for each optimizer step; a resumed run makes only the remaining ones."""
     made: list[object] = []
     step = AdamW.step
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from embedded import MODEL_FOLDER
-from embedded.classifier_training import HEADS, Labelled
+from embedded.classifier_training import HEADS, Labeled
 from embedded.derive import (
     FITTED,
     JUDGED_AT,
@@ -125,8 +125,8 @@ def test_a_classifier_is_made_by_one_command_and_goes_stale_with_the_weights(
     made = LatentClassifier.load(classifier_file(folder))
     assert made.heads == shipped.heads == HEADS
     assert not stale_classifier(model, folder)
-    # Again, now from the pictures that are already labelled: bit-identical.
-    labelled = Labelled.load(next(options.out.glob("labelled-*")))
+    # Again, now from the pictures that are already labeled: bit-identical.
+    labelled = Labeled.load(next(options.out.glob("labelled-*")))
     assert len(labelled.latents) == 16
     make_classifier(model, options)
     again = LatentClassifier.load(classifier_file(folder)).state_dict()

@@ -8,7 +8,7 @@ import torch
 
 from embedded.scenes import (
     BACKGROUNDS,
-    COLOURS,
+    COLORS,
     PICTURE_SIZE,
     RELATIONS,
     SHAPES,
@@ -52,7 +52,7 @@ def test_pictures_are_in_range_and_anti_aliased() -> None:
         and scene.truth.things[0].shape == "circle"
     )
     pixels = to_pixels(render([circle]))[0].astype(int)
-    full = COLOURS[circle.truth.things[0].colour or ""]
+    full = COLORS[circle.truth.things[0].colour or ""]
     brightness = pixels.sum(-1)
     between = (brightness > 0) & (brightness < sum(full))
     assert 20 < between.sum() < 300
@@ -62,7 +62,7 @@ def test_every_kind_of_thing_occurs() -> None:
     scenes = [make_scene(seed) for seed in range(1500)]
     things = [thing for scene in scenes for thing in scene.truth.things]
     assert {thing.shape for thing in things} == set(SHAPES)
-    assert {thing.colour for thing in things} == set(COLOURS)
+    assert {thing.colour for thing in things} == set(COLORS)
     assert {thing.size for thing in things} == set(SIZES)
     assert {scene.truth.background for scene in scenes} == set(BACKGROUNDS)
     assert {scene.truth.relation for scene in scenes} == {*RELATIONS, None}

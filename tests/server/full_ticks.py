@@ -22,7 +22,7 @@ _fitted: dict[tuple[Any, ...], Tensor] = {}
 def full_ticks() -> Generator[None]:
     """Within this context, engines start as if ticks of all sizes took the same time.
 
-    The colours of previews, which take most of a start, are fitted only once for the same weights.
+    The colors of previews, which take most of a start, are fitted only once for the same weights.
     """
     with (
         patch("server.engine.warmup.time_forwards", lambda _, most: {1: 0.01, most: 0.01}),

@@ -82,7 +82,7 @@ class Term(Protocol):
     A term is laid out along the plan of its image, is shared by all images of a request, and is
     immutable; what it keeps of one image is that image's state. In a tick all terms of one class
     that act there are called once, stacked over their images. The class declares when by
-    ``prepares``, ``applies`` and ``resamples``. A row's result must not depend on its neighbours,
+    ``prepares``, ``applies`` and ``resamples``. A row's result must not depend on its neighbors,
     except those of its group.
     """
 

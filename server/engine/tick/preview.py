@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 SAMPLES = 16
 PATCHES = 2
 CELLS = 16
-"""Number of pictures to fit on, and of colour patches and latent cells along their sides."""
+"""Number of pictures to fit on, and of color patches and latent cells along their sides."""
 
 MAX_MULTIPLIED = 32
 """Largest number of latent channels for which products of channels are features."""
@@ -27,14 +27,14 @@ ENLARGED = 4
 """Preview pixels along one side of a latent cell."""
 
 EDGE = 2
-"""Cells along each side that take their inner neighbours' colours. An autoencoder pads pictures
-with zeros, so its latents at the edge do not stand for the same colours as elsewhere."""
+"""Cells along each side that take their inner neighbors' colors. An autoencoder pads pictures
+with zeros, so its latents at the edge do not stand for the same colors as elsewhere."""
 
 
 def fit_preview(model: HostedModel) -> Tensor:
-    """Fit the map from the features of a latent cell to its mean colour, ``[features, 3]``.
+    """Fit the map from the features of a latent cell to its mean color, ``[features, 3]``.
 
-    It is fitted by least squares on pictures of random colour patches, encoded by the model's own
+    It is fitted by least squares on pictures of random color patches, encoded by the model's own
     autoencoder, so it works for any autoencoder without a table of factors.
     """
     generator = torch.Generator().manual_seed(0)
@@ -42,13 +42,13 @@ def fit_preview(model: HostedModel) -> Tensor:
     patches = torch.rand(SAMPLES, 3, PATCHES, PATCHES, generator=generator) * 2 - 1
     pixels = F.interpolate(patches, size=(side, side), mode="nearest").to(model.device)
     latents = _inner(model.encode_image(pixels)).movedim(1, -1)
-    colours = _inner(F.avg_pool2d(pixels, model.facts.latent_scale)).movedim(1, -1)
-    return _ridge(_features(latents).flatten(0, 2).double(), colours.flatten(0, 2).double()).float()
+    colors = _inner(F.avg_pool2d(pixels, model.facts.latent_scale)).movedim(1, -1)
+    return _ridge(_features(latents).flatten(0, 2).double(), colors.flatten(0, 2).double()).float()
 
 
-def previews(denoised: Tensor, colours: Tensor) -> Tensor:
+def previews(denoised: Tensor, colors: Tensor) -> Tensor:
     """Previews of denoised predictions ``[images, C, h, w]``, uint8 ``[images, 4 h, 4 w, 3]``."""
-    flat = _features(_beyond_edge(denoised).movedim(1, -1)) @ colours
+    flat = _features(_beyond_edge(denoised).movedim(1, -1)) @ colors
     pictures = F.interpolate(flat.movedim(-1, 1), scale_factor=ENLARGED, mode="bilinear")
     return to_uint8(pictures)
 
@@ -59,7 +59,7 @@ def _inner(cells: Tensor) -> Tensor:
 
 
 def _beyond_edge(cells: Tensor) -> Tensor:
-    """Cells ``[n, C, h, w]`` with those at the edge replaced by their inner neighbours."""
+    """Cells ``[n, C, h, w]`` with those at the edge replaced by their inner neighbors."""
     rows, columns = (_clear_of_edge(side).to(cells.device) for side in cells.shape[-2:])
     return cells.index_select(-2, rows).index_select(-1, columns)
 
@@ -69,11 +69,11 @@ def _clear_of_edge(side: int) -> Tensor:
     return torch.arange(side).clamp(min(EDGE, side // 2), max(side - 1 - EDGE, side // 2))
 
 
-def _ridge(features: Tensor, colours: Tensor) -> Tensor:
+def _ridge(features: Tensor, colors: Tensor) -> Tensor:
     """Ridge regression, which stays well-posed for many channels and for flat patches."""
     products = features.mT @ features
     products.diagonal().add_(RIDGE * products.diagonal().mean())
-    return torch.linalg.solve(products, features.mT @ colours)
+    return torch.linalg.solve(products, features.mT @ colors)
 
 
 def _features(cells: Tensor) -> Tensor:

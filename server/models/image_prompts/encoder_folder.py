@@ -82,7 +82,7 @@ class EncoderFolder:
             )
         side, projected, hidden = sizes
         mean, std = shown.get("image_mean", MEAN), shown.get("image_std", STD)
-        if not _is_colour(mean) or not _is_colour(std) or not all(std):
+        if not _is_color(mean) or not _is_color(std) or not all(std):
             raise ImagePromptMismatch(
                 f"{PREPROCESSOR} of image encoder {path.name!r} must have three numbers as "
                 "image_mean, and three other than 0 as image_std."
@@ -149,7 +149,7 @@ def _stamp(path: Path) -> tuple[int, int]:
     return joint_stamp(map(stamp_of, files))
 
 
-def _is_colour(value: Any) -> bool:
+def _is_color(value: Any) -> bool:
     return (
         isinstance(value, list | tuple)
         and len(value) == 3

@@ -177,7 +177,7 @@ def test_a_mask_without_an_alpha_channel_repaints_what_is_white() -> None:
 
 
 def test_a_mask_may_repaint_what_is_opaque_or_the_rest_of_it() -> None:
-    """AUTOMATIC1111 reads brush strokes on a transparent ground, of any colour, as a mask."""
+    """AUTOMATIC1111 reads brush strokes on a transparent ground, of any color, as a mask."""
     pixels = np.zeros((4, 6, 4), np.uint8)
     pixels[1:3, 2:5, 3] = 255
     strokes = saved(Image.fromarray(pixels), "PNG")

@@ -202,9 +202,9 @@ def test_all_previews_of_a_tick_are_one_transfer(start, task, run, monkeypatch):
     made: list[int] = []
     real = module.previews
 
-    def counted(denoised, colours):
+    def counted(denoised, colors):
         made.append(len(denoised))
-        return real(denoised, colours)
+        return real(denoised, colors)
 
     monkeypatch.setattr(module, "previews", counted)
     engine = start(row_budget=6)

@@ -37,7 +37,7 @@ def test_a_preview_of_a_single_cell_is_one_colour():
 
 
 class ManyChannels(Toy):
-    """Encodes each colour in many channels, so that many fits of the preview are possible."""
+    """Encodes each color in many channels, so that many fits of the preview are possible."""
 
     def encode_image(self, pixels):
         return F.avg_pool2d(pixels, 8).repeat(1, 43, 1, 1)[:, :128]
