@@ -671,6 +671,7 @@ def test_a_picture_of_several_is_drawn_again_from_its_settings(tab: Tab) -> None
     assert start == ["", "128"]
 
 
+@pytest.mark.usefixtures("slow_denoiser")
 def test_several_requests_run_at_once_and_each_is_cancelled_alone(
     tab: Tab, running: Running
 ) -> None:
@@ -682,7 +683,7 @@ def test_several_requests_run_at_once_and_each_is_cancelled_alone(
           asked += given[0].toString().includes("/v1/generate");
           return send(...given);
         };
-        form.steps.value = 60;
+        form.steps.value = 200;
         for (let n = 0; n < 7; n += 1) form.requestSubmit();
         await until(() => tiles(".running").some(({ ariaLabel }) => ariaLabel.includes("step ")));
         const begun = [tiles(".running").length, asked];
@@ -774,10 +775,11 @@ def test_a_grid_compares_two_parameters_on_one_seed_and_is_saved_as_one_picture(
     assert got["seed"] == "5"
 
 
+@pytest.mark.usefixtures("slow_denoiser")
 def test_the_rows_of_a_request_are_shown_as_they_are_woven(tab: Tab, running: Running) -> None:
     got = tab.run(
         """
-        form.steps.value = 50;
+        form.steps.value = 200;
         form.requestSubmit();
         $("rows-tab").click();
         await until(() => document.querySelectorAll("#weft .pass").length > 1);
@@ -793,4 +795,4 @@ def test_the_rows_of_a_request_are_shown_as_they_are_woven(tab: Tab, running: Ru
     branches, threads = got
     assert branches == ["prompt", "negative"]
     assert len(threads) == 1
-    assert "of 50, apg, always, 2 rows" in threads[0]
+    assert "of 200, apg, always, 2 rows" in threads[0]
