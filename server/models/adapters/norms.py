@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from server.models.adapters.conversion import TrackedTensor
+    from server.models.adapters.target_layer import TargetLayer
 
 __all__ = ["NormChange", "PlacedNorm", "is_norm", "norm_of"]
 
@@ -86,30 +87,26 @@ def is_norm(module: nn.Module) -> TypeGuard[nn.LayerNorm | nn.GroupNorm | nn.RMS
     return known and weight is not None and weight.ndim == 1
 
 
-def norm_of(
-    own: Mapping[str, TrackedTensor], where: str, weight: tuple[int, ...], model: str
-) -> PlacedNorm | None:
+def norm_of(own: Mapping[str, TrackedTensor], layer: TargetLayer) -> PlacedNorm | None:
     """Find the change of a norm; None if the layer is no norm, or the file does not change it.
 
     Args:
         own: tensors of the layer by the endings of their names.
-        where: description of the layer for error messages.
-        weight: shape of its weight.
-        model: name of the model.
+        layer: the layer.
 
     Raises:
-        AdapterMismatch: a tensor does not fit the norm; the message continues a sentence that
-            begins with the adapter's name.
+        AdapterMismatch: a tensor does not have one number for each channel of the norm.
     """
     moved = NORM_WEIGHT if NORM_WEIGHT in own else None
     bias = next((one for one in (NORM_BIAS, MOVED_BIAS) if one in own), None)
-    if len(weight) != 1 or moved == bias:
+    if len(layer.weight) != 1 or moved == bias:
         return None
-    placed = PlacedNorm(moved, bias, *weight)
+    placed = PlacedNorm(moved, bias, *layer.weight)
     for one in (own[ending] for ending in placed.endings):
-        if tuple(one.shape) != weight:
+        if tuple(one.shape) != layer.weight:
             raise AdapterMismatch(
-                f"has a change of the shape {list(one.shape)} ({listed(one.sources)}) for {where}, "
-                f"a norm of {weight[0]} channels in model {model!r}"
+                f"has a change of the shape {list(one.shape)} ({listed(one.sources)}) for "
+                f"{layer.description}, a norm of {placed.channels} channels in model "
+                f"{layer.model!r}"
             )
     return placed

@@ -31,6 +31,7 @@ from server.models.adapters.naming import (
 from server.models.adapters.norms import PlacedNorm, is_norm, norm_of
 from server.models.adapters.original_layers import ORIGINAL, Original
 from server.models.adapters.peft_config import PeftConfig
+from server.models.adapters.target_layer import TargetLayer
 from server.models.adapters.vectors import PlacedBias, PlacedMagnitude, bias_of, magnitude_of
 from server.models.gguf.layers import conv_shape
 from server.models.streamed import at_rest
@@ -269,8 +270,9 @@ def place(header: Header, target: Target) -> PlacedChanges:
         _check(target, part, layer, shapes)
         config = header.config_of(part)
         scale = _scale(header, config, layer, down, shapes[0][0])
-        where = f"the layer {layer} of {part}", target.layers[part][layer], target.model
-        magnitude, bias = magnitude_of(own, *where), bias_of(own, *where, scale=scale)
+        where = f"the layer {layer} of {part}"
+        matched = TargetLayer(where, target.layers[part][layer], target.model)
+        magnitude, bias = magnitude_of(own, matched), bias_of(own, matched, scale=scale)
         if magnitude is None and config.is_dora:
             raise AdapterMismatch(
                 f"is a DoRA ({config.source} says so) without the lora_magnitude_vector of "
@@ -291,7 +293,7 @@ def _norm(
     target: Target, part: str, layer: str, own: Mapping[str, TrackedTensor]
 ) -> PlacedNorm | None:
     weight = target.layers.get(part, {}).get(layer, ())
-    return norm_of(own, f"{layer} of {part}", weight, target.model)
+    return norm_of(own, TargetLayer(f"{layer} of {part}", weight, target.model))
 
 
 def _sources(own: Mapping[str, TrackedTensor], change: Placed | PlacedNorm) -> frozenset[str]:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from server.models.adapters.conversion import TrackedTensor
     from server.models.adapters.magnitude import Axis
+    from server.models.adapters.target_layer import TargetLayer
 
 __all__ = ["PlacedBias", "PlacedMagnitude", "bias_of", "magnitude_of"]
 
@@ -48,25 +49,20 @@ class PlacedBias:
     scale: float
 
 
-def magnitude_of(
-    own: Mapping[str, TrackedTensor], where: str, weight: tuple[int, ...], model: str
-) -> PlacedMagnitude | None:
+def magnitude_of(own: Mapping[str, TrackedTensor], layer: TargetLayer) -> PlacedMagnitude | None:
     """Find the magnitudes of a layer; None if the file has none.
 
     Args:
         own: tensors of the layer by the endings of their names.
-        where: description of the layer for error messages.
-        weight: shape of its weight.
-        model: name of the model.
+        layer: the layer.
 
     Raises:
-        AdapterMismatch: they do not fit the layer; the message continues a sentence that begins
-            with the adapter's name.
+        AdapterMismatch: there is not one magnitude for each output or input of the layer.
     """
     ending = next((one for one in (SIZE_BLENDED, SIZE) if one in own), None)
     if ending is None:
         return None
-    out, features, *kernel = weight
+    out, features, *kernel = layer.weight
     ones = (1,) * len(kernel)
     axes: dict[tuple[int, ...], Axis] = {(1, features, *ones): INPUTS, (out, 1, *ones): OUTPUTS}
     if ending == SIZE:
@@ -74,40 +70,32 @@ def magnitude_of(
     size, [source] = tuple(own[ending].shape), own[ending].sources
     if size not in axes:
         raise AdapterMismatch(
-            f"has sizes of the shape {list(size)} ({listed([source])}) for {where}, whose weight "
-            f"has the shape {list(weight)} in model {model!r}"
+            f"has sizes of the shape {list(size)} ({listed([source])}) for {layer.description}, "
+            f"whose weight has the shape {list(layer.weight)} in model {layer.model!r}"
         )
     return PlacedMagnitude(ending, source, axes[size], blended=ending == SIZE_BLENDED)
 
 
 def bias_of(
-    own: Mapping[str, TrackedTensor],
-    where: str,
-    weight: tuple[int, ...],
-    model: str,
-    *,
-    scale: float,
+    own: Mapping[str, TrackedTensor], layer: TargetLayer, *, scale: float
 ) -> PlacedBias | None:
     """Find the change of a layer's bias; None if the file has none.
 
     Args:
         own: tensors of the layer by the endings of their names.
-        where: description of the layer for error messages.
-        weight: shape of its weight.
-        model: name of the model.
+        layer: the layer.
         scale: alpha / rank, which also multiplies peft's change of a bias.
 
     Raises:
-        AdapterMismatch: it does not fit the layer; the message continues a sentence that begins
-            with the adapter's name.
+        AdapterMismatch: there is not one change for each output of the layer.
     """
     ending = next((one for one in (MOVED_BIAS, FACTOR_BIAS) if one in own), None)
     if ending is None:
         return None
     size = tuple(own[ending].shape)
-    if size != weight[:1]:
+    if size != layer.weight[:1]:
         raise AdapterMismatch(
             f"has a change of a bias of the shape {list(size)} ({listed(own[ending].sources)}) for "
-            f"{where}, which has {weight[0]} outputs in model {model!r}"
+            f"{layer.description}, which has {layer.weight[0]} outputs in model {layer.model!r}"
         )
     return PlacedBias(ending, 1.0 if ending == MOVED_BIAS else scale)
