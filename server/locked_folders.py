@@ -10,7 +10,7 @@ from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-__all__ = ["locked", "remove_left"]
+__all__ = ["locked", "remove_abandoned"]
 
 
 @contextmanager
@@ -37,7 +37,7 @@ def locked(folder: Path, *, wait: bool) -> Generator[bool]:
         os.close(opened)
 
 
-def remove_left(parent: Path, prefix: str, *, older_than_s: float = 0.0) -> None:
+def remove_abandoned(parent: Path, prefix: str, *, older_than_s: float = 0.0) -> None:
     """Remove folders that no process has locked.
 
     Args:

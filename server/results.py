@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Final
 
 from server.errors import InvalidRequest, NotReady, UnknownResult
 from server.image_codec import OutputFormat
-from server.locked_folders import locked, remove_left
+from server.locked_folders import locked, remove_abandoned
 
 if TYPE_CHECKING:
     from server.blobs import Blobs
@@ -225,7 +225,7 @@ class Results:
 
     def _temporary(self) -> str:
         # Removes temporary folders of servers that were killed.
-        remove_left(Path(tempfile.gettempdir()), TEMPORARY, older_than_s=STABLE_AGE_S)
+        remove_abandoned(Path(tempfile.gettempdir()), TEMPORARY, older_than_s=STABLE_AGE_S)
         folder = tempfile.mkdtemp(prefix=TEMPORARY)
         held = ExitStack()
         held.enter_context(locked(Path(folder), wait=False))

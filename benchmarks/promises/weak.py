@@ -50,7 +50,7 @@ def weaken() -> None:
     _replace(picture, "MAX_ASPECT_RATIO", MANY)
     for method in ("_uploaded", "_decoded"):
         _replace(DecodePool, method, _decode_in_a_thread)
-    _replace(making, "unless_disconnected", _whether_or_not_disconnected)
+    _replace(making, "cancel_on_disconnect", _whether_or_not_disconnected)
     _replace(errors, "explain", _stumble)
     _replace(newcomers, "varied_noise", _any_noise)
     serve_in_order()
@@ -66,7 +66,7 @@ def serve_in_order() -> None:
     """Replace fair shares of the device by first come, first served."""
     _replace(selection, "fair_tick", _oldest_first)
     _replace(fair_queue.Turns, "flow_due", lambda *_: True)
-    _replace(fair_queue.Turns, "standing", lambda *_: (0.0, 0.0))
+    _replace(fair_queue.Turns, "virtual_times_of", lambda *_: (0.0, 0.0))
 
 
 def _replace(owner: Any, name: str, value: Any) -> None:

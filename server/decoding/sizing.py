@@ -9,7 +9,7 @@ from typing import Literal
 from PIL import Image, ImageOps
 from PIL.Image import Resampling
 
-__all__ = ["Mode", "PictureTarget", "ResizeMode", "brought_to", "fit"]
+__all__ = ["Mode", "PictureTarget", "ResizeMode", "fit", "resize_to"]
 
 ResizeMode = Literal["stretch", "crop", "fill"]
 """Treatment of other proportions: stretch the picture, crop it around its middle, or fit it in and
@@ -91,7 +91,7 @@ class PictureTarget:
         return max(steps, 1) * self.multiple
 
 
-def brought_to(image: Image.Image, target: PictureTarget, max_pixels: int) -> Image.Image:
+def resize_to(image: Image.Image, target: PictureTarget, max_pixels: int) -> Image.Image:
     """Resample a picture to its target, but leave it if that has more than ``max_pixels``."""
     width, height = target.size_of(image.width, image.height, max_pixels)
     if target.mode == "middle":

@@ -18,7 +18,7 @@ from typing import IO, Any
 from PIL import Image, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
 
 from server.decoding.picture import MaskForm, decode_mask, decode_picture, file_of
-from server.decoding.sizing import PictureTarget, brought_to
+from server.decoding.sizing import PictureTarget, resize_to
 from server.decoding.texts import texts_of
 from server.errors import InvalidRequest, TooLarge
 
@@ -139,7 +139,7 @@ def decoded(job: DecodingJob, data: bytes) -> Image.Image:
         image = decode_picture(data, field=job.field, max_pixels=job.max_pixels)
     else:
         image = decode_mask(data, field=job.field, max_pixels=job.max_pixels, form=job.mask)
-    return brought_to(image, job.target, job.max_resampled)
+    return resize_to(image, job.target, job.max_resampled)
 
 
 if __name__ == "__main__":

@@ -135,7 +135,7 @@ class Engine:
         self.measurements = EngineMeasurements()
         self.row_watch = RowWatch()
         self._models = dict(models)
-        self._asked_budget = row_budget
+        self._requested_budget = row_budget
         self._deterministic = deterministic
         self._on_failure = on_failure
         self._guessed_costs = guessed_costs
@@ -175,7 +175,7 @@ class Engine:
         self._reports = Reports(self._device)
         self._uncounted: set[Sequence] = set()
         self._arrived = Arrivals()
-        self._left_waiting = 0
+        self._deferred = 0
         self._active: list[Sequence] = []
         self._decoder = Decoder(
             self._device,
@@ -367,7 +367,7 @@ class Engine:
                 self._on_failure()
 
     def _warm_up(self) -> None:
-        max_rows = self._asked_budget or MAX_ROWS
+        max_rows = self._requested_budget or MAX_ROWS
         results: dict[str, WarmUpResult] = {}
         for name, model in self._models.items():
             result = results[name] = warm_up(model, max_rows, self._guessed_costs)
@@ -375,7 +375,7 @@ class Engine:
             self._costs.start(name, model.default_shape, result.cost)
         fixed: int | None = None
         if self._deterministic:
-            fixed = self._asked_budget or common_fixed_rows(results.values())
+            fixed = self._requested_budget or common_fixed_rows(results.values())
             fixed = -(-fixed // FIXED_ROWS_MULTIPLE) * FIXED_ROWS_MULTIPLE
             self.measurements.fixed_rows = fixed
             log.info("deterministic: a forward pass has %d rows", fixed)
@@ -409,7 +409,7 @@ class Engine:
         """Wait at most ``max_s`` seconds for more newcomers or chores; return whether any came."""
         with self._wake:
             return self._wake.wait_for(
-                lambda: len(self._arrived) > self._left_waiting or bool(self._chores), max_s
+                lambda: len(self._arrived) > self._deferred or bool(self._chores), max_s
             )
 
     def _tick(self) -> None:
@@ -440,7 +440,7 @@ class Engine:
                 ordinary,
                 lambda one: pictures.take(one, due=turns.flow_due(one.flow, MAX_LEAD_S)),
             )
-            self._left_waiting = len(self._arrived)
+            self._deferred = len(self._arrived)
         self._active.extend(newcomers)
         cancelled = {sequence for sequence in self._active if sequence.submission.cancelled}
         for sequence in cancelled:

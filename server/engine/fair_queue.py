@@ -57,7 +57,7 @@ class FairQueue(Generic[Key]):
         self._weight_of = weight_of
         self._endless = endless
         self._served = 0.0
-        self._had: dict[Key, float] = {}
+        self._virtual_times: dict[Key, float] = {}
         self._waiting: set[Key] = set()
 
     def wait(self, waiting: Collection[Key]) -> None:
@@ -66,25 +66,29 @@ class FairQueue(Generic[Key]):
         Newcomers begin before the clock if others had work already, otherwise at it. A key without
         work is forgotten once it would begin there as a newcomer.
         """
-        known = [self._had[one] for one in waiting if one in self._waiting]
+        known = [self._virtual_times[one] for one in waiting if one in self._waiting]
         if known:
             equal = self._served / len(self._waiting) if self._endless else 0.0
             self.clock = max(self.clock + equal, min(known))
         self._served = 0.0
         start = self._start if known else lambda _: self.clock
-        had = {one: self._had.get(one, start(one)) for one in waiting}
-        had |= {one: max(start(one), had[one]) for one in waiting if one not in self._waiting}
-        self._had = {one: spent for one, spent in self._had.items() if spent > start(one)} | had
+        virtual_times = {one: self._virtual_times.get(one, start(one)) for one in waiting}
+        virtual_times |= {
+            one: max(start(one), virtual_times[one]) for one in waiting if one not in self._waiting
+        }
+        self._virtual_times = {
+            one: spent for one, spent in self._virtual_times.items() if spent > start(one)
+        } | virtual_times
         self._waiting = set(waiting)
 
-    def had(self, one: Key) -> float:
+    def virtual_time(self, one: Key) -> float:
         """Virtual time of a key; the one with the least is next."""
-        return self._had.get(one, self._start(one))
+        return self._virtual_times.get(one, self._start(one))
 
     def charge(self, one: Key, seconds: float) -> None:
         """Charge seconds of the device to a key."""
         by_weight = seconds / self._weight_of(one)
-        self._had[one] = self.had(one) + by_weight
+        self._virtual_times[one] = self.virtual_time(one) + by_weight
         self._served += by_weight
 
     def _start(self, one: Key) -> float:
@@ -136,22 +140,23 @@ class Turns:
 
     def clients(self) -> Mapping[Client, float]:
         """Virtual times of the clients that have work."""
-        return {client: self._clients.had(client) for client in self._waiting}
+        return {client: self._clients.virtual_time(client) for client in self._waiting}
 
     def kinds(self, client: Client) -> Mapping[Hashable, float]:
         """Virtual times of a client's flows that have work, by their kind."""
         queue = self._kinds[client]
-        return {kind: queue.had(kind) for kind in self._waiting.get(client, ())}
+        return {kind: queue.virtual_time(kind) for kind in self._waiting.get(client, ())}
 
-    def standing(self, flow: Flow) -> tuple[float, float]:
+    def virtual_times_of(self, flow: Flow) -> tuple[float, float]:
         """Virtual times of its client, and of the flow within its client; the least is next."""
         kinds = self._kinds.get(flow.client)
-        return self._clients.had(flow.client), -inf if kinds is None else kinds.had(flow.kind)
+        own = -inf if kinds is None else kinds.virtual_time(flow.kind)
+        return self._clients.virtual_time(flow.client), own
 
     def due(self, client: Client, latest: float) -> bool:
         """Whether a client is owed service, or its virtual time is at most ``latest``."""
-        had = self._clients.had(client)
-        return had < self._clients.clock or had <= latest
+        own = self._clients.virtual_time(client)
+        return own < self._clients.clock or own <= latest
 
     def flow_due(self, flow: Flow, within_s: float) -> bool:
         """Whether it is a flow's turn, or it is ahead of those before it by at most ``within_s``.
@@ -160,7 +165,7 @@ class Turns:
         """
         if flow.kind not in self._waiting.get(flow.client, ()):
             return False
-        own, kinds = self._kinds[flow.client].had(flow.kind), self.kinds(flow.client)
+        own, kinds = self._kinds[flow.client].virtual_time(flow.kind), self.kinds(flow.client)
         latest = min(self.clients().values()) + within_s
         return self.due(flow.client, latest) and own <= min(kinds.values()) + within_s
 

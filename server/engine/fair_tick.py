@@ -64,7 +64,7 @@ def fair_tick(
     ]
     clients = {units[i].flow.client for i in (*here, *mixable)}
     # Relative to clients that can run now: others may be ahead of all of them, and have to wait.
-    latest = turns.standing(units[first].flow)[0] + costs.max_tick_s
+    latest = turns.virtual_times_of(units[first].flow)[0] + costs.max_tick_s
     owed = {client for client in clients if turns.due(client, latest)}
     due = [i for i in here if i in ready and units[i].flow.client in owed]
     wanted = [units[i].rows for i in due]
@@ -123,12 +123,14 @@ def _turn_by_turn(
         waiting.setdefault(client, {}).setdefault(kind, deque()).append(i)
     prices = {lane: costs.seconds_a_row for lane, costs in lanes.items()}
     clients = [
-        (turns.standing(units[i].flow)[0], number, client)
+        (turns.virtual_times_of(units[i].flow)[0], number, client)
         for number, (client, i) in enumerate(_firsts(waiting))
     ]
     heapify(clients)
     own = {
-        client: {kind: turns.standing(units[queue[0]].flow)[1] for kind, queue in kinds.items()}
+        client: {
+            kind: turns.virtual_times_of(units[queue[0]].flow)[1] for kind, queue in kinds.items()
+        }
         for client, kinds in waiting.items()
     }
     while clients:

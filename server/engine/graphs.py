@@ -224,7 +224,7 @@ class Graphs:
         self._repeatable: dict[Hashable, bool] = {}
         self._ends: dict[Hashable, int] = {}
         self._failures: Counter[Hashable] = Counter()
-        self._rests_until = -inf
+        self._paused_until = -inf
         self._generation = 0
         # On its first use torch imports modules for seconds, which no image should wait for.
         unrepeatable(lambda: torch.empty(1), torch.device("cpu"))
@@ -413,10 +413,10 @@ class Graphs:
 
     def _rest(self) -> None:
         self._wanted = {}
-        self._rests_until = monotonic() + PAUSE_AFTER_SHORTAGE_S
+        self._paused_until = monotonic() + PAUSE_AFTER_SHORTAGE_S
 
     def _may_be_recorded(self, shape: Shape) -> bool:
-        if monotonic() < self._rests_until or not self._repeatable.get(shape.kind, True):
+        if monotonic() < self._paused_until or not self._repeatable.get(shape.kind, True):
             return False
         return shape.rows < self._ends.get(shape.kind, inf)
 

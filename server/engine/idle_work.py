@@ -67,7 +67,7 @@ class IdleWork:
             self._preparation = Preparation(recorder_of, max_bytes, fixed=fixed)
         self._undisturbed = Lock()
         self._settled = False
-        self._rests_until = -inf
+        self._paused_until = -inf
 
     @contextmanager
     def undisturbed(self) -> Generator[None]:
@@ -173,7 +173,7 @@ class IdleWork:
         Args:
             max_s: maximum seconds that it may take.
         """
-        if self._preparation is None or monotonic() < self._rests_until:
+        if self._preparation is None or monotonic() < self._paused_until:
             return
         piece = self._preparation.next_beside_ticks(max_s)
         if piece is None or not self._undisturbed.acquire(blocking=False):
@@ -183,7 +183,7 @@ class IdleWork:
             self._do(piece)
         finally:
             self._undisturbed.release()
-        self._rests_until = monotonic() + PIECE_REST * (monotonic() - began)
+        self._paused_until = monotonic() + PIECE_REST * (monotonic() - began)
 
     def _next(self) -> float | None:
         """Run a piece; return the seconds to wait before the next one, or None if none is left."""

@@ -175,7 +175,7 @@ class Selection:
     def recalling(self, active: Listed[Sequence]) -> list[Sequence]:
         """Images that recall their next stage, as many as a tick may have rows."""
         waiting = [one for one in active if one.recalls]
-        waiting.sort(key=lambda one: (not one.live, self.turns.standing(one.flow)))
+        waiting.sort(key=lambda one: (not one.live, self.turns.virtual_times_of(one.flow)))
         max_rows = min([self._measurements.row_budget, *(one.lane.row_cap.rows for one in waiting)])
         fitting = bisect_right([*accumulate(one.rows for one in waiting)], max_rows)
         return waiting[: max(1, fitting)]

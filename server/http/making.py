@@ -15,7 +15,7 @@ from server.service.generation import Generation
 from server.service.pictures import Pictures
 from server.service.service import Service
 
-__all__ = ["make", "unless_disconnected"]
+__all__ = ["cancel_on_disconnect", "make"]
 
 Made = TypeVar("Made")
 
@@ -35,7 +35,7 @@ async def make(
         WeftError: the errors of :meth:`Service.admit` and :meth:`Service.pictures`.
     """
     work = _made(service, body, identifier, client_of(request))
-    return await unless_disconnected(request, work)
+    return await cancel_on_disconnect(request, work)
 
 
 async def _made(
@@ -48,7 +48,7 @@ async def _made(
         service.release(generation)
 
 
-async def unless_disconnected(request: Request, work: Coroutine[Any, Any, Made]) -> Made | None:
+async def cancel_on_disconnect(request: Request, work: Coroutine[Any, Any, Made]) -> Made | None:
     """Return the result of `work`; None if the client disconnects first, which cancels the work."""
     working = asyncio.ensure_future(work)
     watching = asyncio.ensure_future(_disconnected(request))

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from server.models.defaults import ModelDefaults
 
-__all__ = ["STATED", "distilled_as", "distilled_spacing", "is_called_turbo", "stated"]
+__all__ = ["STATED", "distilled_as", "distilled_spacing", "has_turbo_name", "stated"]
 
 logger = logging.getLogger(__name__)
 
@@ -205,7 +205,7 @@ def _distilled_by_scheduler(
         case "EulerDiscreteScheduler" | "EulerAncestralDiscreteScheduler" as kind:
             trailing = scheduler.get("timestep_spacing") == "trailing"
             of_noise = scheduler.get("prediction_type", "epsilon") == "epsilon"
-            if not (trailing and of_noise and is_called_turbo(folder, "unet")):
+            if not (trailing and of_noise and has_turbo_name(folder, "unet")):
                 return None
             ancestral = kind == "EulerAncestralDiscreteScheduler"
             reason = "its configs are named after a Turbo model, and its scheduler is trailing"
@@ -225,7 +225,7 @@ def _by_config(name: str, reason: str, scheduler: Mapping[str, Any]) -> ModelDef
     return defaults_by(name, reason, spacing=spacing, steps=min(CONVENTIONS[name].steps, max_steps))
 
 
-def is_called_turbo(folder: Path, denoiser: str) -> bool:
+def has_turbo_name(folder: Path, denoiser: str) -> bool:
     """Whether the original path that diffusers recorded contains the word turbo.
 
     Args:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from server.errors import ModelMismatch
 from server.models.autoencoder import Autoencoder
 from server.models.folder import AUTOENCODER, Revisions, chunks_of, read_json
-from server.models.own_memory import give_own_memory
+from server.models.own_memory import copy_to_own_memory
 from server.models.prefixes import own_prefix
 from server.models.tiny_autoencoder import (
     HALVES,
@@ -156,7 +156,7 @@ def add_tiny_autoencoder(model: HostedModel, path: Path) -> None:
     if weights is None:
         raise ModelMismatch(f"vae {path.name!r} is not a tiny autoencoder.")
     tiny = Autoencoder(_tiny(model, path, weights)[0], model.device)
-    give_own_memory(tiny.network, model.device)
+    copy_to_own_memory(tiny.network, model.device)
     revisions = Revisions(model.facts.revision, model.facts.denoiser)
     revision = with_autoencoder(revisions, path).weights
     model.tiny = tiny

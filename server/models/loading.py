@@ -28,7 +28,7 @@ from server.models.linear_fits import LinearFits
 from server.models.parts import check_loaded
 from server.models.pixart import load_pixart
 from server.models.placement import Placement
-from server.models.placing import put_on_device
+from server.models.placing import move_to_device
 from server.models.qwen_image import load_qwen_image
 from server.models.sana import load_sana, load_sana_sprint
 from server.models.stable_diffusion import load_stable_diffusion
@@ -140,7 +140,7 @@ def load_model(
         check_loaded(folder, model.modules())
         if vae is not None:
             give_autoencoder(model, vae)
-        put_on_device(model, placement or Placement())
+        move_to_device(model, placement or Placement())
         if _stamps(folder) != before:
             # Its parts may be from before or after the change, and so have no revision.
             raise ModelMismatch(

@@ -20,10 +20,10 @@ __all__ = [
     "HOST",
     "DeviceMemory",
     "attainable_bytes",
+    "check_memory_for",
     "measure",
     "reclaim",
-    "refused_if_full",
-    "room_for",
+    "refuse_if_out_of_memory",
     "unused_bytes",
 ]
 
@@ -78,7 +78,7 @@ def attainable_bytes(device: torch.device) -> int:
 
 
 @contextmanager
-def room_for(called: str, needed: int, device: torch.device) -> Generator[None]:
+def check_memory_for(called: str, needed: int, device: torch.device) -> Generator[None]:
     """Refuse weights that do not fit into the free memory of a device.
 
     They are loaded inside the ``with`` block, during which a tick of the engine may still allocate
@@ -95,12 +95,12 @@ def room_for(called: str, needed: int, device: torch.device) -> Generator[None]:
     free = measure(device).free
     if needed > free:
         raise _no_room(called, needed, f"of which {free} are free")
-    with refused_if_full(called, needed):
+    with refuse_if_out_of_memory(called, needed):
         yield
 
 
 @contextmanager
-def refused_if_full(called: str, needed: int) -> Generator[None]:
+def refuse_if_out_of_memory(called: str, needed: int) -> Generator[None]:
     """Refuse weights if loading them runs out of device memory.
 
     Args:

@@ -17,10 +17,10 @@ from server.models.memory import HOST
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["give_own_memory"]
+__all__ = ["copy_to_own_memory"]
 
 
-def give_own_memory(network: nn.Module, device: torch.device) -> None:
+def copy_to_own_memory(network: nn.Module, device: torch.device) -> None:
     """Copy a network's weights in place, unless they will be copied to another device anyway.
 
     They are copied one after another, so that at most one of them is in memory twice.

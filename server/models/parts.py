@@ -147,11 +147,11 @@ def build_network(
         for name, tensor in weights.items()
     }
     network.load_state_dict(cast, assign=True)
-    _keep_to_own_attention(network)
+    _use_torch_attention(network)
     return network.eval().requires_grad_(requires_grad=False)
 
 
-def _keep_to_own_attention(network: nn.Module) -> None:
+def _use_torch_attention(network: nn.Module) -> None:
     """Make a network use torch's own attention, whatever the environment says.
 
     ``DIFFUSERS_ATTN_BACKEND`` may name other backends; some run code from a hub or attend to

@@ -20,7 +20,7 @@ from server.models.folder import component_class, read_json
 from server.models.hosted import ModelFacts
 from server.models.parts import build_network, load_autoencoder
 from server.models.t5 import MARKERS, T5
-from server.models.text_side import lowered
+from server.models.text_side import to_lowercase
 from server.models.transformer_model import TRANSFORMER, TransformerModel, check_channels
 from server.models.unet_model import SCHEDULER, schedule_of
 
@@ -66,13 +66,13 @@ class MaskedT5:
 
     def count_tokens(self, text: str) -> int:
         """Number of tokens of a prompt, excluding the end marker; safe from any thread."""
-        return self._t5.count_tokens(lowered(text))
+        return self._t5.count_tokens(to_lowercase(text))
 
     def encode(
         self, prompts: Sequence[str | None], width: int, height: int, options: TextOptions
     ) -> list[Conditioning]:
         """Conditioning of each prompt at its own length; it does not depend on the image size."""
-        encoded = self._t5.encode([lowered(prompt or "") for prompt in prompts], masked=True)
+        encoded = self._t5.encode([to_lowercase(prompt or "") for prompt in prompts], masked=True)
         # Indexing by the mask copies: a view would keep the whole batch of prompts in memory.
         texts = [states[mask] for states, mask in zip(*encoded, strict=True)]
         return [Conditioning({TEXT: text}, len(text)) for text in texts]

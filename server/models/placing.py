@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Final
 
 import torch
 
-from server.models.own_memory import give_own_memory
+from server.models.own_memory import copy_to_own_memory
 from server.models.quantized import quantize
 from server.models.streamed import stream_blocks
 
@@ -14,12 +14,12 @@ if TYPE_CHECKING:
     from server.models.hosted import HostedModel
     from server.models.placement import Placement
 
-__all__ = ["put_on_device"]
+__all__ = ["move_to_device"]
 
 HOST: Final = torch.device("cpu")
 
 
-def put_on_device(model: HostedModel, placement: Placement) -> None:
+def move_to_device(model: HostedModel, placement: Placement) -> None:
     """Move the networks of a model to its device.
 
     Args:
@@ -35,5 +35,5 @@ def put_on_device(model: HostedModel, placement: Placement) -> None:
             stream_blocks(network, model.device)
         else:
             network.to(model.device)
-            give_own_memory(network, model.device)
+            copy_to_own_memory(network, model.device)
     model.placement = placement

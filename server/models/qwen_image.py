@@ -29,7 +29,7 @@ from server.models.pictured_text import (
     PicturedText,
     load_picture_processor,
 )
-from server.models.qwen_positions import keep_own_positions
+from server.models.qwen_positions import cache_positions_per_network
 from server.models.reference_tokens import tokens_beside, with_references
 from server.models.references import ReferencesRead
 from server.models.tiling import pixels_a_cell, with_tiles
@@ -105,7 +105,7 @@ class QwenDenoiser:
     def __init__(self, network: Any, control: QwenControl) -> None:
         self.network = network
         self._control = control
-        keep_own_positions(network)
+        cache_positions_per_network(network)
 
     def __call__(self, x: Tensor, t: Tensor, inputs: RowInputs) -> Tensor:
         """See ``HostedModel.evaluate``."""

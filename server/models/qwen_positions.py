@@ -5,13 +5,13 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any
 
-__all__ = ["keep_own_positions"]
+__all__ = ["cache_positions_per_network"]
 
 MAX_CACHED_SIZES = 32
 """Number of image sizes whose positions are cached, 2 MB each at 1024 x 1024 pixels."""
 
 
-def keep_own_positions(network: Any) -> None:
+def cache_positions_per_network(network: Any) -> None:
     """Let a network cache its positions per instance.
 
     diffusers caches them per class, which would keep those of networks that have been unloaded.

@@ -25,7 +25,7 @@ from server.models.distilled import stated
 from server.models.folder import component_class, read_json
 from server.models.hosted import ModelFacts
 from server.models.parts import load_network, load_text_encoder, load_tokenizer
-from server.models.text_side import lowered
+from server.models.text_side import to_lowercase
 from server.models.transformer_model import TRANSFORMER, TransformerModel, check_channels
 from server.models.unet_model import SCHEDULER
 
@@ -105,7 +105,7 @@ class InstructedGemma:
     def count_tokens(self, text: str) -> int:
         """Number of tokens of a prompt, excluding the start marker; safe from any thread."""
         with self._tokenizing:
-            return len(self._tokenizer(lowered(text), verbose=False).input_ids) - 1
+            return len(self._tokenizer(to_lowercase(text), verbose=False).input_ids) - 1
 
     def encode(
         self, prompts: Sequence[str | None], width: int, height: int, options: TextOptions
@@ -130,7 +130,7 @@ class InstructedGemma:
         return {"text_encoder": self._encoder}
 
     def _tokens_of(self, prompt: str | None) -> list[int]:
-        text = lowered((prompt or "").removeprefix(NEGATIVE))
+        text = to_lowercase((prompt or "").removeprefix(NEGATIVE))
         max_length = LENGTH
         if not _is_negative(prompt):
             text, max_length = INSTRUCTION + text, self._instruction + LENGTH - 2

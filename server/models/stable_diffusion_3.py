@@ -18,7 +18,7 @@ from server.models.clip import CLIP, clip_skips
 from server.models.conditioning import Conditioning
 from server.models.controls.sd3_control import SD3Control
 from server.models.conventions import defaults_by
-from server.models.distilled import is_called_turbo, stated
+from server.models.distilled import has_turbo_name, stated
 from server.models.flow_matching import SCHEDULER, FlowSchedules
 from server.models.folder import Revisions, read_json
 from server.models.hosted import ModelFacts
@@ -209,7 +209,7 @@ def _has_t5(folder: Path) -> bool:
 def _defaults_of(folder: Path) -> ModelDefaults:
     scheduler = read_json(folder, SCHEDULER)
     made = stated(folder, scheduler, embeds_scale=False, flow=True)
-    if made is None and is_called_turbo(folder, TRANSFORMER):
+    if made is None and has_turbo_name(folder, TRANSFORMER):
         made = defaults_by("sd35_turbo", "its configs are named after a Turbo model")
     elif made is None:
         made = defaults_by("sd3", "it is a StableDiffusion3Pipeline and nothing names it Turbo")

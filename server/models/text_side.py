@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from server.models.text_options import TextOptions
 
 
-def lowered(prompt: str) -> str:
+def to_lowercase(prompt: str) -> str:
     """Lowercase and strip a prompt, as the pipelines of PixArt and SANA do."""
     return prompt.lower().strip()
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from tempfile import mkdtemp
 from typing import TYPE_CHECKING, Final
 
-from server.locked_folders import locked, remove_left
+from server.locked_folders import locked, remove_abandoned
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -34,7 +34,7 @@ def unfinished(parent: Path) -> Generator[Path]:
     with ExitStack() as held:
         # One thread at a time, so that nobody removes a new folder that is not locked yet.
         with locked(parent, wait=True):
-            remove_left(parent, PREFIX)
+            remove_abandoned(parent, PREFIX)
             made = Path(mkdtemp(dir=parent, prefix=PREFIX))
             held.enter_context(locked(made, wait=False))
         try:

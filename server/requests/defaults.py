@@ -27,9 +27,9 @@ if TYPE_CHECKING:
     from server.requests.schema import Guidance
 
 __all__ = [
-    "guidance_despite",
     "guidance_for",
     "guidance_with",
+    "override_guidance",
     "own_defaults",
     "sampler_for",
     "spacing_for",
@@ -138,7 +138,7 @@ def guidance_with(given: Guidance, default: Guidance, model: str) -> Guidance:
     return merged(default, given, fields)
 
 
-def guidance_despite(given: Guidance, own: Guidance, reading: Reading) -> Guidance:
+def override_guidance(given: Guidance, own: Guidance, reading: Reading) -> Guidance:
     """Return the guidance of a request whose client sends a scale regardless of the model.
 
     Args:

@@ -148,13 +148,13 @@ def load_image_prompts(
     for place, (one, shown, region) in enumerate(zip(chosen, pictures, regions, strict=True)):
         if one.scale == 0:
             continue
-        shown_bytes = _shown_bytes(_found(place, one, model), len(shown), region, model)
+        kv_bytes = _kv_bytes(_found(place, one, model), len(shown), region, model)
         try:
             adapter = model.image_prompts.load(one.name)
         except ImagePromptMismatch as refusal:
             raise _refused(place, refusal) from None
         how = one.scale, one.start, one.end, region
-        loaded.append(ImagePromptUse(adapter, tuple(shown), shown_bytes, *how))
+        loaded.append(ImagePromptUse(adapter, tuple(shown), kv_bytes, *how))
     return tuple(loaded)
 
 
@@ -182,8 +182,8 @@ def unloaded_image_prompts(
         side, count = file.encoder.side, len(one.image)
         picture = torch.empty(3, side, side, device="meta")
         region = None if one.mask is None else torch.empty(height, width, device="meta")
-        shown_bytes = _shown_bytes(file, count, region, model)
-        uses.append(ImagePromptUse(UNLOADED, (picture,) * count, shown_bytes, region=region))
+        kv_bytes = _kv_bytes(file, count, region, model)
+        uses.append(ImagePromptUse(UNLOADED, (picture,) * count, kv_bytes, region=region))
     return tuple(uses)
 
 
@@ -199,13 +199,11 @@ def _refused(place: int, refusal: ImagePromptMismatch) -> InvalidRequest:
     return InvalidRequest(field, f"{field}: {refusal.message}")
 
 
-def _shown_bytes(
-    file: IPAdapterFile, pictures: int, region: Tensor | None, model: HostedModel
-) -> int:
+def _kv_bytes(file: IPAdapterFile, pictures: int, region: Tensor | None, model: HostedModel) -> int:
     attention = model.image_attention
     if attention is None:
         return 0
-    shown = attention.shown_bytes(pictures * file.tokens, model.dtype)
+    shown = attention.kv_bytes(pictures * file.tokens, model.dtype)
     if region is None:
         return shown
     height, width = region.shape

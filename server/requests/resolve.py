@@ -31,9 +31,9 @@ from server.requests.checks.guidance import check_guidance, check_windows, coeff
 from server.requests.checks.limits import check_limits, check_size, check_tokens
 from server.requests.controls import check_controls, settings_of_controls
 from server.requests.defaults import (
-    guidance_despite,
     guidance_for,
     guidance_with,
+    override_guidance,
     own_defaults,
     sampler_for,
     spacing_for,
@@ -120,7 +120,7 @@ def resolve(
     if request.guidance is not None and request.reading.rule_left_out:
         guidance = guidance_with(guidance, guidance_for(own, sampler), model.facts.name)
     if own is not None and request.reading.habitual and not request.reading.composes:
-        guidance = guidance_despite(guidance, guidance_of(own.rule, own.policy), request.reading)
+        guidance = override_guidance(guidance, guidance_of(own.rule, own.policy), request.reading)
     default_size = model.facts.default_width, model.facts.default_height
     width, height = upload_size or reference_size or default_size
     width, height = request.width or width, request.height or height

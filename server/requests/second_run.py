@@ -12,7 +12,7 @@ from server.requests.checks.limits import check_limits, check_size
 from server.requests.schema import ResolvedRequest
 from server.settings import Limits
 
-__all__ = ["check_hires", "naming_hires", "second_run", "warned_again"]
+__all__ = ["check_hires", "naming_hires", "new_warnings", "second_run"]
 
 FIELDS = ("width", "height", "steps", "strength")
 """Fields that a second run has of its own."""
@@ -81,7 +81,7 @@ def naming_hires() -> Generator[None]:
         raise
 
 
-def warned_again(first: Collection[str], second: Sequence[str]) -> tuple[str, ...]:
+def new_warnings(first: Collection[str], second: Sequence[str]) -> tuple[str, ...]:
     """Return the warnings that only the second run has.
 
     Args:

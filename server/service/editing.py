@@ -6,10 +6,10 @@ from server.errors import InvalidRequest
 from server.models.hosted import ModelFacts
 from server.requests.schema import GenerateRequest
 
-__all__ = ["edited_as"]
+__all__ = ["as_edit"]
 
 
-def edited_as(request: GenerateRequest, facts: ModelFacts) -> GenerateRequest:
+def as_edit(request: GenerateRequest, facts: ModelFacts) -> GenerateRequest:
     """Return the request with its image moved to the reference images, if the model reads these.
 
     A mask or a strength asks for a run that starts from the image, which every model supports.

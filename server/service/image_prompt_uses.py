@@ -17,7 +17,7 @@ from server.requests.schema import ResolvedRequest
 from server.service.pixels import pixels_tensor, region_tensor
 from server.service.uploads import Uploads
 
-__all__ = ["image_prompt_uses", "in_regions_again"]
+__all__ = ["image_prompt_uses", "rescale_regions"]
 
 
 def image_prompt_uses(
@@ -34,7 +34,7 @@ def image_prompt_uses(
     return load_image_prompts(request.image_prompts, pictures, _tensors(uploads.regions), model)
 
 
-def in_regions_again(
+def rescale_regions(
     uses: Sequence[ImagePromptUse], request: ResolvedRequest, uploads: Uploads
 ) -> tuple[ImagePromptUse, ...]:
     """Adapt image prompts to the second run, whose regions have the size of its images.

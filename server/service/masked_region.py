@@ -27,7 +27,7 @@ from server.requests.schema import DEFAULT_RESIZE_MODE, GenerateRequest
 from server.requests.upload import Upload
 from server.service.uploads import ACTS
 
-__all__ = ["Box", "Region", "around", "cut_out"]
+__all__ = ["Box", "Region", "around", "crop_to_mask"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +104,7 @@ def _widened(first: int, last: int, size: int, max_end: int) -> tuple[int, int]:
     return first, first + size
 
 
-async def cut_out(
+async def crop_to_mask(
     request: GenerateRequest,
     padding: int,
     size: tuple[int, int],

@@ -13,7 +13,7 @@ from server.requests.chosen import notes_for
 from server.requests.prompt_editing import timelines_of
 from server.requests.resolve import Prepared, make_plan, prepare, resolve, statistics_for
 from server.requests.schema import GenerateRequest, ResolvedRequest
-from server.requests.second_run import naming_hires, second_run, warned_again
+from server.requests.second_run import naming_hires, new_warnings, second_run
 from server.settings import Limits
 
 __all__ = ["Planner"]
@@ -64,7 +64,7 @@ class Planner:
         plan = self._plan(resolved, model, fitted_to)
         prepared = prepare(resolved, model, plan)
         second = self._second(resolved, model)
-        again = () if second is None else warned_again(prepared.warnings, second.warnings)
+        again = () if second is None else new_warnings(prepared.warnings, second.warnings)
         whole = replace(
             prepared,
             warnings=(*prepared.warnings, *again),

@@ -42,16 +42,16 @@ from server.requests.resolve import Prepared
 from server.requests.schema import GenerateRequest, ResolvedRequest
 from server.requests.second_run import naming_hires
 from server.requests.tasks import tasks_of
-from server.service.editing import edited_as
+from server.service.editing import as_edit
 from server.service.enlarging import started_from
 from server.service.generation import Generation
-from server.service.image_prompt_uses import image_prompt_uses, in_regions_again
+from server.service.image_prompt_uses import image_prompt_uses, rescale_regions
 from server.service.model_shelf import Lease, ModelShelf, ModelState, Source
 from server.service.pictures import Picture, Pictures, encoded, pictures_of
 from server.service.pixels import mask_tensor, pixels_tensor
 from server.service.planner import Planner
 from server.service.second_run import SecondRun
-from server.service.uploads import Uploads, decoded, decoded_for_their_size
+from server.service.uploads import Uploads, decode_for_size, decoded
 from server.service.waiting_line import WaitingLine
 from server.settings import Limits
 
@@ -332,8 +332,8 @@ class Service:
             room = held.enter_context(engine.reserve(runs * request.n, client=client, runs=runs))
             lease = self._leases[generation] = await shelf.lend(request.model)
             model = lease.model
-            request = edited_as(request, model.facts)
-            early = await decoded_for_their_size(request, model, self.decoding)
+            request = as_edit(request, model.facts)
+            early = await decode_for_size(request, model, self.decoding)
             sizes = early.size, early.reference_size
             prepared = await asyncio.to_thread(self.planner.prepare, request, model, *sizes)
             await asyncio.to_thread(_claim, engine, room, request, prepared[0], model)
@@ -451,7 +451,7 @@ def _tasks_again(
         adapters=first.adapters,
         embeddings=first.text.embeddings,
         controls=controls,
-        image_prompts=in_regions_again(first.image_prompts, second.request, uploads),
+        image_prompts=rescale_regions(first.image_prompts, second.request, uploads),
         references=first.references,
         seen=first.text.pictures,
     )

@@ -22,7 +22,7 @@ from server.requests.upload import Upload
 from server.service.mask_content import filled
 from server.service.reference_pictures import ReferencePictures, decoded_references
 
-__all__ = ["ACTS", "Early", "Uploads", "decoded", "decoded_for_their_size"]
+__all__ = ["ACTS", "Early", "Uploads", "decode_for_size", "decoded"]
 
 
 UNBOUNDED: Final = 2**60
@@ -69,7 +69,7 @@ class Early(NamedTuple):
     reference_size: tuple[int, int] | None = None
 
 
-async def decoded_for_their_size(
+async def decode_for_size(
     request: GenerateRequest, model: HostedModel, decoding: DecodePool
 ) -> Early:
     """Decode the image that determines the result's size, if the request does not give it.

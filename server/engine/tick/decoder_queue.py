@@ -75,7 +75,7 @@ class DecoderQueue:
             max_images: function that returns how many images of a flow may be taken, given the
                 first of them; 0 if the flow must wait for others.
         """
-        for flow in sorted(self._ordinary, key=self._turns.standing):
+        for flow in sorted(self._ordinary, key=self._turns.virtual_times_of):
             queue = self._ordinary[flow]
             if count := max_images(queue[0]):
                 taken = _of_one_call(queue, count)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from server.models.image_prompts.image_prompt import ImagePromptKV, ImagePromptUse, IPAdapter
     from server.models.image_prompts.unet_image_prompts import UNetImagePrompts
 
-__all__ = ["ImagePromptCache", "shown_to"]
+__all__ = ["ImagePromptCache", "keys_and_values_for"]
 
 log = logging.getLogger(__name__)
 
@@ -144,7 +144,7 @@ class ImagePromptCache:
         return {queries: part.to(self._model.dtype) for queries, part in found.items()}
 
 
-def shown_to(sequence: Sequence) -> tuple[ImagePromptKV, ...]:
+def keys_and_values_for(sequence: Sequence) -> tuple[ImagePromptKV, ...]:
     """Tokens that rows of an image attend to for each of its image prompts, once encoded.
 
     Raises:

@@ -14,7 +14,7 @@ from server.engine.faults import attempt
 from server.engine.state.noise import start_noise, varied_noise
 from server.engine.state.prompt_cache import PromptCache
 from server.engine.state.sequence import InpaintingData
-from server.engine.tick.image_prompts import ImagePromptCache, shown_to
+from server.engine.tick.image_prompts import ImagePromptCache, keys_and_values_for
 from server.engine.tick.pictures import encode_pictures, latents_of
 from server.models.blend import conditioning_of, texts_of
 
@@ -176,7 +176,7 @@ def _start(sequence: Sequence, lane: Lane) -> Start:
     ]
     sequence.channels = _channels(sequence, lane)
     sequence.hints = _hints(sequence, lane)
-    sequence.shown = shown_to(sequence)
+    sequence.shown = keys_and_values_for(sequence)
     if task.latents is not None:
         latents = task.latents.to(noise)
     elif task.image is not None:

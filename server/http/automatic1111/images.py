@@ -28,11 +28,11 @@ from server.http.automatic1111.jobs import ClientJob, JobsDep, owner_of
 from server.http.automatic1111.route import ERRORS, TolerantRoute
 from server.http.body import Share
 from server.http.dependencies import IdentifierDep, ServiceDep, client_of
-from server.http.making import unless_disconnected
+from server.http.making import cancel_on_disconnect
 from server.image_codec import resized
 from server.requests.automatic1111 import Img2Img, Translated, Txt2Img, translated
 from server.service.generation import Generation
-from server.service.masked_region import Region, cut_out
+from server.service.masked_region import Region, crop_to_mask
 from server.service.pictures import Picture
 from server.service.service import Service
 
@@ -64,7 +64,7 @@ async def txt2img(
     job = ClientJob(owner_of(request), wanted.request.n, wanted.request.steps or 0)
     with jobs.added(identifier, job):
         work = _made(service, wanted, job, identifier, client_of(request), request.state.share)
-        made = await unless_disconnected(request, work)
+        made = await cancel_on_disconnect(request, work)
     if made is None:
         return Response(status_code=499)
     generation, pictures = made
@@ -140,7 +140,7 @@ async def _made(
     request, region = wanted.request, None
     if wanted.padding is not None:
         service.check_room(client)
-        request, region = await cut_out(
+        request, region = await crop_to_mask(
             request, wanted.padding, wanted.size, service.decoding, share.hold
         )
     if job.interrupted:

@@ -16,7 +16,7 @@ from server.http.automatic1111.checkpoints import CheckpointsDep
 from server.http.automatic1111.jobs import owner_of
 from server.http.automatic1111.route import ERRORS, TolerantRoute
 from server.http.dependencies import ServiceDep
-from server.http.making import unless_disconnected
+from server.http.making import cancel_on_disconnect
 from server.service.model_shelf import ModelShelf
 
 __all__ = ["router"]
@@ -37,7 +37,7 @@ async def unload_checkpoint(
         )
     service.ready_engine()
     work = service.ready_shelf().unload(checkpoints.of(owner_of(request)))
-    await unless_disconnected(request, work)
+    await cancel_on_disconnect(request, work)
     return {}
 
 
@@ -48,7 +48,7 @@ async def reload_checkpoint(
     """Load the client's model, and respond once it is loaded."""
     service.ready_engine()
     work = _loaded(service.ready_shelf(), checkpoints.of(owner_of(request)))
-    await unless_disconnected(request, work)
+    await cancel_on_disconnect(request, work)
     return {}
 
 

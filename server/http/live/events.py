@@ -18,7 +18,7 @@ from server.http.body import JsonRoute
 from server.http.errors import ErrorBody, body_of
 from server.http.live.statistics_clock import StatisticsClock
 from server.http.live.stream import failure, header
-from server.http.making import unless_disconnected
+from server.http.making import cancel_on_disconnect
 from server.http.native.events import PING_S
 from server.image_codec import MEDIA_TYPES
 from server.requests.stream_schema import IMAGE_FIELDS, StreamSettings
@@ -62,7 +62,7 @@ async def stream_events(body: StreamSettings, request: Request) -> Response:
     session = streams.open(request.scope["state"].get("api_key"))
     try:
         # The model may have to be loaded first.
-        said = await unless_disconnected(request, session.change(fields))
+        said = await cancel_on_disconnect(request, session.change(fields))
         if said is None:
             streams.close(session)
             return Response(status_code=499)

@@ -10,7 +10,7 @@ from fastapi.responses import Response
 from server.http.body import JsonRoute
 from server.http.dependencies import IdentifierDep, ServiceDep, client_of
 from server.http.errors import ErrorBody
-from server.http.making import make, unless_disconnected
+from server.http.making import cancel_on_disconnect, make
 from server.http.native.answers import CancelResponse, GenerateResponse, completed
 from server.http.native.events import GenerationStream, Linking
 from server.http.native.negotiation import negotiate
@@ -63,7 +63,7 @@ async def generate(
     wanted, body = negotiate(request.headers.get("accept", ""), body)
     if wanted == "events":
         admitting = service.admit(body, identifier, client_of(request))
-        generation = await unless_disconnected(request, admitting)
+        generation = await cancel_on_disconnect(request, admitting)
         if generation is None:
             return Response(status_code=499)
         return GenerationStream(service, generation, _links(request, body))

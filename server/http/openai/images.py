@@ -17,7 +17,7 @@ from server.http.body import JsonRoute
 from server.http.dependencies import IdentifierDep, ServiceDep, client_of
 from server.http.errors import ErrorBody, body_of
 from server.http.forms import FormRoute
-from server.http.making import make, unless_disconnected
+from server.http.making import cancel_on_disconnect, make
 from server.http.native.events import PING_S, GenerationStream
 from server.http.openai.answers import Event, ImagesAnswer, Kind, answered, finished, previewed
 from server.http.results import links_to
@@ -111,7 +111,7 @@ async def _answer(
         )
     if body.stream:
         admitting = service.admit(wanted, identifier, client_of(request))
-        generation = await unless_disconnected(request, admitting)
+        generation = await cancel_on_disconnect(request, admitting)
         if generation is None:
             return Response(status_code=499)
         return ImagesStream(kind, service, generation, body.partial_images, ignored)

@@ -34,7 +34,7 @@ from server.models.adapters.placing import (
 from server.models.adapters.stated import stated_defaults
 from server.models.folder import chunks_of, without_folder
 from server.models.header import shapes_of
-from server.models.memory import refused_if_full
+from server.models.memory import refuse_if_out_of_memory
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -126,7 +126,7 @@ class AdapterFile:
         try:
             # Free memory is not checked in advance: adapters are small, and may use the share of a
             # GPU's memory that weights leave to activations.
-            with refused_if_full(f"adapter {self.name!r}", needed):
+            with refuse_if_out_of_memory(f"adapter {self.name!r}", needed):
                 parts, norms = self._loaded(device, dtype)
             revision = _revision(self.path)
         except (OSError, SafetensorError) as error:

@@ -10,8 +10,8 @@ from safetensors import SafetensorError, safe_open
 from server.errors import ControlMismatch, ModelMismatch
 from server.models.controls.control import Control
 from server.models.folder import HERE, about_folder, joint_stamp, read_json, stamp_of
-from server.models.memory import room_for
-from server.models.own_memory import give_own_memory
+from server.models.memory import check_memory_for
+from server.models.own_memory import copy_to_own_memory
 from server.models.parts import build_network
 from server.models.weight_files import NETWORK, bytes_of_part
 
@@ -108,7 +108,7 @@ class ControlFolder:
             Overloaded: they do not fit into the free memory of the device.
         """
         needed = self.nbytes(dtype)
-        with room_for(f"ControlNet {self.name!r}", needed, device):
+        with check_memory_for(f"ControlNet {self.name!r}", needed, device):
             try:
                 network: Any = build_network(
                     *self._folder_and_part, self.kind.kind, dtype, self.config
@@ -120,7 +120,7 @@ class ControlFolder:
                 raise ControlMismatch(
                     f"ControlNet {self.name!r} is not understood: {reason}."
                 ) from error
-            give_own_memory(network, device)
+            copy_to_own_memory(network, device)
             prepared = self.kind.prepared(network)
         return Control(self.name, prepared, needed, self.cost())
 

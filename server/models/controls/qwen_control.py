@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from server.models.controls.control_kind import first_misfit, first_outside
 from server.models.controls.row_controls import summed
 from server.models.controls.spread import in_runs
-from server.models.qwen_positions import keep_own_positions
+from server.models.qwen_positions import cache_positions_per_network
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping, Sequence
@@ -79,7 +79,7 @@ class QwenControl:
 
     def prepared(self, network: Any) -> Any:
         """See ``ControlKind.prepared``."""
-        keep_own_positions(network)
+        cache_positions_per_network(network)
         return network.to(self._device)
 
     def hint(self, network: Any, picture: Tensor) -> Tensor:

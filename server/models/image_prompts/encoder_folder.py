@@ -17,7 +17,7 @@ from server.models.folder import (
     without_folder,
 )
 from server.models.image_prompts.image_prompt import ImageEncoder
-from server.models.own_memory import give_own_memory
+from server.models.own_memory import copy_to_own_memory
 from server.models.parts import build_encoder
 from server.models.weight_files import TEXT_ENCODER, bytes_of_part
 
@@ -123,7 +123,7 @@ class EncoderFolder:
             raise ImagePromptMismatch(
                 f"image encoder {self.path.name!r} is not understood: {reason}."
             ) from error
-        give_own_memory(network, device)
+        copy_to_own_memory(network, device)
         mean, std = (torch.tensor(one).view(3, 1, 1).to(device) for one in (self.mean, self.std))
         return ImageEncoder(network.to(device), mean, std, self.nbytes(dtype))
 

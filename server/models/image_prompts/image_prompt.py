@@ -115,7 +115,7 @@ class ImagePromptUse:
         adapter: the IP-Adapter.
         pictures: images, each ``[3, side, side]`` float32 in [-1, 1], of the size that the encoder
             reads; the layers attend to the tokens of all of them together.
-        shown_bytes: memory of the keys and values computed from them, in bytes.
+        kv_bytes: memory of the keys and values computed from them, in bytes.
         scale: factor on the attention output.
         start: fraction of the run after which it begins to act.
         end: fraction of the run after which it no longer acts.
@@ -126,7 +126,7 @@ class ImagePromptUse:
 
     adapter: IPAdapter
     pictures: tuple[Tensor, ...]
-    shown_bytes: int
+    kv_bytes: int
     scale: float = 1.0
     start: float = 0.0
     end: float = 1.0
@@ -143,7 +143,7 @@ class ImagePromptUse:
     def nbytes(self) -> int:
         """Memory of the images, of the region and of the keys and values, in bytes."""
         region = 0 if self.region is None else self.region.nbytes
-        return self.shown_bytes + region + sum(one.nbytes for one in self.pictures)
+        return self.kv_bytes + region + sum(one.nbytes for one in self.pictures)
 
     def acts(self, stage: int, stages: int) -> bool:
         """Whether it acts at a stage of this many, counted from 0."""

@@ -20,7 +20,7 @@ from server.models.folder import joint_stamp, stamp_of, without_folder
 from server.models.header import shapes_of
 from server.models.image_prompts.encoder_folder import EncoderFolder, encoder_paths, subfolders
 from server.models.image_prompts.image_prompt import IPAdapter
-from server.models.memory import room_for
+from server.models.memory import check_memory_for
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -129,7 +129,7 @@ class IPAdapterFile:
         encoder = encoder or self.load_encoder(device, dtype)
         nbytes = self.own_bytes(dtype)
         try:
-            with room_for(f"IP-Adapter {self.name!r}", nbytes, device):
+            with check_memory_for(f"IP-Adapter {self.name!r}", nbytes, device):
                 state = load_file(self.path, backend="pread")
                 projection = _network(_part(state, PROJECTION)).to(dtype).to(device)
                 layers = torch.cat([state[name] for name in self.layers]).to(dtype).to(device)
@@ -151,7 +151,7 @@ class IPAdapterFile:
             ImagePromptMismatch: the files do not match the config.
             Overloaded: the weights do not fit into the free memory of the device.
         """
-        with room_for(f"IP-Adapter {self.name!r}", self.encoder.nbytes(dtype), device):
+        with check_memory_for(f"IP-Adapter {self.name!r}", self.encoder.nbytes(dtype), device):
             return self.encoder.load(device, dtype)
 
 

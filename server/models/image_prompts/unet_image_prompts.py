@@ -100,7 +100,7 @@ class UNetImagePrompts:
         weights = adapter.keys_and_values
         return ImagePromptKV(F.linear(pictures, weights), F.linear(nothing, weights), region)
 
-    def shown_bytes(self, tokens: int, dtype: torch.dtype) -> int:
+    def kv_bytes(self, tokens: int, dtype: torch.dtype) -> int:
         """Memory of a :class:`ImagePromptKV` of this many tokens without a region, in bytes."""
         return 2 * tokens * 2 * sum(self.widths.layers) * dtype.itemsize
 

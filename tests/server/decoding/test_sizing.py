@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers import CLIPImageProcessorPil
 
-from server.decoding.sizing import PictureTarget, ResizeMode, brought_to
+from server.decoding.sizing import PictureTarget, ResizeMode, resize_to
 
 LIMIT = 2**20
 SIDES = st.integers(1, 5000)
@@ -35,10 +35,10 @@ def row(image: Image.Image) -> list[int]:
 )
 def test_other_proportions_are_stretched_cropped_or_filled(mode: ResizeMode, black: int) -> None:
     tall = halves(64, 128)
-    brought = brought_to(tall, PictureTarget(128, 128, mode), LIMIT)
+    brought = resize_to(tall, PictureTarget(128, 128, mode), LIMIT)
     assert brought.size == (128, 128)
     assert sum(value < 128 for value in row(brought)) == black
-    wide = brought_to(halves(256, 64, "L"), PictureTarget(64, 64, mode), LIMIT)
+    wide = resize_to(halves(256, 64, "L"), PictureTarget(64, 64, mode), LIMIT)
     assert (wide.size, wide.mode) == ((64, 64), "L")
     assert sum(value < 128 for value in row(wide)) == 32
 
@@ -49,14 +49,14 @@ def test_what_is_cropped_lies_outside_and_what_is_filled_is_the_edge() -> None:
     image.paste(255, (0, 0, 16, 64))
     bright = {
         mode: sum(
-            value > 128 for value in row(brought_to(image, PictureTarget(64, 64, mode), LIMIT))
+            value > 128 for value in row(resize_to(image, PictureTarget(64, 64, mode), LIMIT))
         )
         for mode in ("stretch", "crop", "fill")
     }
     assert bright == {"stretch": 4, "crop": 0, "fill": 4}
     image = Image.new("L", (64, 256))
     image.paste(255, (0, 0, 16, 256))
-    filled = row(brought_to(image, PictureTarget(64, 64, "fill"), LIMIT))
+    filled = row(resize_to(image, PictureTarget(64, 64, "fill"), LIMIT))
     # The picture is 16 wide, and its left edge is repeated over 24 columns more.
     assert sum(value > 128 for value in filled) == 24 + 4
 
@@ -65,7 +65,7 @@ def test_what_is_cropped_lies_outside_and_what_is_filled_is_the_edge() -> None:
 def test_the_middle_is_what_the_image_processor_of_clip_shows(size: tuple[int, int]) -> None:
     noise = np.random.default_rng(1).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     image = Image.fromarray(noise)
-    middle = np.asarray(brought_to(image, PictureTarget(24, 24, "middle"), 1))
+    middle = np.asarray(resize_to(image, PictureTarget(24, 24, "middle"), 1))
     processor: Any = CLIPImageProcessorPil(size=24, crop_size=24, do_normalize=False)
     [shown] = processor(image, return_tensors="np").pixel_values
     assert np.array_equal(middle, (255 * shown).round().astype(np.uint8).transpose(1, 2, 0))

@@ -202,7 +202,7 @@ def test_released_recordings_give_all_their_memory_back_and_can_be_made_again(on
     reclaim(on_gpu.device)
     before = torch.cuda.memory_reserved()
     for _ in range(2):
-        graphs._rests_until = 0.0
+        graphs._paused_until = 0.0
         for rows in (2, 4):
             graphs.evaluate(*rows_of(on_gpu, rows, 1), cost)
         while graphs.wanted:

@@ -50,7 +50,7 @@ def oldest_first(
 FIRST_COME = {
     "server.engine.selection.fair_tick": oldest_first,
     "server.engine.fair_queue.Turns.flow_due": lambda *_: True,
-    "server.engine.fair_queue.Turns.standing": lambda *_: (0.0, 0.0),
+    "server.engine.fair_queue.Turns.virtual_times_of": lambda *_: (0.0, 0.0),
 }
 
 

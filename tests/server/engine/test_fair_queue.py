@@ -21,7 +21,7 @@ def served(queue: FairQueue[Client], waiting: list[Client], seconds: float) -> d
     had = dict.fromkeys(waiting, 0.0)
     for _ in range(round(seconds / 0.1)):
         queue.wait(waiting)
-        first = min(waiting, key=queue.had)
+        first = min(waiting, key=queue.virtual_time)
         queue.charge(first, 0.1)
         had[first] += 0.1
     return had
@@ -77,7 +77,7 @@ def test_a_client_s_flows_share_what_is_its_own():
     had = dict.fromkeys(flows, 0.0)
     for tick in range(400):
         turns.wait(flows, 0.1 * tick)
-        first = min(flows, key=turns.standing)
+        first = min(flows, key=turns.virtual_times_of)
         turns.charge(first, 0.1)
         had[first] += 0.1
     assert list(had.values()) == pytest.approx([10, 10, 20], abs=0.3)
@@ -112,7 +112,7 @@ def test_ever_new_sizes_leave_a_flow_that_stays_its_part():
         while len(left) < 2:
             left[Flow(A, next(sizes))] = 10
         turns.wait([stays, *left], 0.1 * tick)
-        first = min([stays, *left], key=turns.standing)
+        first = min([stays, *left], key=turns.virtual_times_of)
         turns.charge(first, 0.1)
         if first == stays:
             had += 1

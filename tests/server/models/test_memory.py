@@ -8,7 +8,7 @@ import torch
 
 from server.models import memory
 from server.models.memory import HOST, attainable_bytes, measure, reclaim
-from server.models.own_memory import give_own_memory
+from server.models.own_memory import copy_to_own_memory
 
 LIMIT, USED = 2**20, 2**19
 
@@ -96,7 +96,7 @@ def test_the_weights_of_an_unloaded_network_are_free_for_others(young_garbage: N
     before = process.memory_info().rss
     for _ in range(2):
         network = torch.nn.ParameterList([torch.zeros(2**18) for _ in range(48)])
-        give_own_memory(network, device)
+        copy_to_own_memory(network, device)
         others.append(torch.ones(2**18))
         del network
         reclaim(device)

@@ -15,7 +15,7 @@ from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as edit_p
 from PIL import Image
 from torch import Tensor
 
-from server.decoding.sizing import PictureTarget, brought_to
+from server.decoding.sizing import PictureTarget, resize_to
 from server.engine.state.noise import start_noise
 from server.engine.task import ImageTask
 from server.models import transformer_model
@@ -76,7 +76,7 @@ def asked(
     task = task_of(model, **given | fields)
     read, seen = (
         [
-            np.asarray(brought_to(one, PictureTarget(area=area, multiple=32), 10**6))
+            np.asarray(resize_to(one, PictureTarget(area=area, multiple=32), 10**6))
             for one in pictures
         ]
         for area in (PIXELS, seen_pixels)

@@ -129,7 +129,7 @@ def test_those_of_scale_0_are_not_loaded_and_what_is_not_loaded_is_counted(
     tokens = torch.zeros(10, attention.widths.text)
     keys = attention.shown(use.adapter, tokens, tokens)[:2]
     held = sum(one.nbytes for one in (*keys, *region.values()))
-    assert counted.shown_bytes == use.shown_bytes == held
+    assert counted.kv_bytes == use.kv_bytes == held
     assert counted.nbytes == use.nbytes == held + 4 * (2 * 3 * SIDE**2 + 16 * 24)
 
 

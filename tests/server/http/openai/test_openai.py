@@ -224,7 +224,7 @@ def test_an_edit_streams_events_of_its_own(sdk: OpenAI) -> None:
     assert [event.type for event in events] == ["image_edit.completed"]
 
 
-def edited_as(images: Any, **more: Any) -> Callable[[OpenAI], Any]:
+def as_edit(images: Any, **more: Any) -> Callable[[OpenAI], Any]:
     """A call that posts references to images as JSON."""
     body = {"prompt": "x", "images": images} | more
     return lambda sdk: sdk.post("/images/edits", cast_to=ImagesResponse, body=body)
@@ -259,32 +259,32 @@ REFUSED: dict[str, tuple[Callable[[OpenAI], Any], Refused]] = {
         (BAD, "mask", "no transparent pixel"),
     ),
     "remote image": (
-        edited_as([{"image_url": DATA_URL}, {"image_url": "https://example.com/source.png"}]),
+        as_edit([{"image_url": DATA_URL}, {"image_url": "https://example.com/source.png"}]),
         (BAD, "images.1.image_url", "'https://example.com/source.png', which is not fetched"),
     ),
     "remote mask": (
-        edited_as([{"image_url": DATA_URL}], mask={"image_url": "http://169.254.169.254/"}),
+        as_edit([{"image_url": DATA_URL}], mask={"image_url": "http://169.254.169.254/"}),
         (BAD, "mask.image_url", "which is not fetched; send a data URL"),
     ),
     "uploaded file": (
-        edited_as([{"file_id": "file-abc123"}]),
+        as_edit([{"file_id": "file-abc123"}]),
         (BAD, "images.0.file_id", "no files are stored here; send image_url with a data URL"),
     ),
     "unknown field of a reference": (
-        edited_as([{"image_url": DATA_URL, "detail": "high"}]),
+        as_edit([{"image_url": DATA_URL, "detail": "high"}]),
         (BAD, "images.0.detail", "only image_url is allowed"),
     ),
     "text in place of a reference": (
-        edited_as([DATA_URL]),
+        as_edit([DATA_URL]),
         (BAD, "images.0", "must be an object with image_url"),
     ),
-    "no images": (edited_as([]), (BAD, "images", "must be a list of 1 to 4 objects")),
+    "no images": (as_edit([]), (BAD, "images", "must be a list of 1 to 4 objects")),
     "images of both kinds": (
-        edited_as([{"image_url": DATA_URL}], image=DATA_URL),
+        as_edit([{"image_url": DATA_URL}], image=DATA_URL),
         (BAD, "images", "and image is too; send one of them"),
     ),
     "several images in json": (
-        edited_as([{"image_url": DATA_URL}] * 2),
+        as_edit([{"image_url": DATA_URL}] * 2),
         (BAD, "image", "2 images"),
     ),
     "markup": (
