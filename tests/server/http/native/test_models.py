@@ -200,7 +200,7 @@ class Slow:
     def room(self, loaded_bytes: int) -> Room:
         return Room(1, 1)
 
-    def load(self, name: str, tell: Callable[[int, int], None]) -> HostedModel:
+    def load(self, name: str, on_progress: Callable[[int, int], None]) -> HostedModel:
         self.may_fail.wait(PATIENCE_S)
         raise ModelMismatch("It is gone.")
 
