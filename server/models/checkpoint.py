@@ -134,6 +134,7 @@ def converted(
     cache.mkdir(parents=True, exist_ok=True)
     with unfinished(cache) as made:
         _convert(file, made, templates)
+        _sync(made)
         _put(made, folder)
     return folder
 
@@ -145,6 +146,16 @@ def _version(templates: Path) -> str:
     for file in (*own, *sorted(one for one in templates.rglob("*") if one.is_file())):
         digest.update(file.read_bytes())
     return digest.hexdigest()
+
+
+def _sync(folder: Path) -> None:
+    """Write a folder to the disk: a loss of power must not leave one that only looks complete."""
+    for path in (*folder.rglob("*"), folder):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def _put(made: Path, folder: Path) -> None:
@@ -206,7 +217,7 @@ def _convert(file: Path, folder: Path, templates: Path) -> None:
 
 
 def _write(file: Path, weights: Mapping[str, Tensor]) -> None:
-    """Write weights and sync them: a loss of power must not leave a folder that looks complete.
+    """Write weights.
 
     Raises:
         OSError: the disk is full, or cannot be written to.
@@ -215,8 +226,6 @@ def _write(file: Path, weights: Mapping[str, Tensor]) -> None:
         save_file({name: tensor.contiguous() for name, tensor in weights.items()}, file)
     except SafetensorError as error:
         raise OSError(errno.EIO, str(error), str(file)) from None
-    with file.open("rb") as stream:
-        os.fsync(stream.fileno())
 
 
 def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

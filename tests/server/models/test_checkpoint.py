@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import shutil
 from importlib.resources import files
@@ -193,6 +194,31 @@ def test_weights_that_find_no_room_on_the_disk_are_an_error_of_the_disk(
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert Path(failed.value.filename).is_relative_to(tmp_path / "full")
     assert not list((tmp_path / "full").rglob("*.safetensors"))
+
+
+def test_a_folder_gets_its_name_once_all_that_it_holds_is_on_the_disk(
+    file: Path, templates: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An empty config or tokenizer in a folder that looks complete would be used for ever."""
+    synced: set[tuple[int, int]] = set()
+    sync, rename = os.fsync, Path.rename
+
+    def note(descriptor: int) -> None:
+        sync(descriptor)
+        synced.add((os.fstat(descriptor).st_ino, os.fstat(descriptor).st_size))
+
+    def check(made: Path, target: Path) -> Path:
+        held = [made, *made.rglob("*")]
+        assert {path.name for path in held} >= {"model_index.json", "config.json"}
+        unsynced = [
+            path for path in held if (path.stat().st_ino, path.stat().st_size) not in synced
+        ]
+        assert unsynced == []
+        return rename(made, target)
+
+    monkeypatch.setattr(os, "fsync", note)
+    monkeypatch.setattr(Path, "rename", check)
+    assert converted(file, tmp_path, templates).is_dir()
 
 
 @pytest.fixture(scope="module")
