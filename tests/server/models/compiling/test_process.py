@@ -70,9 +70,10 @@ def test_a_process_that_ends_or_takes_too_long_is_followed_by_another(
 
 
 def test_a_process_has_ended_by_itself_when_the_thread_that_started_it_ends(
-    compiling: CompilingProcess, tmp_path: Path
+    compiling: CompilingProcess, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The system signals it when that thread ends, which would interrupt its own ending."""
+    monkeypatch.setattr(module, "MAX_EXIT_S", 60)
     compiling.compile(JOB, tmp_path / "one")
     assert compiling._running is not None
     process, _ = compiling._running
