@@ -41,6 +41,7 @@ LONGEST = (
     "server/http/test_gate.py",
     "server/fitting/test_model_statistics.py",
     "server/models/test_hub.py",
+    "server/test_plugin_files.py",
     "test_plugins.py",
     "server/models/adapters/test_against_diffusers.py",
     "samplers/test_leading_errors.py",
