@@ -50,12 +50,17 @@ class Half:
     """The encoder or the decoder of an autoencoder, whose calls read one tensor.
 
     Attributes:
-        subject: name of the half.
+        name: which half.
         tiny: whether it is of the model's tiny autoencoder, not of its own.
     """
 
-    subject: Literal["encoder", "decoder"]
+    name: Literal["encoder", "decoder"]
     tiny: bool = False
+
+    @property
+    def subject(self) -> str:
+        """Name of the half, of one autoencoder or the other."""
+        return f"tiny {self.name}" if self.tiny else self.name
 
     @property
     def alive(self) -> bool:
@@ -69,7 +74,7 @@ class Half:
 
     def evaluate(self, model: HostedModel, tensors: Mapping[str, Tensor]) -> Tensor:
         """See :func:`encoder_of` and :func:`decoder_of`."""
-        of = encoder_of if self.subject == "encoder" else decoder_of
+        of = encoder_of if self.name == "encoder" else decoder_of
         return of(model, self.tiny)(tensors["x"])
 
 
@@ -146,7 +151,7 @@ class AutoencoderCalls:
         self._fixed = fixed
         self._model = model
         both = (False,) if model.tiny is None else (False, True)
-        halves = (Half(subject, tiny) for tiny in both for subject in ("decoder", "encoder"))
+        halves = (Half(name, tiny) for tiny in both for name in ("decoder", "encoder"))
         self._paces = {half: Pace() for half in halves}
         if recorder_of is not None:
             # Each has its own memory, since they run at the same time: the encoder between forward
@@ -178,14 +183,14 @@ class AutoencoderCalls:
         max_pictures = max(1, min(DECODER_BATCH, MAX_DECODER_PIXELS // pixels))
         for pictures in (DECODER_BATCH,) if self._fixed else range(1, max_pictures + 1):
             for half in self._paces:
-                yield partial(self._timed, half, (pictures, *sizes[half.subject]), pixels)
+                yield partial(self._timed, half, (pictures, *sizes[half.name]), pixels)
 
     def _called(self, half: Half, given: Tensor) -> Tensor:
-        scale = 1 if half.subject == "encoder" else self._model.facts.latent_scale
+        scale = 1 if half.name == "encoder" else self._model.facts.latent_scale
         pixels = given.shape[-1] * given.shape[-2] * scale**2
         beside_ticks = len(given) <= DECODER_BATCH and len(given) * pixels <= MAX_DECODER_PIXELS
         if self.graphs and beside_ticks:
-            graphs = self.graphs[0 if half.subject == "encoder" else 1]
+            graphs = self.graphs[0 if half.name == "encoder" else 1]
             cost = PictureCost(pixels, self._paces[half])
             replayed = graphs.replayed({"x": given}, half, cost)
             if replayed is not None:

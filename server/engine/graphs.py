@@ -134,7 +134,7 @@ class Form(Protocol):
 
     @property
     def subject(self) -> str:
-        """Name of the network that is called, for the log."""
+        """Name of the network that is called."""
         ...
 
     @property
@@ -168,7 +168,7 @@ class Shape(NamedTuple):
     @property
     def kind(self) -> Hashable:
         """Key of passes of which either all can be recorded, or none."""
-        return self.others, self.form.kind
+        return self.others, self.form.subject, self.form.kind
 
 
 @dataclass(frozen=True, slots=True, eq=False)

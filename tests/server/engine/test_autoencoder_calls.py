@@ -132,6 +132,25 @@ def test_a_tiny_autoencoder_has_recordings_of_its_own() -> None:
 
 
 @torch.inference_mode()
+def test_a_tiny_autoencoder_is_recorded_though_the_models_own_cannot_be() -> None:
+    """Its calls read tensors of the same shapes, and gain more, since they are shorter."""
+
+    class Unsteady(Watched):
+        def decode(self, latents: Tensor) -> Tensor:
+            return super().decode(latents) + len(self.decoded)
+
+    torch.manual_seed(0)
+    model = Unsteady()
+    model.tiny = Autoencoder(AutoencoderTiny().eval(), torch.device("cpu"))
+    calls = AutoencoderCalls(model, Tapes())
+    for call in calls.first_calls():
+        call()
+    record(calls)
+    [_, decoder] = calls.graphs
+    assert decoder.rows == [*range(1, DECODER_BATCH + 1)]
+
+
+@torch.inference_mode()
 def test_rounding_alone_keeps_an_autoencoder_from_being_replayed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
