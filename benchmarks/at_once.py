@@ -69,7 +69,7 @@ TIMED_IF_LONG = 2
 
 
 @dataclass(frozen=True, slots=True)
-class Ran:
+class RunResult:
     """Measurements of a run with some clients.
 
     Attributes:
@@ -115,7 +115,7 @@ def _weft_by_counts(
     alone: float | None,
     options: argparse.Namespace,
     allowance: Allowance,
-) -> dict[int, Ran]:
+) -> dict[int, RunResult]:
     """Measure each number of clients, and print its row."""
     print(
         "\n| at once | Weft, images/s | mean s | p95 s | of the denoiser's limit "
@@ -123,7 +123,7 @@ def _weft_by_counts(
         "\n|---|---|---|---|---|---|---|---|---|---|---|",
         flush=True,
     )
-    ours: dict[int, Ran] = {}
+    ours: dict[int, RunResult] = {}
     for count in options.counts:
         # Weft is no slower than one by one, and often faster.
         least = options.images * count / (alone or inf)
@@ -151,7 +151,7 @@ def _weft_by_counts(
 def _batches(
     weft: Weft,
     architecture: Architecture,
-    ours: Mapping[int, Ran],
+    ours: Mapping[int, RunResult],
     alone: float | None,
     options: argparse.Namespace,
     allowance: Allowance,
@@ -176,7 +176,7 @@ def _batches(
 def _report_compiled(
     architecture: Architecture,
     options: argparse.Namespace,
-    eager: Mapping[int, Ran],
+    eager: Mapping[int, RunResult],
     allowance: Allowance,
 ) -> None:
     """Print the rates of both systems with compiled blocks."""
@@ -198,7 +198,7 @@ def _report_compiled(
 
 def _weft_compiled(
     architecture: Architecture, options: argparse.Namespace, allowance: Allowance
-) -> tuple[dict[int, Ran], int, float]:
+) -> tuple[dict[int, RunResult], int, float]:
     """Results with compiled blocks, the number of compiled shapes, and the seconds that it took."""
     model = architecture.hosted
     with TemporaryDirectory() as temporary:
@@ -225,7 +225,7 @@ def _weft_compiled(
     return ours, shapes, waited_s
 
 
-def _weft(weft: Weft, count: int, options: argparse.Namespace, allowance: Allowance) -> Ran:
+def _weft(weft: Weft, count: int, options: argparse.Namespace, allowance: Allowance) -> RunResult:
     """Run clients that each request a number of images, one after another."""
     few = min(WARM_UP_STEPS, options.steps)
     weft.run([replace(_request(options, seed), steps=few) for seed in range(count)])
@@ -241,7 +241,7 @@ def _weft(weft: Weft, count: int, options: argparse.Namespace, allowance: Allowa
     shares = {work: sum(one.seconds[work] for one in rounds) / total_s for work in works}
     ticks = [rows for one in rounds for rows in one.batches]
     late_s = float(np.percentile(latencies, 95))
-    return Ran(median(rates), mean(latencies), late_s, mean(ticks), shares)
+    return RunResult(median(rates), mean(latencies), late_s, mean(ticks), shares)
 
 
 def _streams(count: int, options: argparse.Namespace) -> list[list[Request]]:

@@ -51,7 +51,7 @@ class Round(NamedTuple):
     forwards: int
 
 
-class _Apart:
+class _SingleSize:
     """A model that declares that a forward pass has only one size."""
 
     mixes_sizes = False
@@ -69,7 +69,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     allowance = Allowance()
     architecture = build(options.architecture, options.device, options.dtype, allowance.say)
-    apart: Any = _Apart(architecture.hosted)
+    apart: Any = _SingleSize(architecture.hosted)
     shared = Weft(architecture, None)
     settle(shared.engine, shared.model, options.settle, allowance)
     # Two engines on one GPU would disturb each other's recordings.

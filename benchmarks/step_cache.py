@@ -81,7 +81,7 @@ SETTINGS = (
 
 
 @dataclass(frozen=True, slots=True)
-class Drawn:
+class DrawnImages:
     """Images of one kind of request, in the order of the captions."""
 
     results: list[ImageResult]
@@ -104,7 +104,7 @@ class Artist:
         self._clock = clock
         self._engine: Engine = start_engine(model, None, MAX_PENDING)
 
-    def draw(self, fields: Mapping[str, Any]) -> Drawn:
+    def draw(self, fields: Mapping[str, Any]) -> DrawnImages:
         """Draw all captions at once, each with its index as the seed."""
         tasks = [
             task
@@ -114,7 +114,7 @@ class Artist:
         began = self._clock()
         results = run_tasks(self._engine, tasks)
         seconds = self._clock() - began
-        return Drawn([result for _, result in sorted(results.items())], seconds)
+        return DrawnImages([result for _, result in sorted(results.items())], seconds)
 
     def stop(self) -> None:
         """End the engine's thread."""
@@ -162,7 +162,7 @@ def _table(
         cache = {"name": "easy_cache", "threshold": threshold}
         kinds[f"`easy_cache` {threshold:g}"] = {**own, "cache": cache}
     kinds |= {f"{steps} steps, no cache": {**own, "steps": steps} for steps in setting.fewer}
-    drawn: dict[str, list[Drawn]] = {label: [] for label in kinds}
+    drawn: dict[str, list[DrawnImages]] = {label: [] for label in kinds}
     for _ in range(rounds):
         for label, fields in kinds.items():
             drawn[label].append(artist.draw(fields))
@@ -185,7 +185,7 @@ def _table(
         )
 
 
-def _likeness(drawn: Drawn, wanted: Drawn) -> str:
+def _likeness(drawn: DrawnImages, wanted: DrawnImages) -> str:
     found = sorted(map(psnr, drawn.pixels, wanted.pixels))
     error = stdev(found) / len(found) ** 0.5
     return f"{mean(found):.1f} ± {error:.1f} | {found[len(found) // 10]:.1f}"

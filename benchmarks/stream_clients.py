@@ -17,7 +17,7 @@ from PIL import Image
 
 from benchmarks.clip import clip
 from benchmarks.peers import wait_for_stream
-from benchmarks.stream_runs import CAMERA_FPS, SETTLING_S, Ran
+from benchmarks.stream_runs import CAMERA_FPS, SETTLING_S, RunResult
 from server.engine.task import Stream
 from server.models.inputs import RowInputs
 from server.requests.schema import GenerateRequest
@@ -108,7 +108,7 @@ class StreamingWeft:
 
     def run(
         self, streams: Sequence[Mapping[str, Any]], seconds: float, *, background: bool = False
-    ) -> Ran:
+    ) -> RunResult:
         """Run streams that always have as many frames in progress as there are stages.
 
         On a GPU, which decodes beside the ticks, they have one more, which is decoded.
@@ -135,7 +135,7 @@ class StreamingWeft:
         for client in (*lives, *others):
             client.stop()
         frames = sum(map(len, taken))
-        return Ran(
+        return RunResult(
             seconds=elapsed,
             latencies=[[latency for latency, _ in one] for one in taken],
             device_s=self._networks_s(ticks, encoded=frames, decoded=frames + ordinary),
@@ -150,7 +150,7 @@ class StreamingWeft:
         *,
         fps: float = CAMERA_FPS,
         pauses: bool = False,
-    ) -> tuple[Ran, float]:
+    ) -> tuple[RunResult, float]:
         """Run streams of JPEG files at a camera's frame rate, through the service's sessions.
 
         Args:
@@ -169,7 +169,7 @@ class StreamingWeft:
 
     async def _run_sessions(
         self, streams: Sequence[Mapping[str, Any]], seconds: float, fps: float, *, pauses: bool
-    ) -> tuple[Ran, float]:
+    ) -> tuple[RunResult, float]:
         opened = [self.sessions.open() for _ in streams]
         latencies: list[list[float]] = [[] for _ in streams]
         tasks: list[asyncio.Task[None]] = []
@@ -189,7 +189,7 @@ class StreamingWeft:
             task.cancel()
         for session in opened:
             self.sessions.close(session)
-        return Ran(seconds=elapsed, latencies=kept), worked
+        return RunResult(seconds=elapsed, latencies=kept), worked
 
     def _tasks(self, settings: Mapping[str, Any], number: int) -> list[ImageTask]:
         request = GenerateRequest.model_validate(settings)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from benchmarks.stream_runs import Ran
+from benchmarks.stream_runs import RunResult
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -98,7 +98,7 @@ class StreamDiffusionPeer:
             "a red circle", "", num_inference_steps=STEPS, guidance_scale=SCALE, delta=1.0
         )
 
-    def run(self, frames: Sequence[NDArray[np.uint8]], seconds: float) -> Ran:
+    def run(self, frames: Sequence[NDArray[np.uint8]], seconds: float) -> RunResult:
         """Run frames one after another; each output belongs to the input ``stages - 1`` earlier."""
         inputs = [torch.from_numpy(frame).permute(2, 0, 1) / 255 for frame in frames]
         began: list[float] = []
@@ -118,4 +118,4 @@ class StreamDiffusionPeer:
             ended.append(perf_counter())
         late = self._stages - 1
         latencies = [b - a for a, b in zip(began, ended[late:], strict=False)]
-        return Ran(seconds=perf_counter() - start, latencies=[latencies])
+        return RunResult(seconds=perf_counter() - start, latencies=[latencies])

@@ -14,7 +14,7 @@ SETTLING_S = 0.7
 
 
 @dataclass(frozen=True, slots=True)
-class Ran:
+class RunResult:
     """The result of streams that ran for a while.
 
     Attributes:

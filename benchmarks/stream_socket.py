@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from websockets.asyncio.client import connect
 
 from benchmarks.real_server import AUTHORIZATION
-from benchmarks.stream_runs import CAMERA_FPS, SETTLING_S, Ran
+from benchmarks.stream_runs import CAMERA_FPS, SETTLING_S, RunResult
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 def run_socket(
     server: Served, settings: Mapping[str, Any], files: Sequence[bytes], seconds: float
-) -> Ran:
+) -> RunResult:
     """Send frames at a camera's frame rate, and time the output.
 
     Args:
@@ -37,7 +37,7 @@ def run_socket(
 
 async def _run(
     address: str, settings: Mapping[str, Any], files: Sequence[bytes], seconds: float
-) -> Ran:
+) -> RunResult:
     sent: list[float] = []
     latencies: list[float] = []
     async with connect(address, max_size=None, additional_headers=AUTHORIZATION) as socket:
@@ -52,7 +52,7 @@ async def _run(
             latencies.append(perf_counter() - sent[source])
         elapsed = perf_counter() - began
         film.cancel()
-    return Ran(seconds=elapsed, latencies=[latencies])
+    return RunResult(seconds=elapsed, latencies=[latencies])
 
 
 async def _film(socket: ClientConnection, files: Sequence[bytes], sent: list[float]) -> None:

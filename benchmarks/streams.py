@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from benchmarks.real_server import Served
-    from benchmarks.stream_runs import Ran
+    from benchmarks.stream_runs import RunResult
 
     Settings = Mapping[str, Any]
 
@@ -219,7 +219,7 @@ def _one_stream(turns: Turns) -> None:
         turns.allowance.say("the server for the socket is settled")
         return begun, [jpeg(frame) for frame in weft.frames(0)]
 
-    def socket() -> Ran | None:
+    def socket() -> RunResult | None:
         if not server.cache_info().currsize and not turns.allowance.allows(
             SERVER_S, "a server for the socket"
         ):
@@ -227,14 +227,14 @@ def _one_stream(turns: Turns) -> None:
         begun, files = server()
         return run_socket(begun, {"max_fps": 1000.0, **stream}, files, turns.seconds)
 
-    systems: dict[str, Callable[[], Ran | None]] = {
+    systems: dict[str, Callable[[], RunResult | None]] = {
         ours: lambda: weft.run([stream], turns.seconds),
         "Weft's session*": lambda: weft.run_sessions([stream], turns.seconds)[0],
         **_peers(turns, STAGES, ("none",)),
         "Weft's socket*": socket,
     }
 
-    def row(name: str, runs: Mapping[str, Sequence[Ran]]) -> str:
+    def row(name: str, runs: Mapping[str, Sequence[RunResult]]) -> str:
         ran = runs[name]
         ratio = _ratio(runs[ours], ran) if ours in runs else nan
         return (
@@ -248,7 +248,7 @@ def _one_stream(turns: Turns) -> None:
     print("\n\\* with JPEG files both ways", flush=True)
 
 
-def _outside(ran: Sequence[Ran]) -> str:
+def _outside(ran: Sequence[RunResult]) -> str:
     """Fraction of the time in which no network worked, where that is known."""
     return f"{1 - _of(ran, 'of_limit'):.1%}" if ran[0].rows else ""
 
@@ -329,13 +329,13 @@ def _several_streams(turns: Turns) -> None:
     mixes["4 equal"] = [settings(seed=i) for i in range(4)]
     heavy = settings(guidance=KINDS["cfg"][0], seed=9)
     mixes["3, one of cfg"] = [settings(seed=0), settings(seed=1), heavy]
-    systems: dict[str, Callable[[], Ran]] = {
+    systems: dict[str, Callable[[], RunResult]] = {
         name: lambda mix=mix: weft.run(mix, turns.seconds) for name, mix in mixes.items()
     }
     most = max(COUNTS)
     systems[f"{most} sessions*"] = lambda: weft.run_sessions(several(most), turns.seconds)[0]
 
-    def row(name: str, runs: Mapping[str, Sequence[Ran]]) -> str:
+    def row(name: str, runs: Mapping[str, Sequence[RunResult]]) -> str:
         ran = runs[name]
         inside = ran[0].rows
         limit = f"{_of(ran, 'of_limit'):.2f}" if inside else ""
@@ -355,7 +355,7 @@ def _several_streams(turns: Turns) -> None:
 
 def _beside_requests(turns: Turns) -> None:
     mixes = {"1": [settings()], "4": several(4)}
-    systems: dict[tuple[str, bool], Callable[[], Ran]] = {
+    systems: dict[tuple[str, bool], Callable[[], RunResult]] = {
         (name, background): lambda mix=mix, background=background: turns.weft.run(
             mix, turns.seconds, background=background
         )
@@ -363,7 +363,9 @@ def _beside_requests(turns: Turns) -> None:
         for background in (False, True)
     }
 
-    def row(name: tuple[str, bool], runs: Mapping[tuple[str, bool], Sequence[Ran]]) -> str | None:
+    def row(
+        name: tuple[str, bool], runs: Mapping[tuple[str, bool], Sequence[RunResult]]
+    ) -> str | None:
         streams, background = name
         if not background or (streams, False) not in runs:
             return None
@@ -383,7 +385,7 @@ def _beside_requests(turns: Turns) -> None:
 def _guidance(turns: Turns) -> None:
     for stages in (1, STAGES):
         theirs = _peers(turns, stages, [kind for _, kind in KINDS.values()], 0.5)
-        systems: dict[str, Callable[[], Ran]] = {}
+        systems: dict[str, Callable[[], RunResult]] = {}
         for name, (kind, peers_kind) in KINDS.items():
             peer = _peer_name(peers_kind)
             if peer in theirs:
@@ -392,7 +394,7 @@ def _guidance(turns: Turns) -> None:
                 [settings(stages, guidance=kind)], turns.seconds / 2
             )
 
-        def row(name: str, runs: Mapping[str, Sequence[Ran]]) -> str | None:
+        def row(name: str, runs: Mapping[str, Sequence[RunResult]]) -> str | None:
             if name not in KINDS or "cfg" not in runs:
                 return None
             cells = [_beside(runs[name], runs["cfg"])]
@@ -431,7 +433,7 @@ def _filter(turns: Turns) -> None:
 
 def _peers(
     turns: Turns, stages: int, kinds: Sequence[str], share: float = 1.0
-) -> dict[str, Callable[[], Ran]]:
+) -> dict[str, Callable[[], RunResult]]:
     """StreamDiffusion with each kind of guidance; empty if no folder is given."""
     options, weft = turns.options, turns.weft
     if options.peer is None:
@@ -451,10 +453,10 @@ def _peers(
         peer.run(frames, WARM_UP_S)
         return peer
 
-    def run(kind: str, *, channels_last: bool) -> Ran:
+    def run(kind: str, *, channels_last: bool) -> RunResult:
         return warm(kind, channels_last=channels_last).run(frames, seconds)
 
-    systems: dict[str, Callable[[], Ran]] = {}
+    systems: dict[str, Callable[[], RunResult]] = {}
     for kind in kinds:
         if len(kinds) == 1:
             systems["StreamDiffusion"] = partial(run, kind, channels_last=False)
@@ -466,15 +468,15 @@ def _peer_name(kind: str) -> str:
     return f"StreamDiffusion in channels_last, {kind}"
 
 
-def _of(runs: Sequence[Ran], figure: str) -> float:
+def _of(runs: Sequence[RunResult], figure: str) -> float:
     return median(getattr(ran, figure) for ran in runs)
 
 
-def _ratio(runs: Sequence[Ran], others: Sequence[Ran]) -> float:
+def _ratio(runs: Sequence[RunResult], others: Sequence[RunResult]) -> float:
     return median(a.rate / b.rate for a, b in zip(runs, others, strict=False))
 
 
-def _beside(runs: Sequence[Ran], others: Sequence[Ran]) -> str:
+def _beside(runs: Sequence[RunResult], others: Sequence[RunResult]) -> str:
     return f"{_of(runs, 'rate'):.2f} | {_ratio(runs, others):.2f}"
 
 

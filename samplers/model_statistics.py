@@ -178,11 +178,11 @@ def along_time(schedule: NoiseSchedule, function: Callable[[F64], F64], t: Tenso
     Returns:
         ``function(t)`` in the dtype of ``t``, with central differences as its derivative.
     """
-    values, _ = _AlongTime.apply(t, schedule, function)
+    values, _ = _DifferentiableTime.apply(t, schedule, function)
     return values
 
 
-class _AlongTime(torch.autograd.Function):
+class _DifferentiableTime(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod

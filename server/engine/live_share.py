@@ -87,7 +87,7 @@ class Turn:
         return fits and unit.lane == self.first.lane
 
 
-class Riders(NamedTuple):
+class OrdinaryImages(NamedTuple):
     """Ordinary images in a tick of live ones, as indices, and their number of rows."""
 
     chosen: list[int]
@@ -198,7 +198,7 @@ def _own_tick(
 
 def _riders(
     units: Sequence[Candidate], ordinary: Sequence[int], turn: Turn, credit: float
-) -> Riders:
+) -> OrdinaryImages:
     """Ordinary images that join, up to the first one that has too many rows or is not paid for.
 
     Those after it must not overtake it, or it would never be paid for. If the first in turn is of
@@ -217,7 +217,7 @@ def _riders(
             break
         chosen.append(i)
         rows += unit.rows
-    return Riders(chosen, rows)
+    return OrdinaryImages(chosen, rows)
 
 
 def _lengthening(rows: int, turn: Turn) -> float:

@@ -33,7 +33,7 @@ STATED: Final = f"{DERIVED}/defaults.json"
 TURBO: Final = re.compile(r"(?<![a-z])turbo(?![a-z])", re.IGNORECASE)
 
 
-class _Stated(BaseModel):
+class _FolderOverride(BaseModel):
     """What an operator may state about a model folder."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -63,7 +63,7 @@ def stated(
         return None
     where = f"{STATED} of model folder {str(folder)!r}"
     try:
-        said = _Stated.model_validate(read_json(folder, STATED))
+        said = _FolderOverride.model_validate(read_json(folder, STATED))
     except ValidationError as error:
         raise ModelMismatch(f"{where} {_explained(error)}.") from None
     if said.convention not in CONVENTIONS:
@@ -120,12 +120,12 @@ def _explained(refusal: ValidationError) -> str:
     if error["type"] == "missing":
         return f"has no {field}; allowed are {', '.join(CONVENTIONS)}"
     if error["type"] == "extra_forbidden":
-        known = ", ".join(_Stated.model_fields)
+        known = ", ".join(_FolderOverride.model_fields)
         return f"has the field {shown(field)}, which is unknown; allowed are {known}"
     return f"has the {field} {shown(error['input'])}; it {demand_of(error)}"
 
 
-def _steps_within(max_steps: int, said: _Stated, where: str) -> int:
+def _steps_within(max_steps: int, said: _FolderOverride, where: str) -> int:
     if said.steps is None:
         return min(CONVENTIONS[said.convention].steps, max_steps)
     if said.steps > max_steps:

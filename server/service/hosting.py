@@ -31,7 +31,7 @@ from server.models.memory import HOST, attainable_bytes, measure
 from server.models.placement import Placement, first_that_fits, options
 from server.models.weight_files import FLOAT32, bytes_in_memory, bytes_on_host
 from server.models.weights_held import bytes_of
-from server.service.model_shelf import Room, Source
+from server.service.model_shelf import MemoryBudget, Source
 from server.service.named_weights import NamedWeights
 from server.settings import Settings
 
@@ -188,10 +188,10 @@ class _Folders:
     def host_free(self) -> int:
         return measure(torch.device(HOST)).free
 
-    def room(self, loaded_bytes: int) -> Room:
+    def room(self, loaded_bytes: int) -> MemoryBudget:
         free, max_bytes = measure(choose_device(self.settings.device))
         allowed = self.settings.memory_bytes
-        return Room(int(min(free, allowed - loaded_bytes)), int(min(max_bytes, allowed)))
+        return MemoryBudget(int(min(free, allowed - loaded_bytes)), int(min(max_bytes, allowed)))
 
     def load(self, name: str, on_progress: Callable[[int, int], None]) -> HostedModel:
         with self._told_to_clients(name):

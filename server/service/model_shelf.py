@@ -27,7 +27,7 @@ from server.models.hosted import HostedModel
 from server.models.memory import reclaim
 from server.models.weights_held import bytes_of, offloaded_bytes_of
 
-__all__ = ["Lease", "ModelShelf", "ModelState", "Room", "Source"]
+__all__ = ["Lease", "MemoryBudget", "ModelShelf", "ModelState", "Source"]
 
 log = logging.getLogger("weft")
 
@@ -49,7 +49,7 @@ took: with more models in demand than fit, most of the time must not be spent on
 
 
 @dataclass(frozen=True, slots=True)
-class Room:
+class MemoryBudget:
     """Bytes available for weights: now, and if no other model were loaded."""
 
     free: int
@@ -78,7 +78,7 @@ class Source(Protocol):
         """Bytes of host memory that are free now."""
         ...
 
-    def room(self, loaded_bytes: int) -> Room:
+    def room(self, loaded_bytes: int) -> MemoryBudget:
         """Bytes for weights, given those of the loaded models and their CUDA graphs."""
         ...
 

@@ -39,7 +39,7 @@ from server.service.stream_frame import (
 )
 from server.service.stream_input import FramePixels, check_source, decoded_frame
 from server.service.transition import Transition
-from server.service.uploads import Early, Uploads, decoded
+from server.service.uploads import EarlyImages, Uploads, decoded
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -63,7 +63,7 @@ RETRY_S: Final = 0.02
 """Seconds until a retry when the engine's queue was full."""
 
 
-class Beside(NamedTuple):
+class PromptImages(NamedTuple):
     """Pictures that are given with the prompt of every frame.
 
     Attributes:
@@ -97,7 +97,7 @@ class Current:
     lease: Lease
     adapters: tuple[Weighted, ...]
     embeddings: tuple[Embedding, ...]
-    beside: Beside
+    beside: PromptImages
     in_flight: int
 
     @property
@@ -340,7 +340,9 @@ class StreamSession:
             same = [fields.get(field) == self._fields.get(field) for field in IMAGE_FIELDS]
             if same_size and all(same):
                 return None
-        return await decoded(settings.request(), prepared, model, Early(), self._service.decoding)
+        return await decoded(
+            settings.request(), prepared, model, EarlyImages(), self._service.decoding
+        )
 
     def _loaded(
         self,
@@ -363,13 +365,13 @@ class StreamSession:
         texts += [one.text for one in settings.prompt[1:]]
         embeddings = load_embeddings(texts, model)
         if uploads is not None:
-            beside = Beside(
+            beside = PromptImages(
                 image_prompt_uses(prepared.request, uploads, model),
                 tuple(map(pixels_tensor, uploads.references.read)),
                 tuple(map(SeenPicture.of, uploads.references.seen)),
             )
         else:
-            beside = Beside() if self._current is None else self._current.beside
+            beside = PromptImages() if self._current is None else self._current.beside
         return Current(settings, prepared, lease, adapters, embeddings, beside, in_flight)
 
     def _most_in_flight(self, settings: StreamSettings, prepared: Prepared) -> int:

@@ -22,7 +22,7 @@ from server.requests.upload import Upload
 from server.service.mask_content import filled
 from server.service.reference_pictures import ReferencePictures, decoded_references
 
-__all__ = ["ACTS", "Early", "Uploads", "decode_for_size", "decoded"]
+__all__ = ["ACTS", "EarlyImages", "Uploads", "decode_for_size", "decoded"]
 
 
 UNBOUNDED: Final = 2**60
@@ -52,7 +52,7 @@ class Uploads(NamedTuple):
     references: ReferencePictures
 
 
-class Early(NamedTuple):
+class EarlyImages(NamedTuple):
     """What must be known about a request's images before it can be checked.
 
     Attributes:
@@ -71,7 +71,7 @@ class Early(NamedTuple):
 
 async def decode_for_size(
     request: GenerateRequest, model: HostedModel, decoding: DecodePool
-) -> Early:
+) -> EarlyImages:
     """Decode the image that determines the result's size, if the request does not give it.
 
     A request that gives its size is checked before its images are decoded.
@@ -87,7 +87,7 @@ async def decode_for_size(
     """
     if request.width is not None and request.height is not None:
         size = request.width, request.height
-        return Early(size=None if request.image is None else size)
+        return EarlyImages(size=None if request.image is None else size)
     if request.image is None:
         return await _by_reference(request, model, decoding)
     target = PictureTarget(
@@ -98,29 +98,29 @@ async def decode_for_size(
         model.facts.longest_side,
     )
     image = await _picture(decoding, request.image, "image", target)
-    return Early(image=image, size=(image.shape[1], image.shape[0]))
+    return EarlyImages(image=image, size=(image.shape[1], image.shape[0]))
 
 
 async def _by_reference(
     request: GenerateRequest, model: HostedModel, decoding: DecodePool
-) -> Early:
+) -> EarlyImages:
     """Decode the first reference image, and derive the size of a result in its proportions."""
     if not request.reference_images:
-        return Early()
+        return EarlyImages()
     facts = model.facts
     check_references(len(request.reference_images), facts)
     first = await decoded_references(request, model, decoding, ReferencePictures(), max_images=1)
     height, width, _ = first.read[0].shape
     # Sides too long for the model or the operator are refused later, with the field's name.
     wanted = PictureTarget(request.width, request.height, multiple=facts.size_multiple)
-    return Early(references=first, reference_size=wanted.size_of(width, height, UNBOUNDED))
+    return EarlyImages(references=first, reference_size=wanted.size_of(width, height, UNBOUNDED))
 
 
 async def decoded(
     request: GenerateRequest,
     prepared: Prepared,
     model: HostedModel,
-    early: Early,
+    early: EarlyImages,
     decoding: DecodePool,
 ) -> Uploads:
     """Decode the images of a checked request.

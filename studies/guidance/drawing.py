@@ -35,7 +35,7 @@ FIRST_FITTED_SEED = 2_000_000
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Drawn:
+class DrawnImages:
     """Images of one cell, in the order of their sitters.
 
     Attributes:
@@ -94,7 +94,7 @@ class Drawing:
         """End the engine's thread."""
         self._engine.stop(0)
 
-    def draw(self, cell: Cell, sitters: Sequence[Sitter], strength: float) -> Drawn:
+    def draw(self, cell: Cell, sitters: Sequence[Sitter], strength: float) -> DrawnImages:
         """Draw all sitters at once; images of one sitter are consecutive.
 
         Raises:
@@ -104,7 +104,7 @@ class Drawing:
         results = run_tasks(self._engine, self._all_tasks(cell, sitters, strength))
         found = [result for _, result in sorted(results.items())]
         latents = dict(zip(results, self._decoded, strict=True))
-        return Drawn(
+        return DrawnImages(
             torch.stack([one for _, one in sorted(latents.items())]),
             [result.evaluations for result in found],
             [result.saved for result in found],

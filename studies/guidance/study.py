@@ -16,7 +16,7 @@ from embedded.scenes import make_scene, render, to_pixels
 from studies.common.records import key_of
 from studies.guidance import measures
 from studies.guidance.cells import STRENGTH
-from studies.guidance.drawing import Drawn
+from studies.guidance.drawing import DrawnImages
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -137,7 +137,7 @@ class Study:
         }
         return {**self._read(sitters, restored), **self._look(latents, restored), **raw}
 
-    def _drawn(self, cell: Cell) -> Drawn:
+    def _drawn(self, cell: Cell) -> DrawnImages:
         """The cell's images, from the folder if they are stored there."""
         name = hashlib.sha256(key_of(self.of(cell)).encode()).hexdigest()[:16]
         path = self._kept / f"{name}.safetensors"
@@ -153,7 +153,7 @@ class Study:
             save_file({"latents": drawn.latents.cpu(), **counts}, fresh)
             fresh.replace(path)
         kept = load_file(path)
-        return Drawn(kept["latents"], kept["evaluations"].tolist(), kept["saved"].tolist())
+        return DrawnImages(kept["latents"], kept["evaluations"].tolist(), kept["saved"].tolist())
 
     def _read(self, sitters: Sequence[Sitter], pictures: Tensor) -> dict[str, Any]:
         """The verdicts of the data set's checker."""

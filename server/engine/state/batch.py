@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from server.engine.terms.seen import OwnRows, Predictions, Seen
+from server.engine.terms.seen import ImageRows, Predictions, TermContext
 
 if TYPE_CHECKING:
     from collections.abc import Sequence as Listed
@@ -98,15 +98,15 @@ class Batch:
         """Whether the images recall this stage, without a forward pass; all do or none."""
         return self.sequences[0].recalls
 
-    def rows_of(self, stacked: StackedTerms) -> list[OwnRows]:
+    def rows_of(self, stacked: StackedTerms) -> list[ImageRows]:
         """Locate the rows of the terms' images."""
-        found: list[OwnRows] = []
+        found: list[ImageRows] = []
         for i, own in zip(stacked.positions, stacked.rows, strict=True):
             numbers, first = self.sequences[i].ask.numbers, self.firsts[i]
-            found.append(OwnRows(own, {0: i} | {n: first + k for k, n in enumerate(numbers)}))
+            found.append(ImageRows(own, {0: i} | {n: first + k for k, n in enumerate(numbers)}))
         return found
 
-    def seen_by(self, stacked: StackedTerms, *, padded: bool) -> Seen:
+    def term_context(self, stacked: StackedTerms, *, padded: bool) -> TermContext:
         """Collect what terms see of their images.
 
         Args:
@@ -117,7 +117,7 @@ class Batch:
         stages = [sequence.stage for sequence in sequences]
         plans = [self.plans[i] for i in stacked.positions]
         of = self.filled if padded else list
-        return Seen(
+        return TermContext(
             lane=self.lane,
             points=self.columns[:, 0],
             positions=of(stacked.positions),

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["FIRST_OUTPUT", "INPUT", "Recollection"]
+__all__ = ["FIRST_OUTPUT", "INPUT", "LastEvaluation"]
 
 INPUT, FIRST_OUTPUT = 0, 1
 """Slots of the pool's cache memory: the input at the last evaluated stage, and from the second on
@@ -16,7 +16,7 @@ its outputs for each prediction, both expressed as those of a network that predi
 
 
 @dataclass(slots=True, eq=False)
-class Recollection:
+class LastEvaluation:
     """The last evaluated stage of an image; empty for an image without a step cache.
 
     Attributes:

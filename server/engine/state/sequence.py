@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from server.engine.client import Flow
 from server.engine.guidance_plan import plan_guidance
 from server.engine.scheduler import Priority
-from server.engine.state.recollection import Recollection
+from server.engine.state.recollection import LastEvaluation
 from server.models.controls.row_controls import RowControl
 from server.models.image_prompts.row_image_prompts import RowImagePrompt
 from server.models.prompt_editing import at_stage
@@ -140,7 +140,7 @@ class Sequence:
     channels: Tensor | None = None
     hints: tuple[Tensor, ...] = ()
     shown: tuple[ImagePromptKV, ...] = ()
-    recollection: Recollection = field(default_factory=Recollection)
+    recollection: LastEvaluation = field(default_factory=LastEvaluation)
     term_states: list[Any] = field(default_factory=list[Any])
     ancestor: int = field(init=False)
     effective: list[float] = field(default_factory=list)

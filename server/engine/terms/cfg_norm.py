@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from server.engine.terms.seen import Predictions, Seen
+    from server.engine.terms.seen import Predictions, TermContext
     from server.engine.terms.term import Run
 
 
@@ -48,7 +48,7 @@ class CFGNormTerm(Term):
     @classmethod
     @override
     def apply(
-        cls, terms: Sequence[Self], denoised: Tensor, predictions: Predictions, seen: Seen
+        cls, terms: Sequence[Self], denoised: Tensor, predictions: Predictions, seen: TermContext
     ) -> Tensor:
         given = predictions.cond(), seen.x, seen.factors(seen.alpha), seen.factors(seen.sigma)
         strengths = seen.factors([term.norm.strength for term in terms])

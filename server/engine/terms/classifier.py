@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from guidance import ClassifierGuidance
-    from server.engine.terms.seen import ForwardRows, OwnRows, Predictions, Seen
+    from server.engine.terms.seen import ForwardRows, ImageRows, Predictions, TermContext
     from server.engine.terms.term import Run
     from server.models.conditioning import Conditioning
 
@@ -57,7 +57,7 @@ class ClassifierGradientTerm(Term):
     @classmethod
     @override
     def apply(
-        cls, terms: Sequence[Self], denoised: Tensor, predictions: Predictions, seen: Seen
+        cls, terms: Sequence[Self], denoised: Tensor, predictions: Predictions, seen: TermContext
     ) -> Tensor:
         clean = [term.guidance.shows == "denoised" for term in terms]
         shown = denoised.where(seen.factors(clean) > 0, seen.x)
@@ -125,7 +125,11 @@ class ReferenceGuidanceTerm(Term):
     @classmethod
     @override
     def prepare(
-        cls, terms: Sequence[Self], forward: ForwardRows, own: Sequence[OwnRows], seen: Seen
+        cls,
+        terms: Sequence[Self],
+        forward: ForwardRows,
+        own: Sequence[ImageRows],
+        seen: TermContext,
     ) -> None:
         inputs = seen.x, seen.scalars(seen.alpha), seen.scalars(seen.sigma)
         logits = seen.lane.model.classify(*(padded(one, seen.fixed_rows) for one in inputs))
@@ -152,7 +156,7 @@ class ReferenceGuidanceTerm(Term):
     @classmethod
     @override
     def apply(
-        cls, terms: Sequence[Self], denoised: Tensor, predictions: Predictions, seen: Seen
+        cls, terms: Sequence[Self], denoised: Tensor, predictions: Predictions, seen: TermContext
     ) -> Tensor:
         scales = [term.strengths[at] for term, at in zip(terms, seen.stages, strict=True)]
         factors = seen.factors(scales)

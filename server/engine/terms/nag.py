@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from typing import Self
 
     from guidance import Edit
-    from server.engine.terms.seen import ForwardRows, OwnRows, Seen
+    from server.engine.terms.seen import ForwardRows, ImageRows, TermContext
     from server.engine.terms.term import Run
 
 
@@ -54,7 +54,11 @@ class NAGTerm(Term):
     @classmethod
     @override
     def prepare(
-        cls, terms: Sequence[Self], forward: ForwardRows, own: Sequence[OwnRows], seen: Seen
+        cls,
+        terms: Sequence[Self],
+        forward: ForwardRows,
+        own: Sequence[ImageRows],
+        seen: TermContext,
     ) -> None:
         rows = [places.image[0] for places in own]
         negatives = [

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from guidance.edits import ApartFrom
-    from server.engine.terms.seen import ForwardRows, OwnRows, Seen
+    from server.engine.terms.seen import ForwardRows, ImageRows, TermContext
     from server.engine.terms.term import Run
 
 
@@ -76,7 +76,11 @@ class NegToMeTerm(Term):
     @classmethod
     @override
     def prepare(
-        cls, terms: Sequence[Self], forward: ForwardRows, own: Sequence[OwnRows], seen: Seen
+        cls,
+        terms: Sequence[Self],
+        forward: ForwardRows,
+        own: Sequence[ImageRows],
+        seen: TermContext,
     ) -> None:
         for members in seen.groups:
             first, *others = members
@@ -90,7 +94,12 @@ class NegToMeTerm(Term):
                 terms[i]._show(seen.states[i], forward, own[i], seen.alpha[i], seen.sigma[i])
 
     def _show(
-        self, shown: AvoidedLatents, forward: ForwardRows, own: OwnRows, alpha: float, sigma: float
+        self,
+        shown: AvoidedLatents,
+        forward: ForwardRows,
+        own: ImageRows,
+        alpha: float,
+        sigma: float,
     ) -> None:
         """Put the picture in its row, and make the image's other rows move away from it."""
         [place] = own.term

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import Self
 
-    from server.engine.terms.seen import Predictions, Seen
+    from server.engine.terms.seen import Predictions, TermContext
     from server.engine.terms.term import Run
 
 
@@ -56,7 +56,7 @@ class FeynmanKacTerm(Term):
         terms: Sequence[Self],
         sound: Sequence[bool],
         predictions: Predictions,
-        seen: Seen,
+        seen: TermContext,
     ) -> Resampled:
         cond, other = predictions.cond(), predictions.branch()
         origins, sizes = list(range(len(terms))), [1.0] * len(terms)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from server.engine.terms.seen import Predictions, Seen
+    from server.engine.terms.seen import Predictions, TermContext
     from server.engine.terms.term import Run
 
 
@@ -52,7 +52,7 @@ class PerturbationTerm(Term):
     @classmethod
     @override
     def apply(
-        cls, terms: Sequence[Self], denoised: Tensor, predictions: Predictions, seen: Seen
+        cls, terms: Sequence[Self], denoised: Tensor, predictions: Predictions, seen: TermContext
     ) -> Tensor:
         strengths = [term.strengths[at] for term, at in zip(terms, seen.stages, strict=True)]
         return denoised + seen.factors(strengths) * (predictions.cond() - predictions.own())

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class OwnRows:
+class ImageRows:
     """Positions of an image's rows in the forward pass.
 
     Attributes:
@@ -62,7 +62,7 @@ class ForwardRows:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Seen:
+class TermContext:
     """The images that terms of one class act on in a tick.
 
     Attributes:

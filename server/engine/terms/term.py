@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from guidance import Edit, Rule
     from guidance.diffusion_levels import DiffusionLevels
     from samplers import NoiseSchedule, Plan
-    from server.engine.terms.seen import ForwardRows, OwnRows, Predictions, Seen
+    from server.engine.terms.seen import ForwardRows, ImageRows, Predictions, TermContext
     from server.models.blend import Blend, TextPrompt
     from server.models.hosted import HostedModel
 
@@ -136,7 +136,11 @@ class Term(Protocol):
 
     @classmethod
     def prepare(
-        cls, terms: Sequence[Self], forward: ForwardRows, own: Sequence[OwnRows], seen: Seen
+        cls,
+        terms: Sequence[Self],
+        forward: ForwardRows,
+        own: Sequence[ImageRows],
+        seen: TermContext,
     ) -> None:
         """Change the inputs of rows, before the forward pass.
 
@@ -149,7 +153,7 @@ class Term(Protocol):
 
     @classmethod
     def apply(
-        cls, terms: Sequence[Self], denoised: Tensor, predictions: Predictions, seen: Seen
+        cls, terms: Sequence[Self], denoised: Tensor, predictions: Predictions, seen: TermContext
     ) -> Tensor:
         """Return the guided predictions with the terms applied.
 
@@ -168,7 +172,7 @@ class Term(Protocol):
         terms: Sequence[Self],
         sound: Sequence[bool],
         predictions: Predictions,
-        seen: Seen,
+        seen: TermContext,
     ) -> Resampled:
         """Choose whose state each image continues from, within its group; by default its own.
 

@@ -64,7 +64,7 @@ def resample(batch: Batch, predictions: Tensor, sound: Listed[bool]) -> Resampli
             stacked.terms,
             [sound[i] for i in stacked.positions],
             batch.predicted_for(stacked, predictions),
-            batch.seen_by(stacked, padded=False),
+            batch.term_context(stacked, padded=False),
         )
         for i, origin in zip(stacked.positions, found.origins, strict=True):
             origins[i] = stacked.positions[origin]

@@ -151,7 +151,7 @@ def evaluate(
     for batch, rows in zip(batches, parts, strict=True):
         for stacked in batch.terms:
             if stacked.kind.prepares:
-                seen = batch.seen_by(stacked, padded=False)
+                seen = batch.term_context(stacked, padded=False)
                 stacked.kind.prepare(stacked.terms, rows, batch.rows_of(stacked), seen)
                 stacked.states = seen.states
     scales = [scales_of(batch) for batch in batches]
@@ -254,7 +254,7 @@ def write_back(batch: Batch, state: Tensor, guidance: GuidedImages) -> None:
 
 def _apply(batch: Batch, stacked: StackedTerms, predictions: Tensor, denoised: Tensor) -> Tensor:
     """Apply the terms of one class to the guided predictions ``[images, C, h, w]``."""
-    seen = batch.seen_by(stacked, padded=True)
+    seen = batch.term_context(stacked, padded=True)
     guided = denoised.index_select(0, batch.lane.indices(seen.positions))
     predicted = batch.predicted_for(stacked, predictions)
     moved = stacked.kind.apply(batch.filled(stacked.terms), guided, predicted, seen)

@@ -63,7 +63,7 @@ def as_low_rank(
             down, up, rank = _factors({name: one.float() for name, one in own.items()})
         except KeyError as error:
             raise AdapterMismatch(f"lacks the tensor {layer}.{error.args[0]}") from None
-        except _UnlikeRanks as error:
+        except _RankMismatch as error:
             raise AdapterMismatch(f"has {error} in the layer {layer[:200]}") from None
         made[layer + DOWN] = down.to(dtype)
         made[layer + UP] = (up * _scale(alpha, rank)).to(dtype)
@@ -130,7 +130,7 @@ def _kronecker(own: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, int | None]:
     return torch.kron(b1, b2), torch.kron(a1, a2), ranks[0] if ranks else None
 
 
-class _UnlikeRanks(Exception):
+class _RankMismatch(Exception):
     """The factors of an operand have different ranks."""
 
 
@@ -141,7 +141,7 @@ def _with_core(first: Tensor, second: Tensor, core: Tensor | None) -> tuple[Tens
     else:
         fit = core.shape[:2] == (len(first), len(second))
     if not fit:
-        raise _UnlikeRanks(f"factors of the shapes {list(first.shape)} and {list(second.shape)}")
+        raise _RankMismatch(f"factors of the shapes {list(first.shape)} and {list(second.shape)}")
     if core is None:
         # OneTrainer writes them as 1 x 1 convolutions.
         return first.flatten(1), second.flatten(1)

@@ -31,8 +31,8 @@ __all__ = [
     "BlockJob",
     "Exported",
     "FlatBlock",
-    "NoGain",
-    "Unsuitable",
+    "NotCompilable",
+    "NotFaster",
     "check",
     "compile_to",
     "draw_weights",
@@ -55,11 +55,11 @@ MIN_TIMED_S = 0.5
 take less than ``MIN_TIMED_S`` seconds together."""
 
 
-class Unsuitable(Exception):
+class NotCompilable(Exception):
     """A block that must run eagerly; the reason is a clause."""
 
 
-class NoGain(Unsuitable):
+class NotFaster(NotCompilable):
     """The program was measured to be no faster than the block."""
 
 
@@ -122,7 +122,7 @@ def export(job: BlockJob, weights: Sequence[Tensor]) -> Exported:
         weights: see :func:`draw_weights`.
 
     Raises:
-        Unsuitable: it cannot be traced that way.
+        NotCompilable: it cannot be traced that way.
     """
     sample = [*weights, *_given(job, _rows_to_trace(job))]
     rows = torch.export.Dim("rows", min=1, max=MAX_ROWS)
@@ -135,7 +135,7 @@ def export(job: BlockJob, weights: Sequence[Tensor]) -> Exported:
             FlatBlock(job), tuple(sample), dynamic_shapes=dynamic, strict=False
         )
     if len(made.graph_signature.user_inputs) != len(made.graph_signature.input_specs):
-        raise Unsuitable("it reads tensors besides its weights and its inputs")
+        raise NotCompilable("it reads tensors besides its weights and its inputs")
     inline_disabled_autocast(made.graph_module)
     return Exported(made.graph_module, sample)
 
@@ -168,8 +168,8 @@ def check(
         program.
 
     Raises:
-        Unsuitable: the program's outputs differ.
-        NoGain: the program is not faster.
+        NotCompilable: the program's outputs differ.
+        NotFaster: the program is not faster.
     """
     block = FlatBlock(job)
     for rows in CHECKED_ROWS:
@@ -178,13 +178,15 @@ def check(
             close = CLOSE.get(own.dtype, CLOSE_IN_HALF)
             apart = (own - other).abs().max()
             if own.shape != other.shape or not apart <= close * own.abs().max():
-                raise Unsuitable(f"compiled, its results differ by {float(apart):.1e}")
+                raise NotCompilable(f"compiled, its results differ by {float(apart):.1e}")
     block_s = program_s = 0.0
     for rows in TIMED_ROWS:
         times = _seconds((block, program), [*weights, *_given(job, rows)])
         block_s, program_s = block_s + times[0], program_s + times[1]
     if program_s >= block_s:
-        raise NoGain(f"compiled it takes {1000 * program_s:.2f} ms instead of {1000 * block_s:.2f}")
+        raise NotFaster(
+            f"compiled it takes {1000 * program_s:.2f} ms instead of {1000 * block_s:.2f}"
+        )
     return block_s, program_s
 
 

@@ -17,8 +17,8 @@ import torch
 
 from server.models.compiling.program import (
     BlockJob,
-    NoGain,
-    Unsuitable,
+    NotCompilable,
+    NotFaster,
     check,
     compile_to,
     draw_weights,
@@ -96,8 +96,8 @@ def _compiled(job: BlockJob, file: Path) -> str:
             block_s, program_s = _measured(job, partial)
         answer = {"block_ms": 1000 * block_s, "program_ms": 1000 * program_s}
         partial.replace(file)
-    except Unsuitable as error:
-        answer = {"reason": str(error), "lasting": True, "slow": isinstance(error, NoGain)}
+    except NotCompilable as error:
+        answer = {"reason": str(error), "lasting": True, "slow": isinstance(error, NotFaster)}
     except Exception as error:  # noqa: BLE001 - whatever a compiler raises
         lines = str(error).strip().splitlines() or [""]
         reason = f"{type(error).__name__}: {lines[0]}"[:REASON_LENGTH]

@@ -244,7 +244,7 @@ def led(trained: Any, task: Any) -> Callable[..., list[Any]]:
     return make
 
 
-def seen_by(model: Any, pictures: list[Any], attribute: str) -> Tensor:
+def term_context(model: Any, pictures: list[Any], attribute: str) -> Tensor:
     """The classifier's probabilities for finished pictures."""
     pixels = torch.stack([torch.tensor(one).permute(2, 0, 1) for one in pictures])
     with torch.inference_mode():
@@ -261,7 +261,7 @@ def test_elucd_shows_what_the_prompt_leaves_unsaid(trained, trained_engine, led,
         run(trained_engine, led(EluCD(scale=scale, target=aim), range(4), prompt)).pixels()
         for scale in (0.0, 4.0)
     )
-    before, after = (seen_by(trained, p, "background")[:, number] for p in (plain, towards))
+    before, after = (term_context(trained, p, "background")[:, number] for p in (plain, towards))
     assert (after >= before).all()
     assert after.mean() > before.mean() + 0.3
     shown = [sum(read_picture(one).background == "sunset" for one in p) for p in (plain, towards)]
@@ -274,5 +274,5 @@ def test_minority_guidance_makes_what_the_classifier_finds_rare(trained, trained
         for scale in (0.0, 3.5)
     )
     tenths = torch.arange(1.0, 11.0)
-    before, after = (seen_by(trained, p, "minority") @ tenths for p in (plain, towards))
+    before, after = (term_context(trained, p, "minority") @ tenths for p in (plain, towards))
     assert after.mean() > before.mean() + 1

@@ -34,7 +34,7 @@ from server.http.automatic1111.weights import reload_checkpoint, unload_checkpoi
 from server.models.hosted import HostedModel
 from server.requests.schema import GenerateRequest
 from server.service.generation import Generation
-from server.service.model_shelf import ModelShelf, Room
+from server.service.model_shelf import MemoryBudget, ModelShelf
 from server.service.service import Service
 from server.service.streams import Streams
 from server.settings import Limits, Settings
@@ -78,8 +78,8 @@ class Store:
     def host_free(self) -> int:
         return BYTES
 
-    def room(self, loaded_bytes: int) -> Room:
-        return Room(2 * BYTES - loaded_bytes, 2 * BYTES)
+    def room(self, loaded_bytes: int) -> MemoryBudget:
+        return MemoryBudget(2 * BYTES - loaded_bytes, 2 * BYTES)
 
     def load(self, name: str, on_progress: Callable[[int, int], None]) -> HostedModel:
         self.loads.append(name)

@@ -27,7 +27,7 @@ from server.models.hosted import HostedModel
 from server.models.weight_files import bytes_in_memory
 from server.models.weights_held import bytes_of
 from server.service.hosting import Hosted, host
-from server.service.model_shelf import ModelState, Room
+from server.service.model_shelf import MemoryBudget, ModelState
 from server.service.one_shot import GUESSED_COSTS
 from server.settings import Settings
 from tests.server.full_ticks import full_ticks
@@ -197,8 +197,8 @@ class Slow:
     def host_free(self) -> int:
         return 0
 
-    def room(self, loaded_bytes: int) -> Room:
-        return Room(1, 1)
+    def room(self, loaded_bytes: int) -> MemoryBudget:
+        return MemoryBudget(1, 1)
 
     def load(self, name: str, on_progress: Callable[[int, int], None]) -> HostedModel:
         self.may_fail.wait(PATIENCE_S)

@@ -26,7 +26,7 @@ from server.models.compiling.program import (
     BlockJob,
     Exported,
     FlatBlock,
-    Unsuitable,
+    NotCompilable,
     check,
     compile_to,
     draw_weights,
@@ -133,9 +133,9 @@ def test_a_program_with_other_numbers_or_without_gain_is_refused() -> None:
     def wrong(*tensors: Tensor) -> Sequence[Tensor]:
         return [made + 1e-3 for made in block(*tensors)]
 
-    with pytest.raises(Unsuitable, match="compiled, its results differ"):
+    with pytest.raises(NotCompilable, match="compiled, its results differ"):
         check(one, wrong, weights)
-    with pytest.raises(Unsuitable, match=r"compiled it takes .* ms instead of"):
+    with pytest.raises(NotCompilable, match=r"compiled it takes .* ms instead of"):
         check(one, slow, weights)
 
 
