@@ -494,17 +494,20 @@ class ModelShelf:
                         retry_after_s=60,
                     )
                 lacking = needed - room.free - sum(one.memory_bytes for one in idle)
-                self._ask_to_give_way(place, lacking)
+                self._ask_to_give_way(place, lacking, lambda one: one.memory_bytes)
                 return False
             if not self._unload(idle[0]):
                 return False
 
-    def _ask_to_give_way(self, place: _ShelfEntry, lacking: int) -> None:
+    def _ask_to_give_way(
+        self, place: _ShelfEntry, lacking: int, freed_by: Callable[[_ShelfEntry], int]
+    ) -> None:
         """Lend models in use no more until another has been loaded, if they have had their turn.
 
         Args:
             place: model that waits for room.
             lacking: bytes that they must free, beside models that are not in use.
+            freed_by: function that returns the bytes that unloading a model frees.
         """
         now = time.monotonic()
         if now < place.wanted_at + WAITED_S:
@@ -512,17 +515,18 @@ class ModelShelf:
         with self._wake:
             others = list(self._places.values())
             asked = [one for one in others if one.gives_way_to is place and not one.is_idle]
-            lacking -= sum(one.memory_bytes for one in asked)
+            lacking -= sum(map(freed_by, asked))
             able = [
                 one
                 for one in others
                 if one.model is not None and one.users and not one.live and one.turn_until <= now
+                if freed_by(one) > 0
             ]
             chosen: list[_ShelfEntry] = []
             for one in sorted(able, key=lambda one: one.turn_until):
                 if lacking > 0 and one.gives_way_to is None:
                     chosen.append(one)
-                    lacking -= one.memory_bytes
+                    lacking -= freed_by(one)
             if lacking > 0:
                 return
             for one in chosen:
@@ -537,8 +541,11 @@ class ModelShelf:
             loaded, idle = self._offloaded(), [one for one in self._idle() if one.offloaded_bytes]
             if not loaded or needed > free + _locked_at_most(loaded):
                 raise ModelTooLarge.on_host(place.name, needed, free)
-            # Nothing is unloaded if that would not be enough.
-            if needed > free + _locked_at_most(idle) or not self._unload(idle[0]):
+            if (lacking := needed - free - _locked_at_most(idle)) > 0:
+                # Nothing is unloaded yet, since that would not be enough.
+                self._ask_to_give_way(place, lacking, lambda one: _locked_at_most([one]))
+                return False
+            if not self._unload(idle[0]):
                 return False
         return True
 

@@ -359,6 +359,34 @@ def test_host_memory_that_a_model_needs_beside_its_device_is_found_or_it_is_refu
     assert loaded(service) == ["a", "c"], "nothing goes for what cannot fit"
 
 
+@pytest.mark.usefixtures("short_turns")
+def test_models_that_are_always_in_use_take_turns_in_host_memory_too(
+    service: Service, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of models with parts in host memory there may be room on the device for all."""
+    shelf = service.ready_shelf()
+
+    def on_host(name: str) -> int:
+        return BYTES if name in {"b", "c"} else 0
+
+    def free() -> int:
+        return BYTES - sum(state.offloaded_bytes for state in shelf.states())
+
+    room = MemoryBudget(4 * BYTES, 4 * BYTES)
+    monkeypatch.setattr(store, "room", lambda *_: room)
+    monkeypatch.setattr(store, "needs_on_host", on_host)
+    monkeypatch.setattr(store, "host_free", free)
+    kept = "server.service.model_shelf.offloaded_bytes_of"
+    monkeypatch.setattr(kept, lambda one: on_host(one.facts.name))
+
+    async def run() -> None:
+        async with in_use(shelf, "a"), in_use(shelf, "b"), asyncio.timeout(PATIENCE_S):
+            (await shelf.lend("c")).release()
+            assert "a" in loaded(service), "its room would not help"
+
+    asyncio.run(run())
+
+
 def test_who_waits_too_long_is_told_what_for(
     service: Service, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
