@@ -38,12 +38,15 @@ class Lookup(Generic[Found]):
 
     def latest(self) -> Found:
         """What is there now, or was there when the disk answered last."""
-        if self._late is None or not self._late.is_alive():
+        # Read once, since another caller may change it.
+        late = self._late
+        if late is None or not late.is_alive():
             looking = Thread(target=self._try, name="weft-lookup", daemon=True)
             looking.start()
             looking.join(PATIENCE_S)
-            if looking.is_alive():
-                self._late = looking
+            still_looks = looking.is_alive()
+            self._late = looking if still_looks else None
+            if still_looks and late is None:
                 log.error("%s: the disk does not answer; what was found last is used", self._what)
         return self._found
 

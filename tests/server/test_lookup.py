@@ -69,6 +69,27 @@ def test_while_a_disk_hangs_only_the_first_caller_waits_and_one_thread_looks(
     assert record.message.startswith("a disk: the disk does not answer")
 
 
+def test_a_disk_that_answers_too_late_each_time_is_in_the_log_once(
+    disk: Disk, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Otherwise each request for a model that is not loaded would repeat it."""
+    looked = Lookup(disk.look, 0, "a disk")
+    for _ in range(3):
+        disk.answers.clear()
+        looked.latest()
+        disk.answers.set()
+        last = monotonic() + 60
+        while looked._late is not None and looked._late.is_alive():
+            assert monotonic() < last
+            sleep(0.01)
+    assert disk.looks == 3
+    assert len(caplog.records) == 1
+    assert looked.latest() == 1
+    disk.answers.clear()
+    looked.latest()
+    assert len(caplog.records) == 2, "it had answered in time meanwhile"
+
+
 def test_a_disk_that_fails_leaves_what_was_found_last_and_one_line_in_the_log(
     disk: Disk, caplog: pytest.LogCaptureFixture
 ) -> None:
