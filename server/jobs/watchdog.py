@@ -6,7 +6,7 @@ import os
 import socket
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
-from threading import Timer
+from threading import Lock, Timer
 from typing import Any, Final
 from weakref import WeakSet
 
@@ -34,6 +34,7 @@ class Watchdog:
     def __init__(self, engine: Engine, longest_s: float = LONGEST_S) -> None:
         self._longest_s = longest_s
         self._connections: WeakSet[Any] = WeakSet()
+        self._adding = Lock()
         event.listen(engine, "connect", self._add)
 
     @contextmanager
@@ -48,11 +49,14 @@ class Watchdog:
             timer.cancel()
 
     def _add(self, connection: Any, _: Any) -> None:
-        self._connections.add(connection)
+        with self._adding:
+            self._connections.add(connection)
 
     def _shut_down(self) -> None:
         # All of them: the pool may be testing a connection that no transaction has yet.
-        for connection in list(self._connections):
+        with self._adding:
+            connections = list(self._connections)
+        for connection in connections:
             # A closed one has no descriptor.
             with (
                 suppress(OSError, connection.OperationalError),
