@@ -47,6 +47,10 @@ TURN_LOADS: Final = 3.0
 """A model in use keeps its room for as many seconds, and for as many times the time that loading it
 took: with more models in demand than fit, most of the time must not be spent on loading."""
 
+NO_TURN_S: Final = 600.0
+"""Seconds after a failed load for which models in use do not give way to this model: if its files
+are broken, it would take their room for nothing, again and again."""
+
 
 @dataclass(frozen=True, slots=True)
 class MemoryBudget:
@@ -182,6 +186,7 @@ class _ShelfEntry:
         self.offloaded_bytes = offloaded_bytes_of(model)
         self.loaded_since, self.used_at = time.time(), time.monotonic()
         self.turn_until = self.used_at + max(MIN_TURN_S, TURN_LOADS * load_s)
+        self.refusal = None
 
 
 class ModelShelf:
@@ -510,7 +515,8 @@ class ModelShelf:
             freed_by: function that returns the bytes that unloading a model frees.
         """
         now = time.monotonic()
-        if now < place.wanted_at + WAITED_S:
+        failed_of_late = place.refusal is not None and now < place.refusal[1] + NO_TURN_S
+        if failed_of_late or now < place.wanted_at + WAITED_S:
             return
         with self._wake:
             others = list(self._places.values())

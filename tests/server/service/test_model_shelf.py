@@ -315,6 +315,25 @@ def test_users_of_a_model_that_gives_way_in_vain_get_it_back(
     assert store.loads == ["b"]
 
 
+@pytest.mark.usefixtures("short_turns")
+def test_models_in_use_do_not_give_way_to_one_that_failed_to_load(
+    service: Service, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shelf = service.ready_shelf()
+    monkeypatch.setattr("server.service.model_shelf.FAILURE_EXPIRY_S", 0.0)
+
+    async def run() -> None:
+        with pytest.raises(ModelMismatch):
+            await shelf.lend("broken")
+        async with in_use(shelf, "a"), in_use(shelf, "b"):
+            monkeypatch.setattr(shelf, "_patience_s", 2.0)
+            with pytest.raises(NotReady, match="the models in use leave no room"):
+                await shelf.lend("broken")
+
+    asyncio.run(run())
+    assert store.loads == ["broken", "b"]
+
+
 def test_recordings_of_forwards_make_room_where_models_in_use_cannot(
     service: Service, engine: Engine, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
