@@ -158,6 +158,10 @@ def running(
 
 @pytest.fixture
 def slow_denoiser(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    slow_down(running, monkeypatch)
+
+
+def slow_down(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     """Make an image of 200 steps take 20 seconds, so that it is under way whenever a test looks."""
     model = running.app.state.service.ready_shelf().loaded()[0]
     evaluate = model.evaluate

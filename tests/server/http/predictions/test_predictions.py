@@ -32,7 +32,7 @@ from server.jobs.database import of_folder
 from server.jobs.job import ENDED, Job
 from server.models.folder import embedded_folders
 from server.settings import JobSettings, Settings
-from tests.server.conftest import PATIENCE_S, Running
+from tests.server.conftest import PATIENCE_S, Running, slow_down
 from tests.server.models.controls.tiny_controls import put_depth
 from tests.server.process import Forks, served
 
@@ -127,15 +127,7 @@ def server(folder: Path, controls: Path, accepted: list[str]) -> Iterator[Runnin
 
 @pytest.fixture
 def slow(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make a job of 200 steps take 20 seconds, so that it is under way whenever a test looks."""
-    model = server.app.state.service.ready_shelf().loaded()[0]
-    evaluate = model.evaluate
-
-    def slowly(*given: Any) -> Any:
-        time.sleep(0.1)
-        return evaluate(*given)
-
-    monkeypatch.setattr(model, "evaluate", slowly)
+    slow_down(server, monkeypatch)
 
 
 @pytest.fixture(scope="module")
