@@ -8,9 +8,9 @@ const DIRECTIONS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], A
  *
  * @param canvas that is drawn on.
  * @param cursor an element over it, which shows where the keyboard draws.
- * @param pen gives the colour and the width, in pixels of the canvas.
+ * @param pen gives the color and the width, in pixels of the canvas.
  * @param onChange called after each change.
- * @param paper colour of the empty canvas.
+ * @param paper color of the empty canvas.
  * @returns a function that clears the canvas.
  */
 export function drawOn(canvas, cursor, pen, onChange, paper = "white") {

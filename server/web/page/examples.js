@@ -1,7 +1,7 @@
 /** Prompts that show what a model draws, for the models that come with the server. */
 
 const SHAPES = {
-  words: "This small model draws circles, squares, triangles, stars and rings: one or two, coloured, on a plain background, at sunset or in the sky.",
+  words: "This small model draws circles, squares, triangles, stars and rings: one or two, colored, on a plain background, at sunset or in the sky.",
   prompts: [
     "a large red circle on a white background",
     "a blue square to the left of a yellow circle",

@@ -29,7 +29,7 @@ export const PRESETS = [
     name: "balanced",
     title: "Balanced",
     fields: (model, models) => ({ model: patient(model, models).name }),
-    words: (model, models) => `What the server chooses: ${patient(model, models).defaults.steps} steps, natural colours.`,
+    words: (model, models) => `What the server chooses: ${patient(model, models).defaults.steps} steps, natural colors.`,
   },
   {
     name: "best",

@@ -19,8 +19,8 @@ function say(text, isError = false) {
   $("rows-said").className = isError ? "error" : "";
 }
 
-/** An element in the colour of a request. */
-function coloured(request, tag, properties, ...children) {
+/** An element in the color of a request. */
+function colored(request, tag, properties, ...children) {
   const element = create(tag, properties, ...children);
   element.style.setProperty("--hue", (request * GOLDEN_ANGLE) % 360);
   return element;
@@ -31,7 +31,7 @@ const inOrder = (images) => images.toSorted((one, other) => one.request - other.
 function cellsOf({ request, timestep, branches, step, steps, rule }) {
   return branches.map((branch) => {
     const title = `request ${request}, ${branch}, timestep ${Math.round(timestep)}, step ${step} of ${steps}, ${rule}`;
-    const cell = coloured(request, "span", { className: "cell", title }, String(Math.round(timestep)));
+    const cell = colored(request, "span", { className: "cell", title }, String(Math.round(timestep)));
     cell.dataset.branch = branch;
     return cell;
   });
@@ -50,7 +50,7 @@ function draw({ tick, seconds, waiting, model, images }) {
   weft.ariaLabel = told;
   say(`${told}${waiting ? `; ${waiting} ${waiting === 1 ? "image waits" : "images wait"}` : ""}.`);
   $("threads").replaceChildren(...ordered.map(({ request, image, step, steps, rule, policy, branches, live }) => {
-    const swatch = coloured(request, "span", { className: "cell" }, `${request}`);
+    const swatch = colored(request, "span", { className: "cell" }, `${request}`);
     const name = live ? "a live frame" : `image ${image + 1}`;
     const rows = branches.length === 1 ? "1 row" : `${branches.length} rows`;
     return create("li", {}, swatch, `${name}: step ${step} of ${steps}, ${rule}, ${policy}, ${rows}`);
