@@ -39,6 +39,10 @@ __all__ = ["Hosted", "host"]
 
 log = logging.getLogger("weft")
 
+SAME_PRODUCTS: Final = ("MKL_CBWR", "AVX2,STRICT")
+"""Variable, read at MKL's first product, and its value, with which the bits of a row do not depend
+on where the threads of a CPU split the batch."""
+
 LOG_INTERVAL_S: Final = 10.0
 
 OFFLOADED: Final = {
@@ -84,6 +88,8 @@ def host(
             hub cannot be fetched, or the cache is needed and cannot be written to.
         ModelTooLarge: not even the first model fits in memory.
     """
+    if settings.deterministic:
+        os.environ.setdefault(*SAME_PRODUCTS)
     embedded = embedded_folders()
     places = settings.model_folders(embedded)
     if settings.models_folder is not None:
